@@ -1,0 +1,35 @@
+# Two commands: `make train` and `make test`. Both make the environment in .venv on the first call.
+WORKERS ?= 2
+ARGS ?=
+PYTHON ?= python3
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+INSTALLED := .venv/.installed
+
+.PHONY: train test check bench clean
+
+train: $(INSTALLED)
+	WORKERS=$(WORKERS) launch/local.sh $(ARGS)
+
+test: $(INSTALLED)
+	python -m pytest
+
+check: $(INSTALLED)
+	ruff check .
+	ruff format --check .
+	mypy
+
+bench: $(INSTALLED)
+	python benchmarks/order.py
+	python benchmarks/step.py
+	python benchmarks/startup.py
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	# torch first and pinned: the build that the tests ran with
+	python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
+	python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv

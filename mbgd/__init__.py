@@ -1,0 +1,46 @@
+"""mbgd: distributed data-parallel training whose update is exactly the gradient of the whole minibatch.
+
+The public names. Each is imported when it is first used, so that `import mbgd` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mbgd.config import Averaging, Batch, Evaluation, Last, Precision, Settings
+    from mbgd.data import InMemory
+    from mbgd.errors import UsageError
+    from mbgd.loader import Data
+    from mbgd.objective import CrossEntropy, MeanSquaredError, PerExample
+    from mbgd.trainer import Result, Trainer
+    from mbgd.workers import Workers, start_workers
+
+__all__ = [
+    "Averaging",
+    "Batch",
+    "CrossEntropy",
+    "Data",
+    "Evaluation",
+    "InMemory",
+    "Last",
+    "MeanSquaredError",
+    "PerExample",
+    "Precision",
+    "Result",
+    "Settings",
+    "Trainer",
+    "UsageError",
+    "Workers",
+    "start_workers",
+]
+
+_HOMES = ("config", "data", "errors", "loader", "objective", "trainer", "workers")
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        for home in _HOMES:
+            module = import_module(f"mbgd.{home}")
+            if hasattr(module, name):
+                return getattr(module, name)
+    raise AttributeError(f"module 'mbgd' has no attribute {name!r}")

@@ -1,0 +1,80 @@
+"""Averaging by torch's DistributedDataParallel, made to add up instead of averaging."""
+
+import inspect
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import GradBucket
+from torch.nn.parallel import DistributedDataParallel
+
+from mbgd.errors import UsageError
+from mbgd.objective import PerExample
+from mbgd.task import Task
+from mbgd.workers import Workers
+
+
+def _first(done: torch.futures.Future[list[Tensor]]) -> Tensor:
+    return done.value()[0]
+
+
+# `buffers.py` averages the buffers that move. torch 2.13 renamed the option.
+_RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+_BUFFERS_STAY: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broadcast_buffers": False}
+
+_NOTHING: AbstractContextManager[object] = nullcontext()
+
+
+class DDP:
+    """Gradients are added up by DDP's all-reduce while the last backward still runs.
+
+    Stock DDP divides by the number of workers before it adds, which is the mean of the workers' sums: right only
+    if every worker holds equal weight. A communication hook leaves the division to the trainer.
+    """
+
+    def __init__(self, task: Task, workers: Workers, *, find_unused_parameters: bool) -> None:
+        self._workers = workers
+        self._task = task
+        self._ddp: DistributedDataParallel | None = None
+        self._exchanged = True
+        if workers.num_workers > 1 and any(p.requires_grad for p in task.parameters()):
+            self._ddp = DistributedDataParallel(
+                task,
+                **_BUFFERS_STAY,
+                gradient_as_bucket_view=True,  # saves a copy of all gradients in every step
+                find_unused_parameters=find_unused_parameters,
+            )
+            self._ddp.register_comm_hook(state=None, hook=self._sum_bucket)
+
+    def _sum_bucket(self, state: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+        self._exchanged = bucket.is_last()
+        work: dist.Work = dist.all_reduce(bucket.buffer(), async_op=True)
+        return work.get_future().then(_first)
+
+    def task(self, batch: Any, num_examples: int) -> tuple[Tensor, PerExample]:
+        result: tuple[Tensor, PerExample] = (self._ddp or self._task)(batch, num_examples)
+        return result
+
+    def micro_batch(self, *, is_last: bool) -> AbstractContextManager[object]:
+        if self._ddp is None:
+            return _NOTHING
+        if is_last:
+            self._exchanged = False
+            return _NOTHING
+        return self._ddp.no_sync()
+
+    def finish(self) -> None:
+        if not self._exchanged:
+            missing = [name for name, p in self._task.model.named_parameters() if p.requires_grad and p.grad is None]
+            raise UsageError(
+                f"parameters {missing or 'of the model'} took no part in this step's loss on worker "
+                f"{self._workers.rank}, but did in the first step. Set averaging.find_unused_parameters=true: which "
+                "parameters take part then may differ from step to step."
+            )
+
+    def sum(self, leaves: Sequence[Tensor]) -> Tensor:
+        total = leaves[0] if len(leaves) == 1 else torch.stack(list(leaves)).sum(0)
+        return self._workers.sum_(total)

@@ -1,0 +1,91 @@
+"""Configuration → objects. The only module that knows Hydra and OmegaConf."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mbgd.config import Config, problems
+from mbgd.errors import UsageError
+from mbgd.loader import Data
+from mbgd.trainer import Trainer, count_steps, make_plan
+from mbgd.workers import Workers
+
+FROM_DATA = ("input_shape", "num_outputs")
+"""Arguments of a model that are taken from the training dataset where the configuration has null."""
+
+
+def typed(composed: DictConfig) -> Config:
+    """The configuration as typed settings; UsageError naming everything that is wrong with it at once."""
+    composed = composed.copy()
+    found = []
+    for key in sorted(OmegaConf.missing_keys(composed)):
+        found.append(f"{key} has no value. Give it one: {key}=…")
+        OmegaConf.update(composed, key, None)  # so that what refers to it resolves, and other mistakes show too
+    schema = values = OmegaConf.structured(Config)
+    for path, part in _parts(OmegaConf.to_container(composed, resolve=True), schema):
+        try:
+            values = OmegaConf.merge(values, part)
+        except OmegaConfBaseException as error:
+            reason = str(error.msg or error).splitlines()[0]
+            found.append(f"{path}: {reason}. `python train.py --cfg job` shows every key and its value.")
+    config = OmegaConf.to_object(values)
+    assert isinstance(config, Config)
+    found += problems(config)
+    if found:
+        raise UsageError("the configuration has mistakes:\n" + "\n".join(f"  - {problem}" for problem in found))
+    return config
+
+
+def _parts(values: Any, schema: DictConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(path, what to merge) for each typed value; a node that the schema leaves open comes as a whole."""
+    for key, value in values.items():
+        if isinstance(schema.get(key) if key in schema else None, DictConfig) and isinstance(value, dict):
+            for inner_key, inner_value in value.items():
+                yield f"{key}.{inner_key}", {key: {inner_key: inner_value}}
+        else:
+            yield str(key), {key: value}
+
+
+def build_trainer(config: Config, workers: Workers) -> Trainer:
+    """The trainer that the configuration describes, on this worker."""
+    torch.manual_seed(config.seed)
+    data = build_data(config)
+    from_data = {key: getattr(data.train, key, None) for key in FROM_DATA if config.model.get(key, ...) is None}
+    model = make("model", config.model, **from_data)
+    if not isinstance(model, torch.nn.Module):
+        raise UsageError(f"model is a {type(model).__name__}; it must be a torch.nn.Module.")
+    objective = make("objective", config.objective)
+    optimizer = make("optimizer", config.optimizer, [p for p in model.parameters() if p.requires_grad])
+    plan = make_plan(config, len(data.train), workers.num_workers)
+    schedule = None
+    if config.schedule is not None:
+        schedule = make("schedule", config.schedule, num_steps=count_steps(config, plan))
+    return Trainer(model, objective, optimizer, data, dataclasses.replace(config, schedule=schedule), workers)
+
+
+def build_data(config: Config) -> Data:
+    """The datasets; those held in memory keep their floating values in the precision's dtype."""
+    node = config.data
+    datasets = {}
+    for split in ("train", "evaluation"):
+        dataset = make(f"data.{split}", node[split]) if node.get(split) is not None else None
+        datasets[split] = dataset
+    return Data(**datasets, shuffle=node.get("shuffle", True), num_workers=node.get("num_workers", 0))
+
+
+def make(name: str, node: Any, *arguments: Any, **keywords: Any) -> Any:
+    """Call the node's `_target_`; its mistakes are the user's to mend, so they become UsageErrors."""
+    if not isinstance(node, dict) or "_target_" not in node:
+        raise UsageError(f"{name} has no _target_; it must name the class or function that makes it.")
+    try:
+        return instantiate(node, *arguments, **keywords)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UsageError):
+            raise error.__cause__ from None
+        raise UsageError(f"{name} ({node['_target_']}) cannot be made: {error}") from error

@@ -1,0 +1,133 @@
+"""The typed settings of a run, and the rules that hold between them. Pure: no Hydra, no torch.distributed.
+
+`conf/` gives the values and comments; these classes give types, units and rules.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+
+class Precision(Enum):
+    """Parameters' dtype and the dtype of the forward computation."""
+
+    fp64 = "fp64"
+    fp32 = "fp32"
+    bf16 = "bf16"  # parameters fp32, forward under autocast
+    fp16 = "fp16"  # parameters fp32, forward under autocast, loss scaling
+
+
+class Last(Enum):
+    """What happens to an epoch's short last minibatch."""
+
+    keep = "keep"
+    drop = "drop"
+
+
+class AveragingName(Enum):
+    ddp = "ddp"
+
+
+class BackendName(Enum):
+    auto = "auto"
+    gloo = "gloo"
+    nccl = "nccl"
+
+
+@dataclass(frozen=True)
+class Batch:
+    size: int = 64
+    """Examples of one optimizer step, all workers together."""
+    micro_batch_size: int | None = None
+    """Largest number of examples in one forward/backward; None: each worker's share in one."""
+    last: Last = Last.keep
+
+
+@dataclass(frozen=True)
+class Averaging:
+    name: AveragingName = AveragingName.ddp
+    find_unused_parameters: bool | None = None
+    """Whether the parameters that take part may differ from step to step; None: found out at the start."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    every_steps: int | None = None
+    """Optimizer steps between evaluations; None: at the end of each epoch. There is always one at the end."""
+    batch_size: int = 256
+    """Largest number of examples in one forward."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What training depends on beside the model, the data, the objective and the optimizer."""
+
+    seed: int = 0
+    epochs: int | None = None
+    steps: int | None = None
+    """Optimizer steps; None: `epochs` passes over the training examples."""
+    batch: Batch = field(default_factory=Batch)
+    precision: Precision = Precision.fp32
+    averaging: Averaging = field(default_factory=Averaging)
+    clip_norm: float | None = None
+    """Largest Euclidean norm of the mean gradient; None: not clipped."""
+    schedule: Any = None
+    """A function of the step (counted from 0) that gives a factor for the learning rate; None: 1."""
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    log_every_steps: int = 50
+
+
+@dataclass(frozen=True)
+class Backend:
+    name: BackendName = BackendName.auto
+    timeout_seconds: float = 600.0
+    """How long a collective waits for a worker before the run ends with an error."""
+
+
+@dataclass(frozen=True)
+class Run:
+    dir: str | None = None
+    """The run's folder; None: a new one under `root`."""
+    id: str | None = None
+    """The run's name; None: torchrun's id, or one made from the time."""
+    root: str = "runs"
+
+
+@dataclass(frozen=True)
+class Config(Settings):
+    """The whole configuration of `train.py`. Fields of type Any are nodes with a `_target_` of the user's choice."""
+
+    backend: Backend = field(default_factory=Backend)
+    run: Run = field(default_factory=Run)
+    data: Any = None
+    model: Any = None
+    objective: Any = None
+    optimizer: Any = None
+
+
+def problems(settings: Settings) -> list[str]:
+    """Every rule between the settings that is broken, each as what, got, rule, remedy."""
+    batch = settings.batch
+    found = []
+    if batch.size < 1:
+        found.append(f"batch.size={batch.size}; a minibatch has at least 1 example.")
+    if batch.micro_batch_size is not None and not 1 <= batch.micro_batch_size <= max(batch.size, 1):
+        found.append(
+            f"batch.micro_batch_size={batch.micro_batch_size} with batch.size={batch.size}; a micro-batch has from 1 "
+            "example to the whole minibatch. Make it smaller, or null to give each worker one micro-batch."
+        )
+    if settings.steps is None and settings.epochs is None:
+        found.append("steps=null and epochs=null; set one of them.")
+    for name, value in (("steps", settings.steps), ("epochs", settings.epochs)):
+        if value is not None and value < 0:
+            found.append(f"{name}={value}; it must be ≥ 0.")
+    if settings.clip_norm is not None and not settings.clip_norm > 0:
+        found.append(f"clip_norm={settings.clip_norm}; it must be > 0, or null to leave gradients as they are.")
+    if settings.log_every_steps < 1:
+        found.append(f"log_every_steps={settings.log_every_steps}; it must be ≥ 1.")
+    every = settings.evaluation.every_steps
+    if every is not None and every < 1:
+        found.append(f"evaluation.every_steps={every}; it must be ≥ 1, or null to evaluate after each epoch.")
+    if settings.evaluation.batch_size < 1:
+        found.append(f"evaluation.batch_size={settings.evaluation.batch_size}; it must be ≥ 1.")
+    return found

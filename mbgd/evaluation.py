@@ -1,0 +1,61 @@
+"""Exact weighted means over exactly the evaluation examples, on any number of workers."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mbgd.averaging import Averaging
+from mbgd.config import Settings
+from mbgd.loader import Data, Indices, read
+from mbgd.objective import NUM_SUMS, Totals
+from mbgd.plan import micro_batches
+from mbgd.precision import autocast, parameter_dtype
+from mbgd.task import Task
+from mbgd.workers import Workers
+
+
+class Evaluation:
+    """Evaluates a task on a dataset, every example exactly once, each worker its contiguous share."""
+
+    def __init__(
+        self,
+        task: Task,
+        data: Data,
+        metric_names: tuple[str, ...],
+        settings: Settings,
+        workers: Workers,
+        averaging: Averaging,
+    ) -> None:
+        self._task, self._data, self._metric_names = task, data, metric_names
+        self._workers, self._averaging, self._precision = workers, averaging, settings.precision
+        num_examples = len(data.evaluation)
+        num_parts = -(-num_examples // settings.evaluation.batch_size)
+        shard = micro_batches(0, num_examples, num_parts, workers.rank, workers.num_workers)
+        self._shard = [micro_batch for micro_batch in shard if micro_batch.counts]
+
+    def __call__(self) -> dict[str, float]:
+        """Mean loss and metrics, the same on every worker; the model is in training mode again afterwards."""
+        task = self._task.eval()
+        with torch.inference_mode(), autocast(self._precision, self._workers.device):
+            leaves = [task(batch, size)[1].sums() for batch, size in self._batches()]
+            means = Totals(self._averaging.sum(leaves or [self._no_examples()]), self._metric_names).means()
+        task.train()
+        return means
+
+    def _no_examples(self) -> Tensor:
+        return torch.zeros(NUM_SUMS + len(self._metric_names), dtype=torch.float64, device=self._workers.device)
+
+    def _batches(self) -> Iterator[tuple[Any, int]]:
+        indices: Iterator[Indices] = (np.arange(mb.start, mb.stop) for mb in self._shard)
+        batches = read(
+            self._data.evaluation,
+            indices,
+            num_workers=self._data.num_workers,
+            device=self._workers.device,
+            dtype=parameter_dtype(self._precision),
+        )
+        for micro_batch, batch in zip(self._shard, batches, strict=True):
+            yield batch, len(micro_batch)

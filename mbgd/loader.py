@@ -1,0 +1,130 @@
+"""Plan + order + dataset → this worker's micro-batches, step by step, on its device."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby, islice
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader
+
+from mbgd.errors import UsageError
+from mbgd.order import Order
+from mbgd.plan import MicroBatch, Plan
+from mbgd.precision import move
+
+Indices = NDArray[np.int64]
+
+# Examples in memory are gathered for several micro-batches at once, up to this many, so that small ones do not pay
+# the price of a gathering each.
+BLOCK_EXAMPLES = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """The examples of a run: map-style datasets (`__len__` and `__getitem__`, `__getitems__` or `gather`)."""
+
+    train: Any
+    evaluation: Any = None
+    """None: no evaluation."""
+    shuffle: bool = True
+    """A new keyed order of the training examples in every epoch."""
+    num_workers: int = 0
+    """Loader processes per worker, for datasets without `gather`."""
+
+    def __post_init__(self) -> None:
+        check_dataset("training", self.train)
+        if self.evaluation is not None:
+            check_dataset("evaluation", self.evaluation)
+        if self.num_workers < 0:
+            raise UsageError(f"data.num_workers={self.num_workers}; it must be ≥ 0.")
+
+
+def check_dataset(name: str, dataset: Any) -> None:
+    """Raise UsageError unless the dataset is map-style and holds an example."""
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise UsageError(
+            f"the {name} dataset ({type(dataset).__name__}) has no length, or no items by number; a dataset must be "
+            "map-style (__len__ and __getitem__), so that every example goes to exactly one worker."
+        )
+    if len(dataset) == 0:
+        raise UsageError(f"the {name} dataset ({type(dataset).__name__}) is empty; it must hold at least 1 example.")
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """A micro-batch and its examples, on the device."""
+
+    micro_batch: MicroBatch
+    batch: Any
+
+
+class Loader:
+    """Gives this worker's micro-batches of the training data in the plan's order, from any step."""
+
+    def __init__(
+        self, data: Data, plan: Plan, seed: int, rank: int, *, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._data, self._plan, self._rank = data, plan, rank
+        self._device, self._dtype = device, dtype
+        self._order = Order(plan.num_examples, seed, data.shuffle)
+
+    def steps(self, first: int, stop: int) -> Iterator[tuple[int, list[Examples]]]:
+        """(step, this worker's micro-batches) for steps [first, stop)."""
+        batches = read(
+            self._data.train,
+            self._indices(first, stop),
+            num_workers=self._data.num_workers,
+            device=self._device,
+            dtype=self._dtype,
+        )
+        for step in range(first, stop):
+            yield step, [Examples(mb, next(batches)) for mb in self._plan.shard(step, self._rank)]
+
+    def _indices(self, first: int, stop: int) -> Iterator[Indices]:
+        """The example indices of each of this worker's micro-batches in steps [first, stop)."""
+        plan = self._plan
+        block_steps = max(1, BLOCK_EXAMPLES * plan.num_workers // plan.minibatch_size)
+        for epoch, steps in groupby(range(first, stop), plan.epoch_of):
+            while block := list(islice(steps, block_steps)):
+                shards = [mb for step in block for mb in plan.shard(step, self._rank)]
+                positions = np.concatenate([np.arange(mb.start, mb.stop) for mb in shards])
+                edges = np.cumsum([len(mb) for mb in shards[:-1]])
+                yield from np.split(self._order.at(epoch, positions), edges)
+
+
+def read(
+    dataset: Any, indices: Iterable[Indices], *, num_workers: int, device: torch.device, dtype: torch.dtype
+) -> Iterator[Any]:
+    """The batch of each array of example indices, on the device."""
+    if hasattr(dataset, "gather"):
+        for block in _blocks(indices):
+            gathered = dataset.gather(torch.from_numpy(np.concatenate(block)))
+            gathered = move(gathered, device, dtype)
+            sizes = [len(part) for part in block]
+            yield from zip(*(tensor.split(sizes) for tensor in gathered), strict=True)
+    else:
+        loader: DataLoader[Any] = DataLoader(
+            dataset,
+            batch_sampler=(part.tolist() for part in indices),
+            num_workers=num_workers,
+            pin_memory=device.type == "cuda",
+        )
+        for batch in loader:
+            yield move(batch, device, dtype)
+
+
+def _blocks(indices: Iterable[Indices]) -> Iterator[list[Indices]]:
+    """Group consecutive arrays up to BLOCK_EXAMPLES examples, at least one array a group."""
+    block: list[Indices] = []
+    size = 0
+    for part in indices:
+        if block and size + len(part) > BLOCK_EXAMPLES:
+            yield block
+            block, size = [], 0
+        block.append(part)
+        size += len(part)
+    if block:
+        yield block

@@ -1,0 +1,103 @@
+"""How a minibatch is cut: minibatch → micro-batches → workers. Integers only.
+
+Words: the *minibatch* is the examples of one optimizer step, all workers together; a *micro-batch* is the
+examples of one forward/backward on one worker; a worker's *shard* is its contiguous run of micro-batches.
+Positions count along the epoch's order; which example lies at a position is `order.py`'s business.
+"""
+
+from dataclasses import dataclass
+
+
+def cut(size: int, num_parts: int, part: int) -> int:
+    """Where part number `part` of `num_parts` nearly equal parts of `size` things begins."""
+    return part * size // num_parts
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Positions [start, stop) of one epoch, computed by one worker in one forward/backward."""
+
+    index: int
+    """Number of this micro-batch within its minibatch, the same on any number of workers."""
+    start: int
+    stop: int
+    counts: bool = True
+    """False for a stand-in: a worker without a shard computes it to take part in the exchange, with weight 0."""
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Minibatch:
+    """Positions [start, stop) of one epoch, whose examples make one optimizer step."""
+
+    epoch: int
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Which examples each worker computes in each step: a pure function of the step and the rank."""
+
+    num_examples: int
+    minibatch_size: int
+    num_workers: int
+    micro_batch_size: int | None = None
+    """Largest micro-batch; None: every minibatch is cut into `default_num_micro_batches`."""
+    default_num_micro_batches: int = 1
+    drop_last: bool = False
+    """Leave out an epoch's short last minibatch."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        whole, rest = divmod(self.num_examples, self.minibatch_size)
+        return whole + (1 if rest and not self.drop_last else 0)
+
+    @property
+    def examples_per_epoch(self) -> int:
+        return min(self.steps_per_epoch * self.minibatch_size, self.num_examples)
+
+    def num_micro_batches(self, size: int) -> int:
+        """Number of micro-batches that a minibatch of `size` examples is cut into; none of them is empty."""
+        if self.micro_batch_size is None:
+            return min(self.default_num_micro_batches, size)
+        return -(-size // self.micro_batch_size)
+
+    def epoch_of(self, step: int) -> int:
+        return step // self.steps_per_epoch
+
+    def minibatch(self, step: int) -> Minibatch:
+        """The minibatch of step number `step`, counted from 0."""
+        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+        start = step_of_epoch * self.minibatch_size
+        return Minibatch(epoch, start, min(start + self.minibatch_size, self.num_examples))
+
+    def shard(self, step: int, rank: int) -> list[MicroBatch]:
+        """The micro-batches that worker `rank` computes in this step; a stand-in if its shard is empty."""
+        minibatch = self.minibatch(step)
+        return micro_batches(
+            minibatch.start, minibatch.stop, self.num_micro_batches(len(minibatch)), rank, self.num_workers
+        )
+
+    def examples_seen(self, steps: int) -> int:
+        """Number of training examples in the first `steps` steps."""
+        epochs, rest = divmod(steps, self.steps_per_epoch)
+        return epochs * self.examples_per_epoch + min(rest * self.minibatch_size, self.num_examples)
+
+
+def micro_batches(start: int, stop: int, num_parts: int, rank: int, num_workers: int) -> list[MicroBatch]:
+    """Worker `rank`'s share of positions [start, stop) cut into `num_parts` micro-batches."""
+    size = stop - start
+    first, last = cut(num_parts, num_workers, rank), cut(num_parts, num_workers, rank + 1)
+    if first == last:
+        return [MicroBatch(0, start, start + cut(size, num_parts, 1), counts=False)]
+    edges = [start + cut(size, num_parts, part) for part in range(first, last + 1)]
+    return [
+        MicroBatch(index, begin, end)
+        for index, begin, end in zip(range(first, last), edges[:-1], edges[1:], strict=True)
+    ]

@@ -1,0 +1,108 @@
+"""What can be found out about a task before the first collective, on every worker alike.
+
+The first examples go forward and backward once through the plain model; parameters, buffers and random state are
+as before afterwards.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mbgd.config import Settings
+from mbgd.errors import UsageError
+from mbgd.loader import read
+from mbgd.objective import PerExample
+from mbgd.precision import autocast, parameter_dtype
+from mbgd.randomness import key_generators
+from mbgd.task import Task
+
+NUM_EXAMPLES = 4
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the trial run showed."""
+
+    has_weights: bool
+    """The objective gives weights, or losses per token: the minibatch's weight is not known from the plan."""
+    metric_names: tuple[str, ...]
+    moving_buffers: tuple[str, ...]
+    """Names of the model's buffers that a forward in training mode changes."""
+    unused_parameters: tuple[str, ...]
+    """Names of trainable parameters that got no gradient."""
+
+
+def try_out(task: Task, dataset: Any, settings: Settings, device: torch.device) -> Findings:
+    """Run a few examples through the task; UsageError where the contract is broken."""
+    precision = settings.precision
+    indices = np.arange(min(settings.batch.size, NUM_EXAMPLES, len(dataset)))
+    (batch,) = read(dataset, [indices], num_workers=0, device=device, dtype=parameter_dtype(precision))
+    with _restored(task) as buffers_before, _output_widths(task.model) as widths:
+        key_generators(device, 0)
+        with autocast(precision, device):
+            loss_sum, terms = task(batch, len(indices))
+        _check_differentiable(loss_sum, task)
+        sums = terms.sums()
+        if float(sums[3]) > 0:
+            raise UsageError("objective returned negative weights; weights must be ≥ 0 (0 leaves an example out).")
+        loss_sum.backward()
+        moving = tuple(name for name, b in task.model.named_buffers() if not torch.equal(b, buffers_before[name]))
+        unused = tuple(name for name, p in task.model.named_parameters() if p.requires_grad and p.grad is None)
+    check_targets = getattr(task.objective, "check_targets", None)
+    targets = getattr(dataset, "targets", None)
+    if check_targets is not None and targets is not None and widths:
+        check_targets(targets, num_classes=widths[-1])
+    return Findings(
+        has_weights=_has_weights(terms),
+        metric_names=tuple(sorted(terms.metrics)),
+        moving_buffers=moving,
+        unused_parameters=unused,
+    )
+
+
+def _has_weights(terms: PerExample) -> bool:
+    return terms.weights is not None or terms.losses.dim() > 1
+
+
+def _check_differentiable(loss_sum: torch.Tensor, task: Task) -> None:
+    if not loss_sum.requires_grad:
+        trainable = sum(p.requires_grad for p in task.parameters())
+        raise UsageError(
+            f"the objective's losses do not depend on any of the model's {trainable} trainable parameters; "
+            "there is nothing to train. Compute the losses from the model's output without detach() or no_grad()."
+        )
+
+
+@contextmanager
+def _restored(task: Task) -> Iterator[dict[str, torch.Tensor]]:
+    """Gives the buffers as they are, and puts buffers and gradients back to that state at the end."""
+    before = {name: buffer.clone() for name, buffer in task.model.named_buffers()}
+    try:
+        yield before
+    finally:
+        with torch.no_grad():
+            for name, buffer in task.model.named_buffers():
+                buffer.copy_(before[name])
+        for parameter in task.parameters():
+            parameter.grad = None
+
+
+@contextmanager
+def _output_widths(model: nn.Module) -> Iterator[list[int]]:
+    """Collects the size of the last dimension of what the model gives."""
+    widths: list[int] = []
+
+    def note(module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor) and output.dim() > 1:
+            widths.append(output.shape[-1])
+
+    handle = model.register_forward_hook(note)
+    try:
+        yield widths
+    finally:
+        handle.remove()

@@ -1,0 +1,31 @@
+"""What one worker computes: the model under its objective, as one module that DistributedDataParallel can wrap.
+
+The objective gets the user's own model, never a wrapper, so that it may call any method of it on any number of
+workers.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from mbgd.errors import UsageError
+from mbgd.objective import Objective, PerExample
+
+
+class Task(nn.Module):
+    """A micro-batch → its loss sum, whose gradient is wanted, and the per-example losses behind it."""
+
+    def __init__(self, model: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+
+    def forward(self, batch: Any, num_examples: int) -> tuple[Tensor, PerExample]:
+        terms = self.objective(self.model, batch)
+        if not isinstance(terms, PerExample):
+            raise UsageError(
+                f"objective returned {type(terms).__name__}; it must return mbgd.PerExample(losses=…) with one "
+                "unreduced loss per example (reduction='none'): the trainer does the averaging."
+            )
+        terms.check(num_examples)
+        return terms.loss_sum(), terms

@@ -1,0 +1,244 @@
+"""The training loop: one optimizer step is the gradient of the weighted mean loss over the whole minibatch."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mbgd import averaging as averagings
+from mbgd.buffers import MovingBuffers
+from mbgd.clock import Clock
+from mbgd.config import Last, Precision, Settings, problems
+from mbgd.errors import UsageError
+from mbgd.evaluation import Evaluation
+from mbgd.loader import Data, Examples, Loader
+from mbgd.objective import NUM_SUMS, Objective, PerExample, Totals
+from mbgd.plan import Plan
+from mbgd.precision import autocast, parameter_dtype
+from mbgd.preflight import try_out
+from mbgd.randomness import key_generators
+from mbgd.task import Task
+from mbgd.tracking import NoTracker, Tracker
+from mbgd.update import Update
+from mbgd.workers import Workers
+
+
+@dataclass
+class State:
+    """With the parameters and the optimizer's state, all there is to resume from."""
+
+    step: int = 0
+    """Optimizer steps completed."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a logged step came to, on the device."""
+
+    totals: Totals
+    gradient_norm: Tensor | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to."""
+
+    metrics: dict[str, float]
+    """The last value of each, by names such as train/loss and eval/accuracy."""
+    steps: int
+    examples_seen: int
+    examples_per_second: float
+    num_skipped_steps: int
+    """Steps without an update because gradients overflowed in fp16."""
+
+
+class Trainer:
+    """Trains a model on this worker as one of `workers`.
+
+    The model is moved to the worker's device and the precision's dtype; `optimizer` must have been made from its
+    parameters. Raises UsageError, on every worker alike and before anything is exchanged, where the settings or
+    the objective break a rule.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        optimizer: Optimizer,
+        data: Data,
+        settings: Settings,
+        workers: Workers | None = None,
+    ) -> None:
+        if found := problems(settings):
+            raise UsageError("\n".join(found))
+        self.workers = workers = workers or Workers()
+        self.settings, self.model, self.optimizer = settings, model, optimizer
+        self.plan = make_plan(settings, len(data.train), workers.num_workers)
+        self.num_steps = count_steps(settings, self.plan)
+        self.state = State()
+        dtype = parameter_dtype(settings.precision)
+        task = Task(model, objective).to(device=workers.device, dtype=dtype).train()
+        self._findings = findings = try_out(task, data.train, settings, workers.device)
+        self._averaging = averagings.create(
+            settings.averaging, task, workers, parameters_vary=bool(findings.unused_parameters)
+        )
+        self._autocast = autocast(settings.precision, workers.device)
+        self._buffers = MovingBuffers(model, findings.moving_buffers)
+        self._update = Update(list(model.parameters()), optimizer, settings, workers.device)
+        self._loader = Loader(data, self.plan, settings.seed, workers.rank, device=workers.device, dtype=dtype)
+        self._evaluation = (
+            Evaluation(task, data, findings.metric_names, settings, workers, self._averaging)
+            if data.evaluation is not None
+            else None
+        )
+        self.num_evaluation_examples = 0 if data.evaluation is None else len(data.evaluation)
+        self._last_logged = 0
+
+    def fit(self, tracker: Tracker | None = None) -> Result:
+        """Train up to the last step, evaluate, and return what the run came to."""
+        tracker = tracker or NoTracker()
+        latest: dict[str, float] = {}
+
+        def log(metrics: dict[str, float]) -> None:
+            latest.update(metrics)
+            tracker.log(self.state.step, metrics)
+
+        clock = Clock(self.plan, self.state.step)
+        for step, shard in self._loader.steps(self.state.step, self.num_steps):
+            result = self.train_step(step, shard)
+            self.state.step = step + 1
+            tracker.progress(self.state.step)
+            if result is not None:
+                log(self._train_metrics(result, clock))
+            if self._evaluates_after(self.state.step):
+                with clock.paused():
+                    log(self.evaluate())
+        if self.state.step == 0:
+            log(self.evaluate())
+        return Result(
+            metrics=latest,
+            steps=self.state.step,
+            examples_seen=self.plan.examples_seen(self.state.step),
+            examples_per_second=clock.examples_per_second(self.state.step),
+            num_skipped_steps=self._update.num_skipped,
+        )
+
+    def train_step(self, step: int, shard: Sequence[Examples]) -> StepResult | None:
+        """One optimizer step: gradient = Σ w_i ∇L_i / Σ w_i over every example of every worker.
+
+        Returns what is logged, at the steps that are logged.
+        """
+        log = self._logs(step)
+        want_sums = log or self._findings.has_weights or bool(self._buffers)
+        sums = []
+        self._update.clear_gradients()
+        self._buffers.start_step()
+        for examples in shard:
+            terms = self._forward_backward(step, examples, is_last=examples is shard[-1])
+            if want_sums and examples.micro_batch.counts:
+                sums.append(self._sums(terms))
+        self._averaging.finish()  # every gradient is now the sum over every example of every worker
+        totals = self._totals(step, sums) if want_sums else None
+        if log:
+            assert totals is not None
+            self._check(step, totals)
+        num_examples = len(self.plan.minibatch(step))
+        weight = totals.weight if totals is not None and self._findings.has_weights else float(num_examples)
+        norm = self._update(step, weight, want_norm=log)
+        return StepResult(totals, norm) if log and totals is not None else None
+
+    def _forward_backward(self, step: int, examples: Examples, *, is_last: bool) -> PerExample:
+        """Add the gradient of this micro-batch's loss sum to the parameters' gradients."""
+        micro_batch = examples.micro_batch
+        self._buffers.start_micro_batch()
+        key_generators(self.workers.device, self.settings.seed, step, micro_batch.index)
+        with self._averaging.micro_batch(is_last=is_last):
+            with self._autocast:
+                loss_sum, terms = self._averaging.task(examples.batch, len(micro_batch))
+            if not micro_batch.counts:
+                loss_sum = loss_sum * 0.0
+            self._update.scale_loss(loss_sum).backward()  # type: ignore[no-untyped-call]
+        return terms
+
+    def _sums(self, terms: PerExample) -> Tensor:
+        sums = terms.sums()
+        return torch.cat([sums, self._buffers.values()]) if self._buffers else sums
+
+    def _totals(self, step: int, sums: Sequence[Tensor]) -> Totals:
+        """Add up over micro-batches and workers; the moving buffers become their means."""
+        num_sums = NUM_SUMS + len(self._findings.metric_names)
+        if not sums:
+            size = num_sums + self._buffers.num_values
+            sums = [torch.zeros(size, dtype=torch.float64, device=self.workers.device)]
+        total = self._averaging.sum(sums)
+        if self._buffers:
+            self._buffers.set_to(total[num_sums:] / self.plan.num_micro_batches(len(self.plan.minibatch(step))))
+        return Totals(total[:num_sums], self._findings.metric_names)
+
+    def _check(self, step: int, totals: Totals) -> None:
+        """Stop, on every worker alike and before the update, where weights or losses make no mean."""
+        totals.check_weights(f"in the minibatch of step {step + 1}")
+        loss = totals.means()["loss"]
+        if not math.isfinite(loss):
+            raise UsageError(
+                f"the loss is {loss} at step {step + 1}; it was finite at step {self._last_logged}, so it went wrong "
+                f"in steps {self._last_logged + 1} to {step + 1}. Usual remedies: a smaller optimizer.lr, clip_norm=1, "
+                "precision=fp32, or a look at the examples of these steps."
+            )
+        self._last_logged = step + 1
+
+    def _train_metrics(self, result: StepResult, clock: Clock) -> dict[str, float]:
+        """What is logged of a step; this waits for the device."""
+        metrics = {f"train/{name}": value for name, value in result.totals.means().items()}
+        metrics["train/learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
+        if result.gradient_norm is not None:
+            metrics["train/gradient_norm"] = float(result.gradient_norm)
+        if self.settings.precision is Precision.fp16:
+            metrics["train/skipped_steps"] = self._update.num_skipped
+        metrics["train/epoch"] = self.plan.examples_seen(self.state.step) / self.plan.examples_per_epoch
+        metrics["train/examples_per_second"] = clock.examples_per_second(self.state.step)
+        return metrics
+
+    def _logs(self, step: int) -> bool:
+        """The first step is logged, so that mistakes show at once, then every `log_every_steps` and the last."""
+        done = step + 1
+        return done == 1 or done % self.settings.log_every_steps == 0 or done == self.num_steps
+
+    def _evaluates_after(self, num_steps: int) -> bool:
+        every = self.settings.evaluation.every_steps or self.plan.steps_per_epoch
+        return num_steps % every == 0 or num_steps == self.num_steps
+
+    def evaluate(self) -> dict[str, float]:
+        """Means over the evaluation examples by names such as eval/loss; empty without an evaluation dataset."""
+        if self._evaluation is None:
+            return {}
+        return {f"eval/{name}": value for name, value in self._evaluation().items()}
+
+
+def make_plan(settings: Settings, num_examples: int, num_workers: int) -> Plan:
+    """How the settings cut `num_examples` training examples for so many workers."""
+    drop_last = settings.batch.last is Last.drop
+    if drop_last and num_examples < settings.batch.size:
+        raise UsageError(
+            f"batch.last=drop with batch.size={settings.batch.size} leaves none of the {num_examples} training "
+            "examples. Use batch.last=keep or a smaller batch.size."
+        )
+    return Plan(
+        num_examples=num_examples,
+        minibatch_size=settings.batch.size,
+        num_workers=num_workers,
+        micro_batch_size=settings.batch.micro_batch_size,
+        default_num_micro_batches=averagings.default_num_micro_batches(settings.averaging, num_workers),
+        drop_last=drop_last,
+    )
+
+
+def count_steps(settings: Settings, plan: Plan) -> int:
+    """Optimizer steps of the whole run."""
+    if settings.steps is not None:
+        return settings.steps
+    assert settings.epochs is not None
+    return settings.epochs * plan.steps_per_epoch

@@ -1,0 +1,108 @@
+"""The workers of a run: their process group, rank, device and the few small collectives the program uses.
+
+One process is a group of size 1: the same calls work and cost nothing.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from mbgd.errors import UsageError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """This process among the workers of a run."""
+
+    rank: int = 0
+    num_workers: int = 1
+    local_rank: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    backend: str = "gloo"
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum_(self, values: Tensor) -> Tensor:
+        """Add up `values` over the workers, in place, on every worker."""
+        if self.num_workers > 1:
+            dist.all_reduce(values)
+        return values
+
+    def broadcast(self, value: T) -> T:
+        """The main worker's `value`, on every worker."""
+        if self.num_workers > 1:
+            values = [value]
+            dist.broadcast_object_list(values, src=0)
+            return values[0]
+        return value
+
+    def barrier(self) -> None:
+        if self.num_workers > 1:
+            dist.barrier()
+
+
+def num_workers_from_environment() -> int:
+    """Number of workers that torchrun (or another launcher) announces; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def start_workers(backend: str = "auto", timeout_seconds: float = 600.0) -> Iterator[Workers]:
+    """Join the process group that torchrun describes in the environment; leave it at the end.
+
+    backend: auto (nccl where every worker of this host has a GPU of its own, otherwise gloo), gloo or nccl.
+    """
+    environment = os.environ
+    rank, num_workers = int(environment.get("RANK", "0")), num_workers_from_environment()
+    local_rank = int(environment.get("LOCAL_RANK", "0"))
+    local_num_workers = int(environment.get("LOCAL_WORLD_SIZE", str(num_workers)))
+    backend = choose_backend(backend, local_num_workers)
+    device = torch.device("cuda", local_rank) if backend == "nccl" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if num_workers > 1:
+        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))
+        # Restarted workers must not read the addresses of the round that died.
+        round_of_run = (
+            f"{environment.get('TORCHELASTIC_RUN_ID', '')}/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        )
+        dist.init_process_group(
+            backend,
+            store=PrefixStore(round_of_run, store),
+            rank=rank,
+            world_size=num_workers,
+            timeout=timedelta(seconds=timeout_seconds),
+            device_id=device if device.type == "cuda" else None,
+        )
+    yield Workers(rank=rank, num_workers=num_workers, local_rank=local_rank, device=device, backend=backend)
+    # Only after success: with a failed peer, leaving in good order could wait for it.
+    if num_workers > 1:
+        dist.destroy_process_group()
+
+
+def choose_backend(backend: str, local_num_workers: int) -> str:
+    """gloo or nccl; UsageError where nccl is asked for and cannot work."""
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if backend == "auto":
+        return "nccl" if num_gpus >= local_num_workers else "gloo"
+    if backend == "nccl" and num_gpus == 0:
+        raise UsageError("backend=nccl, but torch sees no GPU on this host. Use backend=gloo for CPU workers.")
+    if backend == "nccl" and local_num_workers > num_gpus:
+        raise UsageError(
+            f"{local_num_workers} workers on this host, but only {num_gpus} GPUs; each worker needs one of its own. "
+            f"Use --nproc-per-node {num_gpus}, or backend=gloo for CPU workers."
+        )
+    return backend
