@@ -40,7 +40,7 @@ class Evaluation:
         """Mean loss and metrics, the same on every worker; the model is in training mode again afterwards."""
         task = self._task.eval()
         with torch.inference_mode(), autocast(self._precision, self._workers.device):
-            leaves = [task(batch, size)[1].sums() for batch, size in self._batches()]
+            leaves = [task(batch, size).sums() for batch, size in self._batches()]
             means = Totals(self._averaging.sum(leaves or [self._no_examples()]), self._metric_names).means()
         task.train()
         return means

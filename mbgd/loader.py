@@ -1,5 +1,6 @@
 """Plan + order + dataset → this worker's micro-batches, step by step, on its device."""
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby, islice
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from mbgd.errors import UsageError
 from mbgd.order import Order
-from mbgd.plan import MicroBatch, Plan
+from mbgd.plan import MicroBatch, Minibatch, Plan
 from mbgd.precision import move
 
 Indices = NDArray[np.int64]
@@ -61,8 +62,18 @@ class Examples:
     batch: Any
 
 
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """What this worker computes in one step."""
+
+    step: int
+    """Counted from 0."""
+    minibatch: Minibatch
+    micro_batches: list[Examples]
+
+
 class Loader:
-    """Gives this worker's micro-batches of the training data in the plan's order, from any step."""
+    """Gives this worker's shards of the training data in the plan's order, from any step."""
 
     def __init__(
         self, data: Data, plan: Plan, seed: int, rank: int, *, device: torch.device, dtype: torch.dtype
@@ -71,27 +82,41 @@ class Loader:
         self._device, self._dtype = device, dtype
         self._order = Order(plan.num_examples, seed, data.shuffle)
 
-    def steps(self, first: int, stop: int) -> Iterator[tuple[int, list[Examples]]]:
-        """(step, this worker's micro-batches) for steps [first, stop)."""
+    def shards(self, first: int, stop: int) -> Iterator[Shard]:
+        """This worker's shards of steps [first, stop)."""
+        planned: deque[tuple[int, Minibatch, list[MicroBatch]]] = deque()  # runs ahead as far as reading does
         batches = read(
             self._data.train,
-            self._indices(first, stop),
+            self._indices(first, stop, planned),
             num_workers=self._data.num_workers,
             device=self._device,
             dtype=self._dtype,
         )
-        for step in range(first, stop):
-            yield step, [Examples(mb, next(batches)) for mb in self._plan.shard(step, self._rank)]
+        for batch in batches:
+            step, minibatch, micro_batches = planned.popleft()
+            first_examples, *others = micro_batches
+            yield Shard(
+                step,
+                minibatch,
+                [Examples(first_examples, batch), *(Examples(other, next(batches)) for other in others)],
+            )
 
-    def _indices(self, first: int, stop: int) -> Iterator[Indices]:
-        """The example indices of each of this worker's micro-batches in steps [first, stop)."""
+    def _indices(
+        self, first: int, stop: int, planned: deque[tuple[int, Minibatch, list[MicroBatch]]]
+    ) -> Iterator[Indices]:
+        """The example indices of each of this worker's micro-batches; each step's plan is put into `planned`."""
         plan = self._plan
         block_steps = max(1, BLOCK_EXAMPLES * plan.num_workers // plan.minibatch_size)
         for epoch, steps in groupby(range(first, stop), plan.epoch_of):
             while block := list(islice(steps, block_steps)):
-                shards = [mb for step in block for mb in plan.shard(step, self._rank)]
-                positions = np.concatenate([np.arange(mb.start, mb.stop) for mb in shards])
-                edges = np.cumsum([len(mb) for mb in shards[:-1]])
+                micro_batches: list[MicroBatch] = []
+                for step in block:
+                    minibatch = plan.minibatch(step)
+                    shard = plan.shard(minibatch, self._rank)
+                    planned.append((step, minibatch, shard))
+                    micro_batches += shard
+                positions = np.concatenate([np.arange(mb.start, mb.stop) for mb in micro_batches])
+                edges = np.cumsum([len(mb) for mb in micro_batches[:-1]])
                 yield from np.split(self._order.at(epoch, positions), edges)
 
 

@@ -59,13 +59,6 @@ class PerExample:
         self._check_shape(f"metric {name!r}", values)
         return values.detach().double()
 
-    def loss_sum(self) -> Tensor:
-        """Σ w_i L_i, the scalar whose gradient is summed over workers."""
-        if self.weights is None:
-            return self.losses.sum()
-        # A loss that is left out may be inf or nan: 0 · inf must not poison the sum.
-        return (self.losses.masked_fill(self.weights == 0, 0.0) * self.weights).sum()
-
     def sums(self) -> Tensor:
         """The sums that make exact means: float64, shape (NUM_SUMS + number of metrics,)."""
         losses = self.losses.detach().double()
@@ -153,7 +146,9 @@ class CrossEntropy:
 
     def __call__(self, model: nn.Module, batch: Any) -> PerExample:
         inputs, targets = batch
-        logits = model(inputs).movedim(-1, 1)  # torch wants the classes second: (N, C) or (N, C, T)
+        logits = model(inputs)
+        if logits.dim() > 2:
+            logits = logits.movedim(-1, 1)  # torch wants the classes second: (N, C, T)
         if self.class_weights is not None:
             self.class_weights = self.class_weights.to(logits)
         try:
@@ -172,7 +167,7 @@ class CrossEntropy:
         if self.class_weights is not None and weights is not None:
             # torch's losses carry the class weight already; the trainer multiplies by it.
             losses = losses / weights.masked_fill(weights == 0, 1.0)
-        accuracy = partial(_correct, logits.detach(), targets)
+        accuracy = partial(_correct, logits, targets)
         return PerExample(losses, weights, {"accuracy": accuracy})
 
     def _weights(self, targets: Tensor, losses: Tensor) -> Tensor | None:
@@ -206,7 +201,7 @@ _NO_TARGET = -(2**62)  # torch always ignores some number; one that no target ca
 
 
 def _correct(logits: Tensor, targets: Tensor) -> Tensor:
-    return logits.argmax(1) == targets
+    return logits.detach().argmax(1) == targets
 
 
 class MeanSquaredError:

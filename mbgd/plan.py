@@ -77,12 +77,10 @@ class Plan:
         start = step_of_epoch * self.minibatch_size
         return Minibatch(epoch, start, min(start + self.minibatch_size, self.num_examples))
 
-    def shard(self, step: int, rank: int) -> list[MicroBatch]:
-        """The micro-batches that worker `rank` computes in this step; a stand-in if its shard is empty."""
-        minibatch = self.minibatch(step)
-        return micro_batches(
-            minibatch.start, minibatch.stop, self.num_micro_batches(len(minibatch)), rank, self.num_workers
-        )
+    def shard(self, minibatch: Minibatch, rank: int) -> list[MicroBatch]:
+        """The micro-batches that worker `rank` computes of it; a stand-in where there is none for this worker."""
+        num_parts = self.num_micro_batches(len(minibatch))
+        return micro_batches(minibatch.start, minibatch.stop, num_parts, rank, self.num_workers)
 
     def examples_seen(self, steps: int) -> int:
         """Number of training examples in the first `steps` steps."""

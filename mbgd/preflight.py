@@ -45,12 +45,12 @@ def try_out(task: Task, dataset: Any, settings: Settings, device: torch.device) 
     with _restored(task) as buffers_before, _output_widths(task.model) as widths:
         key_generators(device, 0)
         with autocast(precision, device):
-            loss_sum, terms = task(batch, len(indices))
-        _check_differentiable(loss_sum, task)
+            terms = task(batch, len(indices))
+        _check_differentiable(terms.losses, task)
         sums = terms.sums()
         if float(sums[3]) > 0:
             raise UsageError("objective returned negative weights; weights must be ≥ 0 (0 leaves an example out).")
-        loss_sum.backward()
+        terms.losses.backward(torch.ones_like(terms.losses))
         moving = tuple(name for name, b in task.model.named_buffers() if not torch.equal(b, buffers_before[name]))
         unused = tuple(name for name, p in task.model.named_parameters() if p.requires_grad and p.grad is None)
     check_targets = getattr(task.objective, "check_targets", None)
@@ -69,8 +69,8 @@ def _has_weights(terms: PerExample) -> bool:
     return terms.weights is not None or terms.losses.dim() > 1
 
 
-def _check_differentiable(loss_sum: torch.Tensor, task: Task) -> None:
-    if not loss_sum.requires_grad:
+def _check_differentiable(losses: torch.Tensor, task: Task) -> None:
+    if not losses.requires_grad:
         trainable = sum(p.requires_grad for p in task.parameters())
         raise UsageError(
             f"the objective's losses do not depend on any of the model's {trainable} trainable parameters; "

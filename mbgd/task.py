@@ -6,21 +6,21 @@ workers.
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from mbgd.errors import UsageError
 from mbgd.objective import Objective, PerExample
 
 
 class Task(nn.Module):
-    """A micro-batch → its loss sum, whose gradient is wanted, and the per-example losses behind it."""
+    """A micro-batch → its per-example losses."""
 
     def __init__(self, model: nn.Module, objective: Objective) -> None:
         super().__init__()
         self.model = model
         self.objective = objective
 
-    def forward(self, batch: Any, num_examples: int) -> tuple[Tensor, PerExample]:
+    def forward(self, batch: Any, num_examples: int) -> PerExample:
         terms = self.objective(self.model, batch)
         if not isinstance(terms, PerExample):
             raise UsageError(
@@ -28,4 +28,4 @@ class Task(nn.Module):
                 "unreduced loss per example (reduction='none'): the trainer does the averaging."
             )
         terms.check(num_examples)
-        return terms.loss_sum(), terms
+        return terms

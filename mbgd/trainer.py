@@ -14,9 +14,9 @@ from mbgd.clock import Clock
 from mbgd.config import Last, Precision, Settings, problems
 from mbgd.errors import UsageError
 from mbgd.evaluation import Evaluation
-from mbgd.loader import Data, Examples, Loader
+from mbgd.loader import Data, Examples, Loader, Shard
 from mbgd.objective import NUM_SUMS, Objective, PerExample, Totals
-from mbgd.plan import Plan
+from mbgd.plan import Minibatch, Plan
 from mbgd.precision import autocast, parameter_dtype
 from mbgd.preflight import try_out
 from mbgd.randomness import key_generators
@@ -107,9 +107,9 @@ class Trainer:
             tracker.log(self.state.step, metrics)
 
         clock = Clock(self.plan, self.state.step)
-        for step, shard in self._loader.steps(self.state.step, self.num_steps):
-            result = self.train_step(step, shard)
-            self.state.step = step + 1
+        for shard in self._loader.shards(self.state.step, self.num_steps):
+            result = self.train_step(shard)
+            self.state.step = shard.step + 1
             tracker.progress(self.state.step)
             if result is not None:
                 log(self._train_metrics(result, clock))
@@ -126,48 +126,47 @@ class Trainer:
             num_skipped_steps=self._update.num_skipped,
         )
 
-    def train_step(self, step: int, shard: Sequence[Examples]) -> StepResult | None:
+    def train_step(self, shard: Shard) -> StepResult | None:
         """One optimizer step: gradient = Σ w_i ∇L_i / Σ w_i over every example of every worker.
 
         Returns what is logged, at the steps that are logged.
         """
+        step = shard.step
         log = self._logs(step)
         want_sums = log or self._findings.has_weights or bool(self._buffers)
         sums = []
         self._update.clear_gradients()
         self._buffers.start_step()
-        for examples in shard:
-            terms = self._forward_backward(step, examples, is_last=examples is shard[-1])
+        for examples in shard.micro_batches:
+            terms = self._forward_backward(step, examples, is_last=examples is shard.micro_batches[-1])
             if want_sums and examples.micro_batch.counts:
                 sums.append(self._sums(terms))
         self._averaging.finish()  # every gradient is now the sum over every example of every worker
-        totals = self._totals(step, sums) if want_sums else None
+        totals = self._totals(shard.minibatch, sums) if want_sums else None
         if log:
             assert totals is not None
             self._check(step, totals)
-        num_examples = len(self.plan.minibatch(step))
-        weight = totals.weight if totals is not None and self._findings.has_weights else float(num_examples)
+        weight = totals.weight if totals is not None and self._findings.has_weights else len(shard.minibatch)
         norm = self._update(step, weight, want_norm=log)
         return StepResult(totals, norm) if log and totals is not None else None
 
     def _forward_backward(self, step: int, examples: Examples, *, is_last: bool) -> PerExample:
-        """Add the gradient of this micro-batch's loss sum to the parameters' gradients."""
+        """Add Σ w_i ∇L_i over this micro-batch to the parameters' gradients."""
         micro_batch = examples.micro_batch
         self._buffers.start_micro_batch()
         key_generators(self.workers.device, self.settings.seed, step, micro_batch.index)
         with self._averaging.micro_batch(is_last=is_last):
             with self._autocast:
-                loss_sum, terms = self._averaging.task(examples.batch, len(micro_batch))
-            if not micro_batch.counts:
-                loss_sum = loss_sum * 0.0
-            self._update.scale_loss(loss_sum).backward()  # type: ignore[no-untyped-call]
+                terms = self._averaging.task(examples.batch, len(micro_batch))
+            # Backward from the vector of losses, w_i into L_i, is the gradient of their weighted sum.
+            terms.losses.backward(self._update.backward_weights(terms, counts=micro_batch.counts))
         return terms
 
     def _sums(self, terms: PerExample) -> Tensor:
         sums = terms.sums()
         return torch.cat([sums, self._buffers.values()]) if self._buffers else sums
 
-    def _totals(self, step: int, sums: Sequence[Tensor]) -> Totals:
+    def _totals(self, minibatch: Minibatch, sums: Sequence[Tensor]) -> Totals:
         """Add up over micro-batches and workers; the moving buffers become their means."""
         num_sums = NUM_SUMS + len(self._findings.metric_names)
         if not sums:
@@ -175,7 +174,7 @@ class Trainer:
             sums = [torch.zeros(size, dtype=torch.float64, device=self.workers.device)]
         total = self._averaging.sum(sums)
         if self._buffers:
-            self._buffers.set_to(total[num_sums:] / self.plan.num_micro_batches(len(self.plan.minibatch(step))))
+            self._buffers.set_to(total[num_sums:] / self.plan.num_micro_batches(len(minibatch)))
         return Totals(total[:num_sums], self._findings.metric_names)
 
     def _check(self, step: int, totals: Totals) -> None:

@@ -7,13 +7,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mbgd.config import Precision, Settings
+from mbgd.objective import PerExample
 
 
 class Update:
     """Divide by the minibatch's weight, clip, set the learning rate, and step the optimizer.
 
-    With precision fp16 the loss is scaled so that small gradients do not vanish: `scale_loss` before backward, and
-    gradients are unscaled before anything looks at them. A step whose gradients overflowed leaves the parameters
+    With precision fp16 the losses are scaled so that small gradients do not vanish: `backward_weights`, and gradients are unscaled before anything looks at them. A step whose gradients overflowed leaves the parameters
     as they are and is counted in `num_skipped`.
     """
 
@@ -34,6 +34,18 @@ class Update:
             # torch's usual first scale is for a mean loss; ours is a sum over up to the whole minibatch.
             first_scale = 2.0 ** (16 - (settings.batch.size - 1).bit_length())
             self._scaler = torch.amp.GradScaler(device.type, init_scale=max(first_scale, 1.0))
+        # A fused optimizer divides by its `grad_scale` as it reads the gradients, which costs nothing. That is the
+        # hook of torch.amp.GradScaler, whose scales are float32: exact for whole numbers up to 2^24.
+        self._divides_in_kernel = (
+            self._scaler is None
+            and self._clip_norm is None
+            and settings.batch.size <= 2**24
+            and getattr(optimizer, "_step_supports_amp_scaling", False)
+            and all(group.get("fused") for group in optimizer.param_groups)
+        )
+        self._ones: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
+        self._scales: dict[int, Tensor] = {}
+        self._device = device
         self._num_skipped = torch.zeros((), dtype=torch.int64, device=device)
 
     @property
@@ -45,33 +57,62 @@ class Update:
         for parameter in self._parameters:
             parameter.grad = None
 
-    def scale_loss(self, loss_sum: Tensor) -> Tensor:
-        return loss_sum if self._scaler is None else self._scaler.scale(loss_sum)
+    def backward_weights(self, terms: PerExample, *, counts: bool) -> Tensor:
+        """What enters the backward at each loss: its weight, times the loss scale; 0 for a stand-in."""
+        losses = terms.losses
+        if terms.weights is not None:
+            weights = terms.weights.to(losses.dtype)
+        else:
+            key = (losses.shape, losses.dtype)
+            if key not in self._ones:
+                self._ones[key] = torch.ones_like(losses)
+            weights = self._ones[key]
+        if not counts:
+            weights = torch.zeros_like(weights)
+        return weights if self._scaler is None else self._scaler.scale(weights)
 
-    def __call__(self, step: int, weight: float | Tensor, *, want_norm: bool) -> Tensor | None:
+    def __call__(self, step: int, weight: int | Tensor, *, want_norm: bool) -> Tensor | None:
         """Make step number `step` with gradients that are sums over a minibatch of this weight.
 
+        weight: an int where the plan knows it, otherwise a tensor of shape () on the device.
         Returns the mean gradient's norm before clipping, if wanted or needed.
         """
         if self._scaler is not None:
             self._scaler.unscale_(self._optimizer)
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norm: Tensor | None = None
-        if gradients:
-            torch._foreach_div_(gradients, weight)
-            if want_norm or self._clip_norm is not None or self._scaler is not None:
-                norm = torch.nn.utils.get_total_norm(gradients)
-        if self._clip_norm is not None and norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._clip_norm, norm)
-        if self._schedule is not None:
-            factor = self._schedule(step)
-            for group, base_rate in zip(self._optimizer.param_groups, self._base_rates, strict=True):
-                group["lr"] = base_rate * factor
+        if self._divides_in_kernel and isinstance(weight, int):
+            norm = torch.nn.utils.get_total_norm(gradients) / weight if want_norm else None
+            self._optimizer.grad_scale = self._scale(weight)  # type: ignore[attr-defined]
+        else:
+            norm = self._divide_and_clip(gradients, weight, want_norm=want_norm)
+        self._set_learning_rate(step)
         if self._scaler is None:
             self._optimizer.step()
         else:
             self._scaler.step(self._optimizer)
             self._scaler.update()
-            if norm is not None:
-                self._num_skipped += ~norm.isfinite()
+            assert norm is not None
+            self._num_skipped += ~norm.isfinite()
         return norm
+
+    def _scale(self, weight: int) -> Tensor:
+        if weight not in self._scales:
+            self._scales[weight] = torch.tensor(float(weight), device=self._device)
+        return self._scales[weight]
+
+    def _divide_and_clip(
+        self, gradients: Sequence[Tensor], weight: int | Tensor, *, want_norm: bool
+    ) -> Tensor | None:
+        torch._foreach_div_(gradients, weight)
+        if not want_norm and self._clip_norm is None and self._scaler is None:
+            return None
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self._clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._clip_norm, norm)
+        return norm
+
+    def _set_learning_rate(self, step: int) -> None:
+        if self._schedule is not None:
+            factor = self._schedule(step)
+            for group, base_rate in zip(self._optimizer.param_groups, self._base_rates, strict=True):
+                group["lr"] = base_rate * factor

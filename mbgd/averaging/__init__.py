@@ -20,8 +20,8 @@ from mbgd.workers import Workers
 class Averaging(Protocol):
     """One way to add up over micro-batches and workers."""
 
-    def task(self, batch: Any, num_examples: int) -> tuple[Tensor, PerExample]:
-        """`Task.forward`, prepared so that the backward of its result leads to an exchange of gradients."""
+    def task(self, batch: Any, num_examples: int) -> PerExample:
+        """`Task.forward`, prepared so that the backward of its losses leads to an exchange of gradients."""
 
     def micro_batch(self, *, is_last: bool) -> AbstractContextManager[object]:
         """Around the forward and backward of one micro-batch; gradients are exchanged after the shard's last."""

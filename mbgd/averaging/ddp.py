@@ -54,9 +54,9 @@ class DDP:
         work: dist.Work = dist.all_reduce(bucket.buffer(), async_op=True)
         return work.get_future().then(_first)
 
-    def task(self, batch: Any, num_examples: int) -> tuple[Tensor, PerExample]:
-        result: tuple[Tensor, PerExample] = (self._ddp or self._task)(batch, num_examples)
-        return result
+    def task(self, batch: Any, num_examples: int) -> PerExample:
+        terms: PerExample = (self._ddp or self._task)(batch, num_examples)
+        return terms
 
     def micro_batch(self, *, is_last: bool) -> AbstractContextManager[object]:
         if self._ddp is None:

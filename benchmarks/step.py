@@ -1,0 +1,141 @@
+"""The trainer's steps against a hand-written loop on the same work: `python benchmarks/step.py`.
+
+The hand-written loop is what a practised person writes: DistributedDataParallel (none on one worker), tensors in
+memory sliced by index, mean loss, torch's optimizer; one thread per worker. Both train in turn, round by round, in
+the same processes, so that a noisy machine slows both alike. Ratio > 1: the trainer is faster.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+import torch.nn.functional as F
+from machine import publish
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import mbgd
+from mbgd.data import InMemory
+
+
+@dataclass(frozen=True)
+class Work:
+    name: str
+    sizes: tuple[int, ...]
+    minibatch: int
+    num_examples: int
+    steps: int
+    rounds: int
+
+
+WORKS = (
+    Work("digits MLP 64-128-10, minibatch 64", (64, 128, 10), 64, 1437, 400, 15),
+    Work("6.4 M-parameter MLP, minibatch 128", (784, 2160, 2160, 10), 128, 4096, 12, 7),
+)
+
+
+def make_model(work: Work) -> nn.Module:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for before, after in zip(work.sizes[:-1], work.sizes[1:], strict=True):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def make_data(work: Work) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(work.num_examples, work.sizes[0], generator=generator)
+    return inputs, torch.randint(work.sizes[-1], (work.num_examples,), generator=generator)
+
+
+def by_hand(work: Work, workers: mbgd.Workers, fused: bool | None) -> Callable[[], None]:
+    """A hand-written training loop of `work.steps` steps."""
+    inputs, targets = make_data(work)
+    model = make_model(work)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=fused)
+    if workers.num_workers > 1:
+        model = DistributedDataParallel(model)
+    size = work.minibatch // workers.num_workers
+
+    def loop() -> None:
+        step = 0
+        while step < work.steps:
+            order = torch.randperm(work.num_examples)
+            mine = order[workers.rank :: workers.num_workers]
+            for start in range(0, len(mine) - size + 1, size):
+                indices = mine[start : start + size]
+                optimizer.zero_grad()
+                loss = F.cross_entropy(model(inputs[indices]), targets[indices])
+                loss.backward()
+                optimizer.step()
+                step += 1
+                if step % 50 == 0:
+                    loss.item()
+                if step == work.steps:
+                    return
+
+    return loop
+
+
+def by_trainer(work: Work, workers: mbgd.Workers, fused: bool | None) -> Callable[[], None]:
+    """The same with mbgd."""
+    model = make_model(work)
+    trainer = mbgd.Trainer(
+        model,
+        mbgd.CrossEntropy(),
+        torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=fused),
+        mbgd.Data(train=InMemory(*make_data(work))),
+        mbgd.Settings(steps=work.steps, batch=mbgd.Batch(size=work.minibatch)),
+        workers,
+    )
+    return lambda: None if trainer.fit() else None
+
+
+def measure(rank: int, num_workers: int, port: int, work: Work, fused: bool | None, results: list[float]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_workers)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with mbgd.start_workers("gloo") as workers:
+        for _ in range(work.rounds + 1):  # the first round warms up
+            for make in (by_hand, by_trainer):
+                loop = make(work, workers, fused)
+                workers.barrier()
+                start = time.perf_counter()
+                loop()
+                if workers.num_workers > 1:
+                    dist.barrier()
+                if workers.is_main:
+                    results.append(time.perf_counter() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    arguments = parser.parse_args()
+    lines = [f"{'':<36}{'workers':>8}{'optimizer':>12}{'by hand':>12}{'trainer':>12}{'ratio':>8}{'(range)':>16}"]
+    with torch.multiprocessing.Manager() as manager:
+        for work in WORKS:
+            for num_workers in arguments.workers:
+                for fused in (None, True):
+                    times = manager.list()
+                    port = 20000 + os.getpid() % 20000 + len(lines)
+                    torch.multiprocessing.spawn(measure, (num_workers, port, work, fused, times), num_workers)
+                    hand, ours = list(times)[2::2], list(times)[3::2]
+                    ratios = [a / b for a, b in zip(hand, ours, strict=True)]
+                    examples = work.steps * work.minibatch
+                    lines.append(
+                        f"{work.name:<36}{num_workers:>8}{'fused SGD' if fused else 'SGD':>12}"
+                        f"{examples / statistics.median(hand):>10,.0f}/s{examples / statistics.median(ours):>10,.0f}/s"
+                        f"{statistics.median(ratios):>8.2f}{f'({min(ratios):.2f}–{max(ratios):.2f})':>16}"
+                    )
+    publish("step", "Examples per second, medians of interleaved rounds.\n\n" + "\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

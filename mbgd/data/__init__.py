@@ -1,0 +1,9 @@
+"""The datasets that ship: small, real or made on the fly, and readable without a network."""
+
+from mbgd.data.digits import digits
+from mbgd.data.fashion_mnist import fashion_mnist
+from mbgd.data.in_memory import InMemory
+from mbgd.data.regression import Regression
+from mbgd.data.tensors import tensors
+
+__all__ = ["InMemory", "Regression", "digits", "fashion_mnist", "tensors"]
