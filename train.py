@@ -16,7 +16,6 @@ from mbgd.tracking.json_lines import JsonLines
 from mbgd.workers import start_workers
 
 
-@record
 def run(composed: DictConfig) -> None:
     """Compose → workers → build → fit → results."""
     config = typed(composed)
@@ -36,6 +35,7 @@ def run(composed: DictConfig) -> None:
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
+@record
 def main(composed: DictConfig) -> None:
     try:
         run(composed)

@@ -28,6 +28,9 @@ def typed(composed: DictConfig) -> Config:
         found.append(f"{key} has no value. Give it one: {key}=…")
         OmegaConf.update(composed, key, None)  # so that what refers to it resolves, and other mistakes show too
     schema = values = OmegaConf.structured(Config)
+    for section in schema.values():  # frozen classes make read-only sections, into which nothing can be merged
+        if isinstance(section, DictConfig):
+            OmegaConf.set_readonly(section, False)
     for path, part in _parts(OmegaConf.to_container(composed, resolve=True), schema):
         try:
             values = OmegaConf.merge(values, part)

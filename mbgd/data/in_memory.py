@@ -52,12 +52,3 @@ class InMemory:
         if self.targets.is_floating_point():
             return math.prod(self.targets.shape[1:])
         return int(self.targets.max()) + 1
-
-    def to(self, dtype: torch.dtype) -> "InMemory":
-        """The same examples with floating inputs and targets in `dtype`; integers stay as they are."""
-        inputs, targets = (
-            values.to(dtype) if values.is_floating_point() else values for values in (self.inputs, self.targets)
-        )
-        if inputs is self.inputs and targets is self.targets:
-            return self
-        return InMemory(inputs, targets)

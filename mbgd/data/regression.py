@@ -1,6 +1,6 @@
 """Linear regression with noise, of any size: examples are made when they are read and never stored."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -9,12 +9,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mbgd.errors import UsageError
+from mbgd.order import GAMMA, mix, scramble
 
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
-
-MASK = 2**64 - 1
-GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 
 BELL_STD = float(np.sqrt((2**32 - 1) / 3))  # of a sum of four uniform 16-bit values
 MAX_FEATURES = 2**17  # products of two 19-bit values, so many, sum up to less than 2^53
@@ -39,7 +37,6 @@ class Regression:
     seed: int = 0
     first: int = 0
     """Number of the first example, ≥ 0: an evaluation set begins where the training set ends."""
-    dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
         for name in ("num_examples", "num_features", "num_targets"):
@@ -60,7 +57,7 @@ class Regression:
         return inputs[0], targets[0]
 
     def gather(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """The examples of these numbers; `indices` is int64, shape (N,), each from 0 to num_examples - 1."""
+        """The examples of these numbers, in float64; `indices` is int64, shape (N,), from 0 to num_examples − 1."""
         numbers = indices.numpy()
         if len(numbers) and not 0 <= numbers.min() <= numbers.max() < self.num_examples:
             raise IndexError(f"examples {numbers.min()} to {numbers.max()}; there are {self.num_examples}.")
@@ -69,7 +66,7 @@ class Regression:
         inputs, noise = values[:, : self.num_features], values[:, self.num_features :]
         targets = (inputs @ self._whole_coefficients) * (BELL_STD**-2 * self.num_features**-0.5)
         targets += noise * (self.noise / BELL_STD)
-        return torch.from_numpy(inputs / BELL_STD).to(self.dtype), torch.from_numpy(targets).to(self.dtype)
+        return torch.from_numpy(inputs / BELL_STD), torch.from_numpy(targets)
 
     @property
     def coefficients(self) -> Tensor:
@@ -92,29 +89,18 @@ class Regression:
         """Values in one example's target."""
         return self.num_targets
 
-    def to(self, dtype: torch.dtype) -> "Regression":
-        """The same examples in another floating dtype."""
-        return self if dtype == self.dtype else replace(self, dtype=dtype)
-
 
 def _bell(seed: int, numbers: I64, count: int) -> NDArray[np.float64]:
     """`count` whole numbers for each number: mean 0, standard deviation BELL_STD, shape (len(numbers), count).
 
-    Each is twice the sum of four uniform 16-bit values, less its mean: the outputs of splitmix64 (Steele, Lea and
-    Flood 2014, Fast Splittable Pseudorandom Number Generators), one stream per number.
+    Each is twice the sum of four uniform 16-bit values, less its mean: outputs of splitmix64, one stream per
+    number.
     """
-    seed_key = _mix(np.array([(seed + GOLDEN_GAMMA) & MASK], np.uint64))
-    keys = _mix(seed_key + numbers.astype(np.uint64) * np.uint64(GOLDEN_GAMMA))
-    steps = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(GOLDEN_GAMMA)
-    words = _mix(keys[:, None] + steps)
+    seed_key = scramble(np.array([mix(seed)], np.uint64))
+    keys = scramble(seed_key + numbers.astype(np.uint64) * np.uint64(GAMMA))
+    steps = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(GAMMA)
+    words = scramble(keys[:, None] + steps)
     total = np.zeros(words.shape, np.uint64)
     for shift in (0, 16, 32, 48):
         total += (words >> np.uint64(shift)) & np.uint64(0xFFFF)
     return 2.0 * total.astype(np.float64) - 4 * 0xFFFF
-
-
-def _mix(words: U64) -> U64:
-    """splitmix64's output function: a bijection of 64-bit words in which every input bit moves every output bit."""
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))

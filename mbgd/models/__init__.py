@@ -1,0 +1,7 @@
+"""The models that ship: small, and of a size that follows from the data."""
+
+from mbgd.models.cnn import CNN
+from mbgd.models.linear import Linear
+from mbgd.models.mlp import MLP
+
+__all__ = ["CNN", "MLP", "Linear"]
