@@ -16,12 +16,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 import torch.nn.functional as F
-from machine import publish
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import mbgd
 from mbgd.data import InMemory
+
+from machine import publish
 
 
 @dataclass(frozen=True)

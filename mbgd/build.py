@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Iterator
+from types import FunctionType
 from typing import Any
 
 import torch
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -24,7 +25,7 @@ def typed(composed: DictConfig) -> Config:
     """The configuration as typed settings; UsageError naming everything that is wrong with it at once."""
     composed = composed.copy()
     found = []
-    for key in sorted(OmegaConf.missing_keys(composed)):
+    for key in _missing_keys(OmegaConf.to_container(composed)):
         found.append(f"{key} has no value. Give it one: {key}=…")
         OmegaConf.update(composed, key, None)  # so that what refers to it resolves, and other mistakes show too
     schema = values = OmegaConf.structured(Config)
@@ -45,6 +46,15 @@ def typed(composed: DictConfig) -> Config:
     return config
 
 
+def _missing_keys(node: Any, prefix: str = "") -> Iterator[str]:
+    """Keys whose value is ???. (OmegaConf.missing_keys stops at interpolations that lead to one.)"""
+    if node == "???":
+        yield prefix.removesuffix(".")
+    elif isinstance(node, dict):
+        for key, value in node.items():
+            yield from _missing_keys(value, f"{prefix}{key}.")
+
+
 def _parts(values: Any, schema: DictConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     """(path, what to merge) for each typed value; a node that the schema leaves open comes as a whole."""
     for key, value in values.items():
@@ -63,7 +73,7 @@ def build_trainer(config: Config, workers: Workers) -> Trainer:
     model = make("model", config.model, **from_data)
     if not isinstance(model, torch.nn.Module):
         raise UsageError(f"model is a {type(model).__name__}; it must be a torch.nn.Module.")
-    objective = make("objective", config.objective)
+    objective = make("objective", config.objective, _partial_=_is_function(config.objective))
     optimizer = make("optimizer", config.optimizer, [p for p in model.parameters() if p.requires_grad])
     plan = make_plan(config, len(data.train), workers.num_workers)
     schedule = None
@@ -80,6 +90,14 @@ def build_data(config: Config) -> Data:
         dataset = make(f"data.{split}", node[split]) if node.get(split) is not None else None
         datasets[split] = dataset
     return Data(**datasets, shuffle=node.get("shuffle", True), num_workers=node.get("num_workers", 0))
+
+
+def _is_function(node: Any) -> bool:
+    """Whether the target is itself an objective, not what makes one."""
+    try:
+        return isinstance(node, dict) and isinstance(get_object(node["_target_"]), FunctionType)
+    except Exception:  # what is wrong with the target, `make` says
+        return False
 
 
 def make(name: str, node: Any, *arguments: Any, **keywords: Any) -> Any:

@@ -63,7 +63,7 @@ class Settings:
     """What training depends on beside the model, the data, the objective and the optimizer."""
 
     seed: int = 0
-    epochs: int | None = None
+    epochs: int | None = 1
     steps: int | None = None
     """Optimizer steps; None: `epochs` passes over the training examples."""
     batch: Batch = field(default_factory=Batch)

@@ -82,6 +82,11 @@ class Loader:
         self._device, self._dtype = device, dtype
         self._order = Order(plan.num_examples, seed, data.shuffle)
 
+    def first_minibatch(self) -> Indices:
+        """The example indices of the first step, all workers together."""
+        minibatch = self._plan.minibatch(0)
+        return self._order.at(0, np.arange(minibatch.start, minibatch.stop))
+
     def shards(self, first: int, stop: int) -> Iterator[Shard]:
         """This worker's shards of steps [first, stop)."""
         planned: deque[tuple[int, Minibatch, list[MicroBatch]]] = deque()  # runs ahead as far as reading does

@@ -1,24 +1,38 @@
 """Position in an epoch → example index: a keyed pseudo-random permutation with random access and O(1) memory.
 
-A Feistel network (Luby & Rackoff 1988) with halves of unequal width permutes the smallest power-of-two domain that
-holds all examples; cycle walking (Black & Rogaway 2002) stays within the examples: an index out of range is permuted
-again until it is in range. The round function is the finalizer of splitmix64 (Steele, Lea & Flood 2014).
+A Feistel network (Luby & Rackoff 1988) with halves of unequal width permutes the smallest power-of-two
+domain that holds all examples; cycle walking (Black & Rogaway 2002) stays within the examples: an index out of
+range is permuted again until it is in range. The round function is the finalizer of splitmix64 (Steele, Lea &
+Flood 2014).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-NUM_ROUNDS = 8
+U64 = NDArray[np.uint64]
+I64 = NDArray[np.int64]
+
+NUM_ROUNDS = 8  # even, so that halves of unequal width are back in their places after the last
+MAX_EXAMPLES = 2**62
+BLOCK_POSITIONS = 2**13  # permuted at once: the five arrays of a pass stay within a processor's L2 cache
 
 _MASK = 2**64 - 1
 GAMMA = 0x9E3779B97F4A7C15  # splitmix64's step
 _FACTOR_1, _FACTOR_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+# Numpy before 2.0 turns uint64 arrays with Python ints of this size into floats, hence the typed constants.
+_GAMMA_64, _FACTOR_1_64, _FACTOR_2_64 = np.uint64(GAMMA), np.uint64(_FACTOR_1), np.uint64(_FACTOR_2)
+_27, _30, _31 = np.uint64(27), np.uint64(30), np.uint64(31)
 
 
 def mix(*values: int) -> int:
-    """One well-mixed 64-bit number from whole numbers; their order matters."""
+    """One well-mixed number, 0 ≤ number < 2**64, from whole numbers; their order matters.
+
+    Each value counts modulo 2**64, so any Python int will do. One splitmix64 step (Steele, Lea & Flood 2014)
+    per value; every bit of the result depends on every bit of every value.
+    """
     state = 0
     for value in values:
         state = (state ^ (value & _MASK)) + GAMMA & _MASK
@@ -28,24 +42,32 @@ def mix(*values: int) -> int:
     return state
 
 
-def mix_array(values: NDArray[np.uint64], key: int) -> NDArray[np.uint64]:
+def mix_array(values: U64, key: int) -> U64:
     """`mix(key, value)` for each value: a new array of the same shape."""
-    return scramble((values ^ np.uint64(mix(key))) + np.uint64(GAMMA))
+    mixed = values ^ np.uint64(mix(key))
+    mixed += _GAMMA_64
+    return scramble(mixed)
 
 
-def scramble(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """splitmix64's finalizer, in place: a bijection of 64-bit words in which every bit moves every other."""
-    words ^= words >> np.uint64(30)
-    words *= np.uint64(_FACTOR_1)
-    words ^= words >> np.uint64(27)
-    words *= np.uint64(_FACTOR_2)
-    words ^= words >> np.uint64(31)
+def scramble(words: U64, scratch: U64 | None = None) -> U64:
+    """splitmix64's finalizer, in place: a bijection of 64-bit words in which every bit moves every other.
+
+    `scratch`, of the same shape, is overwritten; without it, temporary arrays are allocated.
+    """
+    words ^= np.right_shift(words, _30, out=scratch)
+    words *= _FACTOR_1_64
+    words ^= np.right_shift(words, _27, out=scratch)
+    words *= _FACTOR_2_64
+    words ^= np.right_shift(words, _31, out=scratch)
     return words
 
 
 @dataclass(frozen=True)
 class Order:
-    """The order of the examples in every epoch: a function of (seed, epoch, position)."""
+    """The order of the examples in every epoch: a function of (seed, epoch, position).
+
+    Any int is a seed or an epoch, modulo 2**64. Raises ValueError unless 1 ≤ num_examples ≤ 2**62.
+    """
 
     num_examples: int
     seed: int
@@ -53,35 +75,73 @@ class Order:
     """False: in every epoch as they lie."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.num_examples <= 2**62:
+        if not 1 <= self.num_examples <= MAX_EXAMPLES:
             raise ValueError(f"num_examples={self.num_examples}; an order needs from 1 to 2**62 examples.")
 
-    def at(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The example indices at these positions of the epoch, shape as given; each from 0 to num_examples − 1."""
-        if len(positions) and not (positions.min() >= 0 and positions.max() < self.num_examples):
-            raise ValueError(
-                f"positions {positions.min()} to {positions.max()}; an epoch has positions 0 to {self.num_examples - 1}."
-            )
-        if not self.shuffle:
-            return positions
-        values = self._permute(positions.astype(np.uint64), epoch)
-        outside = np.flatnonzero(values >= np.uint64(self.num_examples))
-        while len(outside):
-            again = self._permute(values[outside], epoch)
-            values[outside] = again
-            outside = outside[again >= np.uint64(self.num_examples)]
-        return values.astype(np.int64)
+    def indices(self, epoch: int, start: int, stop: int) -> I64:
+        """The example indices at positions [start, stop) of the epoch: a new array, shape (stop − start,).
 
-    def _permute(self, values: NDArray[np.uint64], epoch: int) -> NDArray[np.uint64]:
-        """One pass of the network over the power-of-two domain."""
+        Raises ValueError unless 0 ≤ start ≤ stop ≤ num_examples.
+        """
+        if not 0 <= start <= stop <= self.num_examples:
+            raise ValueError(
+                f"positions [{start}, {stop}); the rule is 0 ≤ start ≤ stop ≤ num_examples = {self.num_examples}."
+            )
+        indices = np.arange(start, stop, dtype=np.int64)
+        self._shuffle(indices, epoch)
+        return indices
+
+    def at(self, epoch: int, positions: I64) -> I64:
+        """The example indices at these positions of the epoch: a new array, shape as given.
+
+        Raises ValueError unless every position is from 0 to num_examples − 1.
+        """
+        if positions.size and not (positions.min() >= 0 and positions.max() < self.num_examples):
+            raise ValueError(
+                f"positions {positions.min()} to {positions.max()}; "
+                f"an epoch has positions 0 to {self.num_examples - 1}."
+            )
+        indices = np.array(positions, dtype=np.int64, order="C")
+        self._shuffle(indices.reshape(-1), epoch)
+        return indices
+
+    def _shuffle(self, values: I64, epoch: int) -> None:
+        """Turn positions into example indices, in place; `values` is contiguous, shape (N,)."""
+        if not self.shuffle:
+            return
+        keys = [np.uint64(mix(mix(self.seed, epoch, number))) for number in range(NUM_ROUNDS)]
+        words = values.view(np.uint64)
+        for first in range(0, len(words), BLOCK_POSITIONS):
+            self._walk(words[first : first + BLOCK_POSITIONS], keys)
+
+    def _walk(self, words: U64, keys: Sequence[np.uint64]) -> None:
+        """Permute within the examples, in place: what lands outside is permuted again until it is inside."""
+        num_examples = np.uint64(self.num_examples)
+        self._permute(words, keys)
+        outside = np.flatnonzero(words >= num_examples)
+        while len(outside):
+            again = words[outside]
+            self._permute(again, keys)
+            words[outside] = again
+            outside = outside[again >= num_examples]
+
+    def _permute(self, words: U64, keys: Sequence[np.uint64]) -> None:
+        """One pass of the network over the power-of-two domain, in place."""
         num_bits = max(2, (self.num_examples - 1).bit_length())
         right_bits = num_bits // 2
         left_bits = num_bits - right_bits
-        left = values >> np.uint64(right_bits)
-        right = values & np.uint64(2**right_bits - 1)
-        for number in range(NUM_ROUNDS):
-            # The halves change places, and widths with them; after an even number of rounds they are back.
-            left_bits, right_bits = right_bits, left_bits
-            scrambled = mix_array(right, mix(self.seed, epoch, number))
-            left, right = right, (left ^ scrambled) & np.uint64(2**right_bits - 1)
-        return (left << np.uint64(right_bits)) | right
+        shift = np.uint64(right_bits)
+        left_mask, right_mask = np.uint64(2**left_bits - 1), np.uint64(2**right_bits - 1)
+        left, right = words >> shift, words & right_mask
+        scrambled, scratch = np.empty_like(left), np.empty_like(left)
+        for key in keys:
+            np.bitwise_xor(right, key, out=scrambled)
+            scrambled += _GAMMA_64
+            scramble(scrambled, scratch)
+            scrambled &= left_mask
+            left ^= scrambled
+            # The halves change places, and their widths with them.
+            left, right = right, left
+            left_mask, right_mask = right_mask, left_mask
+        np.left_shift(left, shift, out=words)
+        words |= right

@@ -9,14 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from mbgd.config import Settings
 from mbgd.errors import UsageError
-from mbgd.loader import read
-from mbgd.objective import PerExample
+from mbgd.loader import Indices, read
+from mbgd.objective import PerExample, Totals
 from mbgd.precision import autocast, parameter_dtype
 from mbgd.randomness import key_generators
 from mbgd.task import Task
@@ -37,32 +36,32 @@ class Findings:
     """Names of trainable parameters that got no gradient."""
 
 
-def try_out(task: Task, dataset: Any, settings: Settings, device: torch.device) -> Findings:
-    """Run a few examples through the task; UsageError where the contract is broken."""
-    precision = settings.precision
-    indices = np.arange(min(settings.batch.size, NUM_EXAMPLES, len(dataset)))
-    (batch,) = read(dataset, [indices], num_workers=0, device=device, dtype=parameter_dtype(precision))
+def try_out(task: Task, dataset: Any, first_minibatch: Indices, settings: Settings, device: torch.device) -> Findings:
+    """Run some examples of the first minibatch through the task; UsageError where the contract is broken."""
+
+    def compute(indices: Indices) -> PerExample:
+        (batch,) = read(dataset, [indices], num_workers=0, device=device, dtype=parameter_dtype(settings.precision))
+        key_generators(device, settings.seed)
+        with autocast(settings.precision, device):
+            terms: PerExample = task(batch, len(indices))
+            return terms
+
     with _restored(task) as buffers_before, _output_widths(task.model) as widths:
-        key_generators(device, 0)
-        with autocast(precision, device):
-            terms = task(batch, len(indices))
+        terms = compute(first_minibatch[:NUM_EXAMPLES])
         _check_differentiable(terms.losses, task)
-        sums = terms.sums()
-        if float(sums[3]) > 0:
-            raise UsageError("objective returned negative weights; weights must be ≥ 0 (0 leaves an example out).")
-        terms.losses.backward(torch.ones_like(terms.losses))
+        totals = Totals(terms.sums(), tuple(sorted(terms.metrics)))
+        torch.autograd.backward(terms.losses, torch.ones_like(terms.losses))
         moving = tuple(name for name, b in task.model.named_buffers() if not torch.equal(b, buffers_before[name]))
         unused = tuple(name for name, p in task.model.named_parameters() if p.requires_grad and p.grad is None)
+        if not totals.weight:
+            with torch.no_grad():
+                totals = Totals(compute(first_minibatch).sums(), totals.metric_names)
+        totals.check_weights("in the first minibatch")
     check_targets = getattr(task.objective, "check_targets", None)
     targets = getattr(dataset, "targets", None)
     if check_targets is not None and targets is not None and widths:
         check_targets(targets, num_classes=widths[-1])
-    return Findings(
-        has_weights=_has_weights(terms),
-        metric_names=tuple(sorted(terms.metrics)),
-        moving_buffers=moving,
-        unused_parameters=unused,
-    )
+    return Findings(_has_weights(terms), totals.metric_names, moving, unused)
 
 
 def _has_weights(terms: PerExample) -> bool:

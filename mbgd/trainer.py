@@ -81,14 +81,14 @@ class Trainer:
         self.state = State()
         dtype = parameter_dtype(settings.precision)
         task = Task(model, objective).to(device=workers.device, dtype=dtype).train()
-        self._findings = findings = try_out(task, data.train, settings, workers.device)
+        self._loader = Loader(data, self.plan, settings.seed, workers.rank, device=workers.device, dtype=dtype)
+        self._findings = findings = try_out(task, data.train, self._loader.first_minibatch(), settings, workers.device)
         self._averaging = averagings.create(
             settings.averaging, task, workers, parameters_vary=bool(findings.unused_parameters)
         )
         self._autocast = autocast(settings.precision, workers.device)
         self._buffers = MovingBuffers(model, findings.moving_buffers)
         self._update = Update(list(model.parameters()), optimizer, settings, workers.device)
-        self._loader = Loader(data, self.plan, settings.seed, workers.rank, device=workers.device, dtype=dtype)
         self._evaluation = (
             Evaluation(task, data, findings.metric_names, settings, workers, self._averaging)
             if data.evaluation is not None
@@ -159,7 +159,7 @@ class Trainer:
             with self._autocast:
                 terms = self._averaging.task(examples.batch, len(micro_batch))
             # Backward from the vector of losses, w_i into L_i, is the gradient of their weighted sum.
-            terms.losses.backward(self._update.backward_weights(terms, counts=micro_batch.counts))
+            torch.autograd.backward(terms.losses, self._update.backward_weights(terms, counts=micro_batch.counts))
         return terms
 
     def _sums(self, terms: PerExample) -> Tensor:

@@ -13,8 +13,8 @@ from mbgd.objective import PerExample
 class Update:
     """Divide by the minibatch's weight, clip, set the learning rate, and step the optimizer.
 
-    With precision fp16 the losses are scaled so that small gradients do not vanish: `backward_weights`, and gradients are unscaled before anything looks at them. A step whose gradients overflowed leaves the parameters
-    as they are and is counted in `num_skipped`.
+    With precision fp16 the losses are scaled, so that small gradients do not vanish, and the gradients unscaled before
+    anything looks at them. A step whose gradients overflowed leaves the parameters as they are and is counted.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Update:
             and getattr(optimizer, "_step_supports_amp_scaling", False)
             and all(group.get("fused") for group in optimizer.param_groups)
         )
-        self._ones: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
+        self._ones: dict[int, Tensor] = {}
         self._scales: dict[int, Tensor] = {}
         self._device = device
         self._num_skipped = torch.zeros((), dtype=torch.int64, device=device)
@@ -59,17 +59,17 @@ class Update:
 
     def backward_weights(self, terms: PerExample, *, counts: bool) -> Tensor:
         """What enters the backward at each loss: its weight, times the loss scale; 0 for a stand-in."""
-        losses = terms.losses
-        if terms.weights is not None:
-            weights = terms.weights.to(losses.dtype)
-        else:
-            key = (losses.shape, losses.dtype)
-            if key not in self._ones:
-                self._ones[key] = torch.ones_like(losses)
-            weights = self._ones[key]
+        weights = terms.weights.to(terms.losses.dtype) if terms.weights is not None else self._ones_like(terms.losses)
         if not counts:
             weights = torch.zeros_like(weights)
         return weights if self._scaler is None else self._scaler.scale(weights)
+
+    def _ones_like(self, losses: Tensor) -> Tensor:
+        if losses.dim() > 1:
+            return torch.ones_like(losses)
+        if losses.shape[0] not in self._ones:
+            self._ones[losses.shape[0]] = torch.ones_like(losses)
+        return self._ones[losses.shape[0]]
 
     def __call__(self, step: int, weight: int | Tensor, *, want_norm: bool) -> Tensor | None:
         """Make step number `step` with gradients that are sums over a minibatch of this weight.
@@ -100,10 +100,9 @@ class Update:
             self._scales[weight] = torch.tensor(float(weight), device=self._device)
         return self._scales[weight]
 
-    def _divide_and_clip(
-        self, gradients: Sequence[Tensor], weight: int | Tensor, *, want_norm: bool
-    ) -> Tensor | None:
-        torch._foreach_div_(gradients, weight)
+    def _divide_and_clip(self, gradients: list[Tensor], weight: int | Tensor, *, want_norm: bool) -> Tensor | None:
+        divisor = weight if isinstance(weight, Tensor) else float(weight)
+        torch._foreach_div_(gradients, divisor)  # type: ignore[call-overload]
         if not want_norm and self._clip_norm is None and self._scaler is None:
             return None
         norm = torch.nn.utils.get_total_norm(gradients)

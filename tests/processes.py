@@ -13,14 +13,16 @@ from typing import Any
 import torch
 import torch.multiprocessing
 
-from mbgd.workers import Workers, start_workers
+from mbgd.workers import start_workers
 
 multiprocessing.get_context("forkserver").set_forkserver_preload(
     ["torch", "torch.distributed", "torch.nn.parallel", "mbgd.trainer", "mbgd.data"]
 )
 
 
-def run_workers(function: Callable[..., Any], num_workers: int, *arguments: Any, timeout_seconds: float = 120) -> list[Any]:
+def run_workers(
+    function: Callable[..., Any], num_workers: int, *arguments: Any, timeout_seconds: float = 120
+) -> list[Any]:
     """`function(workers, *arguments)` on each of `num_workers` workers; what they return, in rank order.
 
     `function` must be defined at the top of a module. An exception on any worker is raised here.
@@ -66,6 +68,3 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
-
-
-__all__ = ["Workers", "free_port", "run_workers"]

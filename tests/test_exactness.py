@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from processes import run_workers
 from torch import Tensor, nn
 
 import mbgd
-import reference
 from mbgd.order import Order
 from mbgd.plan import Plan
+
+import reference
+from processes import run_workers
 
 NUM_FEATURES, NUM_CLASSES, NUM_TOKENS = 6, 3, 5
 SEED = 11

@@ -7,7 +7,6 @@ DataLoader. `input_shape` and `num_outputs` tell a model of no size of its own h
 
 import math
 
-import torch
 from torch import Tensor
 
 from mbgd.errors import UsageError

@@ -29,7 +29,9 @@ def tensors(path: str, split: str) -> InMemory | None:
     if split == "evaluation" and len(missing) == 2:
         return None
     if missing:
-        raise UsageError(f"{path} has no {' and no '.join(missing)}; it holds {', '.join(sorted(arrays)) or 'nothing'}.")
+        raise UsageError(
+            f"{path} has no {' and no '.join(missing)}; it holds {', '.join(sorted(arrays)) or 'nothing'}."
+        )
     inputs, targets = (arrays[name] for name in names)
     for name, values in zip(names, (inputs, targets), strict=True):
         if values.is_floating_point() and not values.isfinite().all():
