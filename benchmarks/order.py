@@ -1,7 +1,7 @@
-"""How soon the first example of a shuffled epoch is known, and for how much memory: `python benchmarks/order.py`.
+"""Time and memory before the first index of a shuffled epoch is known: `python benchmarks/order.py`.
 
-`mbgd.order.Order` against `torch.utils.data.DistributedSampler`, which shuffles the whole epoch before it gives its
-first index and does so in every worker. The sampler runs in a process of its own, so that its peak is its own.
+`mbgd.order.Order` against `torch.utils.data.DistributedSampler`, which shuffles the whole epoch before it
+gives its first index, in every worker. The sampler runs in a process of its own, so that its peak is its own.
 """
 
 import argparse
@@ -33,7 +33,7 @@ class Sized(Dataset[None]):
 
 
 def order(num_examples: int, count: int, rounds: int) -> tuple[float, float]:
-    """Median milliseconds and peak MiB of the first `count` indices of an epoch, every round's of another epoch."""
+    """Median milliseconds and peak MiB of the first `count` indices; each round is another epoch."""
 
     def first(epoch: int) -> None:
         Order(num_examples, seed=0).indices(epoch, 0, count)
@@ -53,7 +53,7 @@ def order(num_examples: int, count: int, rounds: int) -> tuple[float, float]:
 
 
 def sampler(num_examples: int) -> tuple[float, float]:
-    """Milliseconds to the sampler's first index, and MiB by which the process's peak then exceeds what it was."""
+    """Milliseconds to the sampler's first index, and MiB by which the process's peak memory grew."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # One of two workers: each shuffles the whole and keeps a half.
     distributed: DistributedSampler[None] = DistributedSampler(Sized(num_examples), num_replicas=2, rank=0)

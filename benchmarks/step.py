@@ -1,7 +1,8 @@
 """The trainer's steps against a hand-written loop on the same work: `python benchmarks/step.py`.
 
 The hand-written loop is what a practised person writes: DistributedDataParallel (none on one worker), tensors in
-memory sliced by index, mean loss, torch's optimizer; one thread per worker. Both train in turn, round by round, in
+memory sliced by index, mean loss, torch's optimizer as torch makes it; one thread per worker. The trainer's optimizers
+are those of conf/optimizer, which are fused; one row gives the hand-written loop a fused one as well. Both train in turn, round by round, in
 the same processes, so that a noisy machine slows both alike. Ratio > 1: the trainer is faster.
 """
 
@@ -11,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -41,6 +43,22 @@ WORKS = (
 )
 
 
+@dataclass(frozen=True)
+class Optimizers:
+    name: str
+    by_hand: Callable[..., torch.optim.Optimizer]
+    by_trainer: Callable[..., torch.optim.Optimizer]
+
+
+SGD = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
+ADAMW = partial(torch.optim.AdamW, lr=1e-4)
+OPTIMIZERS = (
+    Optimizers("SGD", SGD, partial(SGD, fused=True)),
+    Optimizers("AdamW", ADAMW, partial(ADAMW, fused=True)),
+    Optimizers("SGD, both fused", partial(SGD, fused=True), partial(SGD, fused=True)),
+)
+
+
 def make_model(work: Work) -> nn.Module:
     torch.manual_seed(0)
     layers: list[nn.Module] = []
@@ -55,11 +73,11 @@ def make_data(work: Work) -> tuple[Tensor, Tensor]:
     return inputs, torch.randint(work.sizes[-1], (work.num_examples,), generator=generator)
 
 
-def by_hand(work: Work, workers: mbgd.Workers, fused: bool | None) -> Callable[[], None]:
+def by_hand(work: Work, workers: mbgd.Workers, optimizers: Optimizers) -> Callable[[], None]:
     """A hand-written training loop of `work.steps` steps."""
     inputs, targets = make_data(work)
     model = make_model(work)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=fused)
+    optimizer = optimizers.by_hand(model.parameters())
     if workers.num_workers > 1:
         model = DistributedDataParallel(model)
     size = work.minibatch // workers.num_workers
@@ -84,28 +102,28 @@ def by_hand(work: Work, workers: mbgd.Workers, fused: bool | None) -> Callable[[
     return loop
 
 
-def by_trainer(work: Work, workers: mbgd.Workers, fused: bool | None) -> Callable[[], None]:
+def by_trainer(work: Work, workers: mbgd.Workers, optimizers: Optimizers) -> Callable[[], object]:
     """The same with mbgd."""
     model = make_model(work)
     trainer = mbgd.Trainer(
         model,
         mbgd.CrossEntropy(),
-        torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=fused),
+        optimizers.by_trainer(model.parameters()),
         mbgd.Data(train=InMemory(*make_data(work))),
         mbgd.Settings(steps=work.steps, batch=mbgd.Batch(size=work.minibatch)),
         workers,
     )
-    return lambda: None if trainer.fit() else None
+    return trainer.fit
 
 
-def measure(rank: int, num_workers: int, port: int, work: Work, fused: bool | None, results: list[float]) -> None:
+def measure(rank: int, num_workers: int, port: int, work: Work, optimizers: Optimizers, results: list[float]) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_workers)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with mbgd.start_workers("gloo") as workers:
         for _ in range(work.rounds + 1):  # the first round warms up
             for make in (by_hand, by_trainer):
-                loop = make(work, workers, fused)
+                loop = make(work, workers, optimizers)
                 workers.barrier()
                 start = time.perf_counter()
                 loop()
@@ -119,19 +137,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     arguments = parser.parse_args()
-    lines = [f"{'':<36}{'workers':>8}{'optimizer':>12}{'by hand':>12}{'trainer':>12}{'ratio':>8}{'(range)':>16}"]
+    lines = [f"{'':<36}{'workers':>8}{'optimizer':>18}{'by hand':>12}{'trainer':>12}{'ratio':>8}{'(range)':>16}"]
     with torch.multiprocessing.Manager() as manager:
         for work in WORKS:
             for num_workers in arguments.workers:
-                for fused in (None, True):
+                for optimizers in OPTIMIZERS:
                     times = manager.list()
                     port = 20000 + os.getpid() % 20000 + len(lines)
-                    torch.multiprocessing.spawn(measure, (num_workers, port, work, fused, times), num_workers)
+                    torch.multiprocessing.spawn(measure, (num_workers, port, work, optimizers, times), num_workers)
                     hand, ours = list(times)[2::2], list(times)[3::2]
                     ratios = [a / b for a, b in zip(hand, ours, strict=True)]
                     examples = work.steps * work.minibatch
                     lines.append(
-                        f"{work.name:<36}{num_workers:>8}{'fused SGD' if fused else 'SGD':>12}"
+                        f"{work.name:<36}{num_workers:>8}{optimizers.name:>18}"
                         f"{examples / statistics.median(hand):>10,.0f}/s{examples / statistics.median(ours):>10,.0f}/s"
                         f"{statistics.median(ratios):>8.2f}{f'({min(ratios):.2f}–{max(ratios):.2f})':>16}"
                     )

@@ -58,4 +58,4 @@ class Evaluation:
             dtype=parameter_dtype(self._precision),
         )
         for micro_batch, batch in zip(self._shard, batches, strict=True):
-            yield batch, len(micro_batch)
+            yield batch, micro_batch.size

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -54,16 +54,14 @@ def check_dataset(name: str, dataset: Any) -> None:
         raise UsageError(f"the {name} dataset ({type(dataset).__name__}) is empty; it must hold at least 1 example.")
 
 
-@dataclass(frozen=True, slots=True)
-class Examples:
+class Examples(NamedTuple):
     """A micro-batch and its examples, on the device."""
 
     micro_batch: MicroBatch
     batch: Any
 
 
-@dataclass(frozen=True, slots=True)
-class Shard:
+class Shard(NamedTuple):
     """What this worker computes in one step."""
 
     step: int
@@ -121,8 +119,11 @@ class Loader:
                     planned.append((step, minibatch, shard))
                     micro_batches += shard
                 positions = np.concatenate([np.arange(mb.start, mb.stop) for mb in micro_batches])
-                edges = np.cumsum([len(mb) for mb in micro_batches[:-1]])
-                yield from np.split(self._order.at(epoch, positions), edges)
+                indices = self._order.at(epoch, positions)
+                start = 0
+                for micro_batch in micro_batches:
+                    yield indices[start : start + micro_batch.size]
+                    start += micro_batch.size
 
 
 def read(

@@ -7,7 +7,7 @@ The objective calls the model, so the trainer never needs to know what a batch l
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -78,7 +78,7 @@ class PerExample:
 NUM_SUMS = 4
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Totals:
     """`PerExample.sums` added up over micro-batches and workers."""
 
@@ -90,9 +90,15 @@ class Totals:
         """Σ w_i, shape ()."""
         return self.sums[1]
 
+    @cached_property
+    def _values(self) -> list[float]:
+        """The sums on the host, for which it waits."""
+        values: list[float] = self.sums.tolist()
+        return values
+
     def means(self) -> dict[str, float]:
         """The exact weighted mean loss and the metrics' means; this waits for the device."""
-        loss, weight, count, _, *metrics = self.sums.tolist()
+        loss, weight, count, _, *metrics = self._values
         means = {"loss": loss / weight if weight else float("nan")}
         for name, value in zip(self.metric_names, metrics, strict=True):
             means[name] = value / count if count else float("nan")
@@ -100,7 +106,7 @@ class Totals:
 
     def check_weights(self, where: str) -> None:
         """Raise UsageError if a weight was negative or all were 0; this waits for the device."""
-        _, weight, _, negative, *_ = self.sums.tolist()
+        _, weight, _, negative, *_ = self._values
         if negative:
             raise UsageError(
                 f"objective returned {int(negative)} negative weights {where}; weights must be ≥ 0 "

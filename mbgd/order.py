@@ -1,9 +1,9 @@
 """Position in an epoch → example index: a keyed pseudo-random permutation with random access and O(1) memory.
 
 A Feistel network (Luby & Rackoff 1988) with halves of unequal width permutes the smallest power-of-two
-domain that holds all examples; cycle walking (Black & Rogaway 2002) stays within the examples: an index out of
-range is permuted again until it is in range. The round function is the finalizer of splitmix64 (Steele, Lea &
-Flood 2014).
+domain that holds all examples; cycle walking (Black & Rogaway 2002) stays within the examples: an index out
+of range is permuted again until it is in range. The round function is the finalizer of splitmix64 (Steele,
+Lea & Flood 2014).
 """
 
 from collections.abc import Sequence
@@ -85,7 +85,8 @@ class Order:
         """
         if not 0 <= start <= stop <= self.num_examples:
             raise ValueError(
-                f"positions [{start}, {stop}); the rule is 0 ≤ start ≤ stop ≤ num_examples = {self.num_examples}."
+                f"positions [{start}, {stop}) of {self.num_examples} examples; "
+                "the rule is 0 ≤ start ≤ stop ≤ number of examples."
             )
         indices = np.arange(start, stop, dtype=np.int64)
         self._shuffle(indices, epoch)

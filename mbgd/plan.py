@@ -6,6 +6,8 @@ Positions count along the epoch's order; which example lies at a position is `or
 """
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 
 def cut(size: int, num_parts: int, part: int) -> int:
@@ -13,30 +15,30 @@ def cut(size: int, num_parts: int, part: int) -> int:
     return part * size // num_parts
 
 
-@dataclass(frozen=True, slots=True)
-class MicroBatch:
+class MicroBatch(NamedTuple):
     """Positions [start, stop) of one epoch, computed by one worker in one forward/backward."""
 
-    index: int
-    """Number of this micro-batch within its minibatch, the same on any number of workers."""
+    number: int
+    """Its number within its minibatch, the same on any number of workers."""
     start: int
     stop: int
     counts: bool = True
     """False for a stand-in: a worker without a shard computes it to take part in the exchange, with weight 0."""
 
-    def __len__(self) -> int:
+    @property
+    def size(self) -> int:
         return self.stop - self.start
 
 
-@dataclass(frozen=True, slots=True)
-class Minibatch:
+class Minibatch(NamedTuple):
     """Positions [start, stop) of one epoch, whose examples make one optimizer step."""
 
     epoch: int
     start: int
     stop: int
 
-    def __len__(self) -> int:
+    @property
+    def size(self) -> int:
         return self.stop - self.start
 
 
@@ -53,7 +55,7 @@ class Plan:
     drop_last: bool = False
     """Leave out an epoch's short last minibatch."""
 
-    @property
+    @cached_property
     def steps_per_epoch(self) -> int:
         whole, rest = divmod(self.num_examples, self.minibatch_size)
         return whole + (1 if rest and not self.drop_last else 0)
@@ -79,7 +81,7 @@ class Plan:
 
     def shard(self, minibatch: Minibatch, rank: int) -> list[MicroBatch]:
         """The micro-batches that worker `rank` computes of it; a stand-in where there is none for this worker."""
-        num_parts = self.num_micro_batches(len(minibatch))
+        num_parts = self.num_micro_batches(minibatch.size)
         return micro_batches(minibatch.start, minibatch.stop, num_parts, rank, self.num_workers)
 
     def examples_seen(self, steps: int) -> int:

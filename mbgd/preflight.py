@@ -53,7 +53,7 @@ def try_out(task: Task, dataset: Any, first_minibatch: Indices, settings: Settin
         torch.autograd.backward(terms.losses, torch.ones_like(terms.losses))
         moving = tuple(name for name, b in task.model.named_buffers() if not torch.equal(b, buffers_before[name]))
         unused = tuple(name for name, p in task.model.named_parameters() if p.requires_grad and p.grad is None)
-        if not totals.weight:
+        if totals.weight == 0:
             with torch.no_grad():
                 totals = Totals(compute(first_minibatch).sums(), totals.metric_names)
         totals.check_weights("in the first minibatch")

@@ -146,7 +146,7 @@ class Trainer:
         if log:
             assert totals is not None
             self._check(step, totals)
-        weight = totals.weight if totals is not None and self._findings.has_weights else len(shard.minibatch)
+        weight = totals.weight if totals is not None and self._findings.has_weights else shard.minibatch.size
         norm = self._update(step, weight, want_norm=log)
         return StepResult(totals, norm) if log and totals is not None else None
 
@@ -154,10 +154,10 @@ class Trainer:
         """Add Σ w_i ∇L_i over this micro-batch to the parameters' gradients."""
         micro_batch = examples.micro_batch
         self._buffers.start_micro_batch()
-        key_generators(self.workers.device, self.settings.seed, step, micro_batch.index)
+        key_generators(self.workers.device, self.settings.seed, step, micro_batch.number)
         with self._averaging.micro_batch(is_last=is_last):
             with self._autocast:
-                terms = self._averaging.task(examples.batch, len(micro_batch))
+                terms = self._averaging.task(examples.batch, micro_batch.size)
             # Backward from the vector of losses, w_i into L_i, is the gradient of their weighted sum.
             torch.autograd.backward(terms.losses, self._update.backward_weights(terms, counts=micro_batch.counts))
         return terms
@@ -174,7 +174,7 @@ class Trainer:
             sums = [torch.zeros(size, dtype=torch.float64, device=self.workers.device)]
         total = self._averaging.sum(sums)
         if self._buffers:
-            self._buffers.set_to(total[num_sums:] / self.plan.num_micro_batches(len(minibatch)))
+            self._buffers.set_to(total[num_sums:] / self.plan.num_micro_batches(minibatch.size))
         return Totals(total[:num_sums], self._findings.metric_names)
 
     def _check(self, step: int, totals: Totals) -> None:

@@ -79,12 +79,11 @@ class Update:
         """
         if self._scaler is not None:
             self._scaler.unscale_(self._optimizer)
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
         if self._divides_in_kernel and isinstance(weight, int):
-            norm = torch.nn.utils.get_total_norm(gradients) / weight if want_norm else None
+            norm = torch.nn.utils.get_total_norm(self._gradients()) / weight if want_norm else None
             self._optimizer.grad_scale = self._scale(weight)  # type: ignore[attr-defined]
         else:
-            norm = self._divide_and_clip(gradients, weight, want_norm=want_norm)
+            norm = self._divide_and_clip(weight, want_norm=want_norm)
         self._set_learning_rate(step)
         if self._scaler is None:
             self._optimizer.step()
@@ -95,14 +94,18 @@ class Update:
             self._num_skipped += ~norm.isfinite()
         return norm
 
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self._parameters if p.grad is not None]
+
     def _scale(self, weight: int) -> Tensor:
         if weight not in self._scales:
             self._scales[weight] = torch.tensor(float(weight), device=self._device)
         return self._scales[weight]
 
-    def _divide_and_clip(self, gradients: list[Tensor], weight: int | Tensor, *, want_norm: bool) -> Tensor | None:
+    def _divide_and_clip(self, weight: int | Tensor, *, want_norm: bool) -> Tensor | None:
+        gradients = self._gradients()
         divisor = weight if isinstance(weight, Tensor) else float(weight)
-        torch._foreach_div_(gradients, divisor)  # type: ignore[call-overload]
+        torch._foreach_div_(gradients, divisor)
         if not want_norm and self._clip_norm is None and self._scaler is None:
             return None
         norm = torch.nn.utils.get_total_norm(gradients)

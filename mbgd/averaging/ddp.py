@@ -55,7 +55,9 @@ class DDP:
         return work.get_future().then(_first)
 
     def task(self, batch: Any, num_examples: int) -> PerExample:
-        terms: PerExample = (self._ddp or self._task)(batch, num_examples)
+        # Without DDP there is nothing around the forward, and in small steps every call counts.
+        forward = self._task.forward if self._ddp is None else self._ddp
+        terms: PerExample = forward(batch, num_examples)
         return terms
 
     def micro_batch(self, *, is_last: bool) -> AbstractContextManager[object]:

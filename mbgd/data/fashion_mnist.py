@@ -37,7 +37,7 @@ def fashion_mnist(split: str, folder: str) -> InMemory:
         raise UsageError(f"{images_path} has shape {images.shape}; expected (number of images, 28, 28).")
     if labels.shape != images.shape[:1]:
         raise UsageError(
-            f"{labels_path} has shape {labels.shape}; expected {images.shape[:1]}, one label per image of {images_path}."
+            f"{labels_path} has shape {labels.shape}, not {images.shape[:1]}: a label for each image of {images_path}."
         )
     if len(labels) == 0 or labels.max() >= NUM_CLASSES:
         got = f"label {labels.max()}" if len(labels) else "no label"

@@ -1,0 +1,186 @@
+"""`train.py` as a user runs it: the run's folder, what is printed, and mistakes."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parent.parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+
+
+def train(folder: Path, *overrides: str, num_workers: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run train.py in `folder`, under torchrun unless `num_workers` is 0."""
+    launcher = [*TORCHRUN, str(num_workers)] if num_workers else [sys.executable]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
+    command = [*launcher, str(ROOT / "train.py"), *overrides]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_run_leaves_its_folder_and_says_where(tmp_path: Path, num_workers: int) -> None:
+    done = train(tmp_path, "epochs=6", "run.dir=out", num_workers=num_workers)
+    assert done.returncode == 0, done.stderr
+    assert "minibatch   64 = " in done.stdout
+    assert "folder      out" in done.stdout
+    assert "Warning" not in done.stdout + done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+    out = tmp_path / "out"
+    assert sorted(p.name for p in out.iterdir()) == [
+        "config.yaml",
+        "metrics.jsonl",
+        "model.safetensors",
+        "summary.json",
+    ]
+
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["steps"] == 6 * 23
+    assert summary["examples_seen"] == 6 * 1437
+    assert summary["num_workers"] == summary["num_micro_batches"] == max(1, num_workers)
+    assert summary["metrics"]["eval/accuracy"] > 0.9
+    exported = load_file(out / "model.safetensors")
+    digest = hashlib.sha256()
+    for name in sorted(exported):
+        digest.update(exported[name].numpy().tobytes())
+    assert summary["weights_sha256"] == digest.hexdigest()
+
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval/loss" in line] == [23 * epoch for epoch in range(1, 7)]
+    assert [line["step"] for line in lines if "train/loss" in line] == [1, 50, 100, 138]
+    assert yaml.safe_load((out / "config.yaml").read_text())["model"]["hidden"] == [128]
+
+
+def test_steps_0_evaluates_and_exports_without_training(tmp_path: Path) -> None:
+    done = train(tmp_path, "steps=0", "run.dir=out")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["steps"] == summary["examples_seen"] == 0
+    assert set(summary["metrics"]) == {"eval/loss", "eval/accuracy"}
+
+
+def test_double_precision_inputs_keep_their_bits(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    inputs, targets = generator.normal(size=(10, 4)), generator.normal(size=(10, 2))
+    np.savez(tmp_path / "own.npz", inputs=inputs, targets=targets)
+    overrides = [
+        "data=tensors",
+        "data.path=own.npz",
+        "model=linear",
+        "objective=mse",
+        "optimizer=sgd",
+        "precision=fp64",
+    ]
+    overrides += ["schedule=constant", "optimizer.lr=0.1", "batch.size=10", "data.shuffle=false", "run.dir=out"]
+    for steps in (0, 1):
+        done = train(tmp_path, *overrides[:-1], f"run.dir=out{steps}", f"steps={steps}")
+        assert done.returncode == 0, done.stderr
+    before, after = (load_file(tmp_path / f"out{steps}/model.safetensors") for steps in (0, 1))
+    weight, bias = before["output.weight"].requires_grad_(), before["output.bias"].requires_grad_()
+    outputs = torch.from_numpy(inputs) @ weight.T + bias
+    (outputs - torch.from_numpy(targets)).square().mean().backward()
+    assert torch.allclose(after["output.weight"], weight - 0.1 * weight.grad, rtol=1e-13, atol=1e-15)
+    assert torch.allclose(after["output.bias"], bias - 0.1 * bias.grad, rtol=1e-13, atol=1e-15)
+
+
+def test_a_second_run_does_not_write_over_the_first(tmp_path: Path) -> None:
+    assert train(tmp_path, "steps=1", "run.dir=out").returncode == 0
+    before = (tmp_path / "out/summary.json").read_bytes()
+    done = train(tmp_path, "steps=2", "run.dir=out")
+    assert done.returncode == 1
+    assert "already holds a run" in done.stderr
+    assert (tmp_path / "out/summary.json").read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_keeps_the_runs_files(tmp_path: Path) -> None:
+    done = train(tmp_path, "optimizer=sgd", "optimizer.lr=1e30", "epochs=1", "run.dir=out")
+    assert done.returncode == 1
+    assert "it was finite at step 1, so it went wrong in steps 2 to 23" in done.stderr
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.yaml", "metrics.jsonl"]
+
+
+OWN = """
+import torch, torch.nn.functional as F, mbgd
+
+class Endless(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        yield 1
+
+class Empty(torch.utils.data.Dataset):
+    def __len__(self):
+        return 0
+    def __getitem__(self, index):
+        raise IndexError(index)
+
+def scalar(model, batch):
+    return mbgd.PerExample(F.cross_entropy(model(batch[0]), batch[1]))
+"""
+
+MISTAKES = [
+    (["batch.sise=3"], "Key 'sise' is not in struct"),
+    (["+batch.sise=3", "batch.size=0", "seed=abc"], "Key 'sise' not in 'Batch'"),
+    (["+batch.sise=3", "batch.size=0", "seed=abc"], "a minibatch has at least 1 example"),
+    (["+batch.sise=3", "batch.size=0", "seed=abc"], "Value 'abc' of type 'str' could not be converted"),
+    (["data=tensors"], "data.path has no value"),
+    (["batch.micro_batch_size=65"], "micro-batch has from 1 example to the whole minibatch"),
+    (["model=nope"], "Could not find 'model/nope'"),
+    (["model=cnn", "data=regression", "objective=mse"], "the cnn takes images"),
+    (["data=tensors", "data.path=nope.npz"], "there is no such file"),
+    (["data=tensors", "data.path=own.py"], "must be .npz or .safetensors"),
+    (["data=tensors", "data.path=junk.npz"], "not a readable .npz file"),
+    (["data=tensors", "data.path=objects.npz"], "pickles are refused"),
+    (["data=tensors", "data.path=targets.npz", "model.num_outputs=3"], "1 targets lie outside the classes"),
+    (["data=fashion_mnist", "data.folder=nope"], "apt-get install dataset-fashion-mnist"),
+    (["data=own", "data.train._target_=own.Endless"], "has no length"),
+    (["data=own", "data.train._target_=own.Empty", "model.input_shape=[1]", "model.num_outputs=1"], "is empty"),
+    (["objective=own", "objective._target_=own.scalar"], "use reduction='none'"),
+    (["objective=own", "objective._target_=own.nope"], "own.nope"),
+    (["objective=mse"], "mean squared error needs equal shapes"),
+    (["schedule.warmup_steps=1000"], "schedule.warmup_steps=1000 in a run of"),
+]
+
+
+def write_files(folder: Path) -> None:
+    (folder / "own.py").write_text(OWN)
+    (folder / "junk.npz").write_text("junk")
+    np.savez(folder / "objects.npz", inputs=np.array([{}, {}]), targets=np.zeros(2))
+    np.savez(folder / "targets.npz", inputs=np.zeros((4, 3)), targets=np.array([0, 1, 2, 7]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"), MISTAKES, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_mistakes_are_explained_before_training(tmp_path: Path, overrides: list[str], message: str) -> None:
+    write_files(tmp_path)
+    done = train(tmp_path, *overrides)
+    assert done.returncode == 1
+    assert message.lower() in done.stderr.lower()
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["objective=own", "objective._target_=own.scalar"], "reduction='none'"),
+        (["data=tensors", "data.path=targets.npz", "model.num_outputs=3"], "lie outside the classes"),
+        (["backend=nccl"], "Use backend=gloo"),
+        (["--multirun", "batch.size=32,64"], "python train.py --multirun"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_end_every_worker(tmp_path: Path, overrides: list[str], message: str) -> None:
+    if "backend=nccl" in overrides and torch.cuda.is_available():
+        pytest.skip("this host has a GPU, so nccl works")
+    write_files(tmp_path)
+    done = train(tmp_path, *overrides, num_workers=2)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert not (tmp_path / "runs").exists()
