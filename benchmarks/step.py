@@ -2,8 +2,8 @@
 
 The hand-written loop is what a practised person writes: DistributedDataParallel (none on one worker), tensors in
 memory sliced by index, mean loss, torch's optimizer as torch makes it; one thread per worker. The trainer's optimizers
-are those of conf/optimizer, which are fused; one row gives the hand-written loop a fused one as well. Both train in turn, round by round, in
-the same processes, so that a noisy machine slows both alike. Ratio > 1: the trainer is faster.
+are those of conf/optimizer, which are fused; one row gives the hand-written loop a fused one as well. Both train in
+turn, round by round, in the same processes, so that a noisy machine slows both alike. Ratio > 1: the trainer is faster.
 """
 
 import argparse

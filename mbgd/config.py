@@ -26,6 +26,7 @@ class Last(Enum):
 
 class AveragingName(Enum):
     ddp = "ddp"
+    reproducible = "reproducible"
 
 
 class BackendName(Enum):

@@ -5,13 +5,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mbgd.averaging import Averaging
 from mbgd.config import Settings
 from mbgd.loader import Data, Indices, read
 from mbgd.objective import NUM_SUMS, Totals
-from mbgd.plan import micro_batches
+from mbgd.plan import MicroBatch, micro_batches
 from mbgd.precision import autocast, parameter_dtype
 from mbgd.task import Task
 from mbgd.workers import Workers
@@ -32,23 +31,22 @@ class Evaluation:
         self._task, self._data, self._metric_names = task, data, metric_names
         self._workers, self._averaging, self._precision = workers, averaging, settings.precision
         num_examples = len(data.evaluation)
-        num_parts = -(-num_examples // settings.evaluation.batch_size)
-        shard = micro_batches(0, num_examples, num_parts, workers.rank, workers.num_workers)
+        self._num_parts = -(-num_examples // settings.evaluation.batch_size)
+        shard = micro_batches(0, num_examples, self._num_parts, workers.rank, workers.num_workers)
         self._shard = [micro_batch for micro_batch in shard if micro_batch.counts]
 
     def __call__(self) -> dict[str, float]:
         """Mean loss and metrics, the same on every worker; the model is in training mode again afterwards."""
         task = self._task.eval()
         with torch.inference_mode(), autocast(self._precision, self._workers.device):
-            leaves = [task(batch, size).sums() for batch, size in self._batches()]
-            means = Totals(self._averaging.sum(leaves or [self._no_examples()]), self._metric_names).means()
+            leaves = [(mb.number, task(batch, mb.size).sums()) for mb, batch in self._batches()]
+            num_values = NUM_SUMS + len(self._metric_names)
+            total = self._averaging.sum(leaves, num_leaves=self._num_parts, num_values=num_values)
+            means = Totals(total, self._metric_names).means()
         task.train()
         return means
 
-    def _no_examples(self) -> Tensor:
-        return torch.zeros(NUM_SUMS + len(self._metric_names), dtype=torch.float64, device=self._workers.device)
-
-    def _batches(self) -> Iterator[tuple[Any, int]]:
+    def _batches(self) -> Iterator[tuple[MicroBatch, Any]]:
         indices: Iterator[Indices] = (np.arange(mb.start, mb.stop) for mb in self._shard)
         batches = read(
             self._data.evaluation,
@@ -57,5 +55,4 @@ class Evaluation:
             device=self._workers.device,
             dtype=parameter_dtype(self._precision),
         )
-        for micro_batch, batch in zip(self._shard, batches, strict=True):
-            yield batch, micro_batch.size
+        return zip(self._shard, batches, strict=True)

@@ -15,6 +15,7 @@ from mbgd.errors import UsageError
 from mbgd.order import Order
 from mbgd.plan import MicroBatch, Minibatch, Plan
 from mbgd.precision import move
+from mbgd.workers import Workers
 
 Indices = NDArray[np.int64]
 
@@ -74,10 +75,11 @@ class Loader:
     """Gives this worker's shards of the training data in the plan's order, from any step."""
 
     def __init__(
-        self, data: Data, plan: Plan, seed: int, rank: int, *, device: torch.device, dtype: torch.dtype
+        self, data: Data, plan: Plan, seed: int, workers: Workers, *, dtype: torch.dtype, own_copies: bool
     ) -> None:
-        self._data, self._plan, self._rank = data, plan, rank
-        self._device, self._dtype = device, dtype
+        """own_copies: every micro-batch lies in memory of its own, aligned alike wherever it is computed."""
+        self._data, self._plan, self._rank = data, plan, workers.rank
+        self._device, self._dtype, self._own_copies = workers.device, dtype, own_copies
         self._order = Order(plan.num_examples, seed, data.shuffle)
 
     def first_minibatch(self) -> Indices:
@@ -94,6 +96,7 @@ class Loader:
             num_workers=self._data.num_workers,
             device=self._device,
             dtype=self._dtype,
+            own_copies=self._own_copies,
         )
         for batch in batches:
             step, minibatch, micro_batches = planned.popleft()
@@ -127,11 +130,17 @@ class Loader:
 
 
 def read(
-    dataset: Any, indices: Iterable[Indices], *, num_workers: int, device: torch.device, dtype: torch.dtype
+    dataset: Any,
+    indices: Iterable[Indices],
+    *,
+    num_workers: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    own_copies: bool = True,
 ) -> Iterator[Any]:
-    """The batch of each array of example indices, on the device."""
+    """The batch of each array of example indices, on the device; a view of a larger one unless `own_copies`."""
     if hasattr(dataset, "gather"):
-        for block in _blocks(indices):
+        for block in _blocks(indices, 0 if own_copies else BLOCK_EXAMPLES):
             gathered = dataset.gather(torch.from_numpy(np.concatenate(block)))
             gathered = move(gathered, device, dtype)
             sizes = [len(part) for part in block]
@@ -147,12 +156,12 @@ def read(
             yield move(batch, device, dtype)
 
 
-def _blocks(indices: Iterable[Indices]) -> Iterator[list[Indices]]:
-    """Group consecutive arrays up to BLOCK_EXAMPLES examples, at least one array a group."""
+def _blocks(indices: Iterable[Indices], most_examples: int) -> Iterator[list[Indices]]:
+    """Group consecutive arrays up to so many examples, at least one array a group."""
     block: list[Indices] = []
     size = 0
     for part in indices:
-        if block and size + len(part) > BLOCK_EXAMPLES:
+        if block and size + len(part) > most_examples:
             yield block
             block, size = [], 0
         block.append(part)

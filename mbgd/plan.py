@@ -20,6 +20,8 @@ class MicroBatch(NamedTuple):
 
     number: int
     """Its number within its minibatch, the same on any number of workers."""
+    of: int
+    """How many micro-batches the minibatch is cut into."""
     start: int
     stop: int
     counts: bool = True
@@ -95,9 +97,9 @@ def micro_batches(start: int, stop: int, num_parts: int, rank: int, num_workers:
     size = stop - start
     first, last = cut(num_parts, num_workers, rank), cut(num_parts, num_workers, rank + 1)
     if first == last:
-        return [MicroBatch(0, start, start + cut(size, num_parts, 1), counts=False)]
+        return [MicroBatch(0, num_parts, start, start + cut(size, num_parts, 1), counts=False)]
     edges = [start + cut(size, num_parts, part) for part in range(first, last + 1)]
     return [
-        MicroBatch(index, begin, end)
-        for index, begin, end in zip(range(first, last), edges[:-1], edges[1:], strict=True)
+        MicroBatch(number, num_parts, begin, end)
+        for number, begin, end in zip(range(first, last), edges[:-1], edges[1:], strict=True)
     ]

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from mbgd import averaging as averagings
 from mbgd.buffers import MovingBuffers
 from mbgd.clock import Clock
-from mbgd.config import Last, Precision, Settings, problems
+from mbgd.config import AveragingName, Last, Precision, Settings, problems
 from mbgd.errors import UsageError
 from mbgd.evaluation import Evaluation
 from mbgd.loader import Data, Examples, Loader, Shard
@@ -78,10 +78,12 @@ class Trainer:
         self.settings, self.model, self.optimizer = settings, model, optimizer
         self.plan = make_plan(settings, len(data.train), workers.num_workers)
         self.num_steps = count_steps(settings, self.plan)
+        averagings.prepare(settings.averaging, self.plan, workers.device)
         self.state = State()
         dtype = parameter_dtype(settings.precision)
         task = Task(model, objective).to(device=workers.device, dtype=dtype).train()
-        self._loader = Loader(data, self.plan, settings.seed, workers.rank, device=workers.device, dtype=dtype)
+        own_copies = settings.averaging.name is AveragingName.reproducible
+        self._loader = Loader(data, self.plan, settings.seed, workers, dtype=dtype, own_copies=own_copies)
         self._findings = findings = try_out(task, data.train, self._loader.first_minibatch(), settings, workers.device)
         self._averaging = averagings.create(
             settings.averaging, task, workers, parameters_vary=bool(findings.unused_parameters)
@@ -140,7 +142,7 @@ class Trainer:
         for examples in shard.micro_batches:
             terms = self._forward_backward(step, examples, is_last=examples is shard.micro_batches[-1])
             if want_sums and examples.micro_batch.counts:
-                sums.append(self._sums(terms))
+                sums.append((examples.micro_batch.number, self._sums(terms)))
         self._averaging.finish()  # every gradient is now the sum over every example of every worker
         totals = self._totals(shard.minibatch, sums) if want_sums else None
         if log:
@@ -155,7 +157,7 @@ class Trainer:
         micro_batch = examples.micro_batch
         self._buffers.start_micro_batch()
         key_generators(self.workers.device, self.settings.seed, step, micro_batch.number)
-        with self._averaging.micro_batch(is_last=is_last):
+        with self._averaging.micro_batch(micro_batch, is_last=is_last):
             with self._autocast:
                 terms = self._averaging.task(examples.batch, micro_batch.size)
             # Backward from the vector of losses, w_i into L_i, is the gradient of their weighted sum.
@@ -166,15 +168,13 @@ class Trainer:
         sums = terms.sums()
         return torch.cat([sums, self._buffers.values()]) if self._buffers else sums
 
-    def _totals(self, minibatch: Minibatch, sums: Sequence[Tensor]) -> Totals:
+    def _totals(self, minibatch: Minibatch, sums: Sequence[tuple[int, Tensor]]) -> Totals:
         """Add up over micro-batches and workers; the moving buffers become their means."""
         num_sums = NUM_SUMS + len(self._findings.metric_names)
-        if not sums:
-            size = num_sums + self._buffers.num_values
-            sums = [torch.zeros(size, dtype=torch.float64, device=self.workers.device)]
-        total = self._averaging.sum(sums)
+        num_leaves = self.plan.num_micro_batches(minibatch.size)
+        total = self._averaging.sum(sums, num_leaves=num_leaves, num_values=num_sums + self._buffers.num_values)
         if self._buffers:
-            self._buffers.set_to(total[num_sums:] / self.plan.num_micro_batches(minibatch.size))
+            self._buffers.set_to(total[num_sums:] / num_leaves)
         return Totals(total[:num_sums], self._findings.metric_names)
 
     def _check(self, step: int, totals: Totals) -> None:

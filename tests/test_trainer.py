@@ -92,7 +92,7 @@ def test_an_overflow_in_fp16_skips_the_step_on_every_worker_and_is_counted(num_w
 
 
 class Branching(nn.Module):
-    """`rare` takes part only where an example's first pixels are bright; `never` in no step; `frozen` is not trained."""
+    """`rare` takes part only where an example has a bright pixel; `never` in no step; `frozen` is not trained."""
 
     def __init__(self) -> None:
         super().__init__()

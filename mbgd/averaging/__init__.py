@@ -4,15 +4,21 @@ An averaging adds up, over all micro-batches of all workers; `update.py` divides
 averagings apart; an averaging knows nothing of models, data or objectives beyond the parameters' gradients.
 """
 
+import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from mbgd.averaging.ddp import DDP
+from mbgd.averaging.reproducible import Reproducible
 from mbgd.config import Averaging as Settings
+from mbgd.config import AveragingName
+from mbgd.errors import UsageError
 from mbgd.objective import PerExample
+from mbgd.plan import MicroBatch, Plan
 from mbgd.task import Task
 from mbgd.workers import Workers
 
@@ -23,23 +29,49 @@ class Averaging(Protocol):
     def task(self, batch: Any, num_examples: int) -> PerExample:
         """`Task.forward`, prepared so that the backward of its losses leads to an exchange of gradients."""
 
-    def micro_batch(self, *, is_last: bool) -> AbstractContextManager[object]:
-        """Around the forward and backward of one micro-batch; gradients are exchanged after the shard's last."""
+    def micro_batch(self, micro_batch: MicroBatch, *, is_last: bool) -> AbstractContextManager[object]:
+        """Around a micro-batch's forward and backward; gradients are exchanged in the backward of the shard's last."""
 
     def finish(self) -> None:
         """Wait until every parameter's `.grad` is the sum over all workers' micro-batches (None if none used it)."""
 
-    def sum(self, leaves: Sequence[Tensor]) -> Tensor:
-        """Add up the micro-batches' vectors (equal shapes, float64) over all workers."""
+    def sum(self, leaves: Sequence[tuple[int, Tensor]], *, num_leaves: int, num_values: int) -> Tensor:
+        """Add up one vector (float64, num_values values) for each of `num_leaves` micro-batches over all workers.
+
+        leaves: (number, vector) of this worker's micro-batches, in order.
+        """
+
+
+def prepare(settings: Settings, plan: Plan, device: torch.device) -> None:
+    """Set torch up as the averaging needs it; UsageError if the plan cannot be averaged so."""
+    if settings.name is not AveragingName.reproducible:
+        return
+    num_micro_batches = plan.num_micro_batches(min(plan.minibatch_size, plan.num_examples))
+    if plan.num_workers > num_micro_batches:
+        raise UsageError(
+            f"averaging=reproducible with {plan.num_workers} workers and {num_micro_batches} micro-batches; a worker "
+            "takes whole micro-batches. Use fewer workers, or cut finer with "
+            f"batch.micro_batch_size={max(1, plan.minibatch_size // plan.num_workers)}."
+        )
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def create(settings: Settings, task: Task, workers: Workers, *, parameters_vary: bool) -> Averaging:
     """The averaging that the settings name; parameters_vary: not every parameter takes part in every loss."""
     if settings.find_unused_parameters is not None:
         parameters_vary = settings.find_unused_parameters
+    if settings.name is AveragingName.reproducible:
+        return Reproducible(task, workers, find_unused_parameters=parameters_vary)
     return DDP(task, workers, find_unused_parameters=parameters_vary)
 
 
 def default_num_micro_batches(settings: Settings, num_workers: int) -> int:
     """How many micro-batches a minibatch is cut into where `batch.micro_batch_size` does not say."""
-    return num_workers
+    return NUM_REPRODUCIBLE_LEAVES if settings.name is AveragingName.reproducible else num_workers
+
+
+NUM_REPRODUCIBLE_LEAVES = 8
+"""The same on any number of workers, as the result must be."""

@@ -1,7 +1,7 @@
 """Averaging by torch's DistributedDataParallel, made to add up instead of averaging."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mbgd.errors import UsageError
 from mbgd.objective import PerExample
+from mbgd.plan import MicroBatch
 from mbgd.task import Task
 from mbgd.workers import Workers
 
@@ -28,6 +29,32 @@ _BUFFERS_STAY: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broadc
 _NOTHING: AbstractContextManager[object] = nullcontext()
 
 
+Hook = Callable[[object, GradBucket], torch.futures.Future[Tensor]]
+
+
+def wrap(task: Task, hook: Hook, *, find_unused_parameters: bool) -> DistributedDataParallel:
+    """The task under DDP, whose buckets of gradients go to `hook` instead of being averaged."""
+    ddp = DistributedDataParallel(
+        task,
+        gradient_as_bucket_view=True,  # saves a copy of all gradients in every step
+        find_unused_parameters=find_unused_parameters,
+        **_BUFFERS_STAY,
+    )
+    ddp.register_comm_hook(state=None, hook=hook)
+    return ddp
+
+
+def check_exchanged(task: Task, exchanged: bool) -> None:
+    """Raise UsageError if the last backward did not complete DDP's buckets, which would leave the others waiting."""
+    if not exchanged:
+        missing = [name for name, p in task.model.named_parameters() if p.requires_grad and p.grad is None]
+        raise UsageError(
+            f"parameters {missing or 'of the model'} took no part in this step's loss on this worker, but did in the "
+            "first step. Set averaging.find_unused_parameters=true: which parameters take part then may differ from "
+            "step to step."
+        )
+
+
 class DDP:
     """Gradients are added up by DDP's all-reduce while the last backward still runs.
 
@@ -36,18 +63,11 @@ class DDP:
     """
 
     def __init__(self, task: Task, workers: Workers, *, find_unused_parameters: bool) -> None:
-        self._workers = workers
-        self._task = task
+        self._workers, self._task = workers, task
         self._ddp: DistributedDataParallel | None = None
         self._exchanged = True
-        if workers.num_workers > 1 and any(p.requires_grad for p in task.parameters()):
-            self._ddp = DistributedDataParallel(
-                task,
-                **_BUFFERS_STAY,
-                gradient_as_bucket_view=True,  # saves a copy of all gradients in every step
-                find_unused_parameters=find_unused_parameters,
-            )
-            self._ddp.register_comm_hook(state=None, hook=self._sum_bucket)
+        if workers.num_workers > 1:
+            self._ddp = wrap(task, self._sum_bucket, find_unused_parameters=find_unused_parameters)
 
     def _sum_bucket(self, state: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         self._exchanged = bucket.is_last()
@@ -60,7 +80,7 @@ class DDP:
         terms: PerExample = forward(batch, num_examples)
         return terms
 
-    def micro_batch(self, *, is_last: bool) -> AbstractContextManager[object]:
+    def micro_batch(self, micro_batch: MicroBatch, *, is_last: bool) -> AbstractContextManager[object]:
         if self._ddp is None:
             return _NOTHING
         if is_last:
@@ -69,14 +89,10 @@ class DDP:
         return self._ddp.no_sync()
 
     def finish(self) -> None:
-        if not self._exchanged:
-            missing = [name for name, p in self._task.model.named_parameters() if p.requires_grad and p.grad is None]
-            raise UsageError(
-                f"parameters {missing or 'of the model'} took no part in this step's loss on worker "
-                f"{self._workers.rank}, but did in the first step. Set averaging.find_unused_parameters=true: which "
-                "parameters take part then may differ from step to step."
-            )
+        check_exchanged(self._task, self._exchanged)
 
-    def sum(self, leaves: Sequence[Tensor]) -> Tensor:
-        total = leaves[0] if len(leaves) == 1 else torch.stack(list(leaves)).sum(0)
+    def sum(self, leaves: Sequence[tuple[int, Tensor]], *, num_leaves: int, num_values: int) -> Tensor:
+        total = torch.zeros(num_values, dtype=torch.float64, device=self._workers.device)
+        for _, values in leaves:
+            total += values
         return self._workers.sum_(total)
