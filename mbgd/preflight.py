@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mbgd.config import Settings
+from mbgd.config import AveragingName, Settings
 from mbgd.errors import UsageError
 from mbgd.loader import Indices, read
 from mbgd.objective import PerExample, Totals
@@ -48,6 +48,8 @@ def try_out(task: Task, dataset: Any, first_minibatch: Indices, settings: Settin
 
     with _restored(task) as buffers_before, _output_widths(task.model) as widths:
         terms = compute(first_minibatch[:NUM_EXAMPLES])
+        if settings.averaging.name is AveragingName.reproducible:
+            _check_repeatable(terms.losses, compute(first_minibatch[:NUM_EXAMPLES]).losses)
         _check_differentiable(terms.losses, task)
         totals = Totals(terms.sums(), tuple(sorted(terms.metrics)))
         torch.autograd.backward(terms.losses, torch.ones_like(terms.losses))
@@ -62,6 +64,16 @@ def try_out(task: Task, dataset: Any, first_minibatch: Indices, settings: Settin
     if check_targets is not None and targets is not None and widths:
         check_targets(targets, num_classes=widths[-1])
     return Findings(_has_weights(terms), totals.metric_names, moving, unused)
+
+
+def _check_repeatable(once: torch.Tensor, again: torch.Tensor) -> None:
+    if not torch.equal(once, again):
+        raise UsageError(
+            "averaging=reproducible, but two computations of the same examples differ: "
+            f"losses {once[:2].tolist()} and {again[:2].tolist()}. The model or the objective draws random numbers "
+            "from a generator of its own, or keeps state between calls. Draw from torch's default generators, which "
+            "the trainer keys by (seed, step, micro-batch)."
+        )
 
 
 def _has_weights(terms: PerExample) -> bool:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mbgd
+from mbgd.config import AveragingName
 from mbgd.order import Order
 from mbgd.plan import Plan
 
@@ -88,7 +89,8 @@ class Case:
     micro_batch: int | None = None
     optimizer: str = "sgd"
     clip_norm: float | None = None
-    steps: int | None = field(default=None)
+    steps: int | None = None
+    averaging: str = "ddp"
 
     @property
     def losses_and_weights(self) -> reference.LossesAndWeights:
@@ -118,6 +120,8 @@ CASES = [
     Case("uniform", clip_norm=0.05),
     Case("some zero", clip_norm=0.05, micro_batch=7, optimizer="adamw"),
     Case("uniform", 250, 100, 30, steps=9),  # three epochs, each in an order of its own
+    *(Case(kind, averaging="reproducible") for kind in ("uniform", "ragged tokens", "some zero")),
+    Case("uniform", 1717, 100, 25, averaging="reproducible", optimizer="adamw", clip_norm=0.05),
 ]
 
 
@@ -155,6 +159,7 @@ def train(workers: mbgd.Workers, case: Case) -> tuple[Tensor, list[str], list[fl
             batch=mbgd.Batch(size=case.minibatch, micro_batch_size=case.micro_batch),
             precision=mbgd.Precision.fp64,
             clip_norm=case.clip_norm,
+            averaging=mbgd.Averaging(AveragingName(case.averaging)),
             log_every_steps=1,
         ),
         workers,

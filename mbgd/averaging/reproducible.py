@@ -1,6 +1,6 @@
 """Averaging whose result has the same bits on any number of workers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -33,6 +33,8 @@ class Reproducible:
 
     def __init__(self, task: Task, workers: Workers, *, find_unused_parameters: bool) -> None:
         self._task, self._workers = task, workers
+        # Where a parameter lacks a gradient, zeros are added for it, which makes −0 into 0; then every leaf must do so.
+        self._parameters_vary = find_unused_parameters
         self._parameters = [p for p in task.parameters() if p.requires_grad]
         self._ddp: DistributedDataParallel | None = None
         if workers.num_workers > 1:
@@ -52,6 +54,8 @@ class Reproducible:
         if self._ddp is None:
             yield
         elif is_last:
+            if self._parameters_vary:
+                self._zero_gradients_of_used_parameters()
             yield
             check_exchanged(self._task, bool(self._sent) and self._sent[-1].is_last_bucket)
             return  # `_send_bucket` has the gradients
@@ -60,15 +64,25 @@ class Reproducible:
                 yield
         self._counter.push(micro_batch.number, self._take_gradients())
 
+    def _zero_gradients_of_used_parameters(self) -> None:
+        """DDP wants a gradient of every parameter that took part in any micro-batch, if not in the last."""
+        for _, gradients in self._counter.nodes:
+            for parameter in gradients:
+                parameter.grad = torch.zeros_like(parameter)
+
     def _take_gradients(self) -> Gradients:
         """The gradients of one micro-batch, which the next one then does not add to."""
         gradients: Gradients = {p: p.grad for p in self._parameters if p.grad is not None}
         for parameter in gradients:
             parameter.grad = None
+        if self._parameters_vary:
+            return {parameter: gradient + 0.0 for parameter, gradient in gradients.items()}
         return gradients
 
     def _send_bucket(self, state: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         buffer = bucket.buffer()
+        if self._parameters_vary:
+            buffer += 0.0
         counter = Counter[Tensor](torch.add)
         for node, gradients in self._counter.nodes:
             counter.nodes.append((node, _flat(gradients, bucket.parameters())))
@@ -103,7 +117,7 @@ class Reproducible:
         for row, (_, values) in zip(mine, counter.nodes, strict=False):
             row.copy_(values)
         gathered = mine.new_empty(len(nodes) * most, num_values)
-        dist.all_gather_into_tensor(gathered, mine)
+        _all_gather(gathered, mine)
         by_node = {
             node: gathered[rank * most + row] for rank, held in enumerate(nodes) for row, node in enumerate(held)
         }
@@ -141,8 +155,12 @@ class _Exchange:
         nodes = dict(zip([node for held in self._nodes for node in held], self._received, strict=True))
         root = fold(nodes, self._num_leaves, Tensor.add_)
         gathered = root.new_empty(len(self._nodes) * self._slice)
-        dist.all_gather_into_tensor(gathered, root)
+        _all_gather(gathered, root)
         self._buffer.copy_(gathered[: len(self._buffer)])
+
+
+# torch 2.13 renamed it.
+_all_gather: Callable[[Tensor, Tensor], object] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
 @lru_cache
@@ -161,6 +179,4 @@ def _add_gradients(left: Gradients, right: Gradients) -> Gradients:
     both = [p for p in left if p in right]
     if both:
         torch._foreach_add_([left[p] for p in both], [right[p] for p in both])
-    # Adding 0 is not idle: it makes −0 into 0, as adding a bucket's zeros does.
-    alone = {p: gradient + 0.0 for p, gradient in (left | right).items() if not (p in left and p in right)}
-    return left | alone
+    return right | left
