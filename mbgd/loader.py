@@ -82,10 +82,10 @@ class Loader:
         self._device, self._dtype, self._own_copies = workers.device, dtype, own_copies
         self._order = Order(plan.num_examples, seed, data.shuffle)
 
-    def first_minibatch(self) -> Indices:
-        """The example indices of the first step, all workers together."""
-        minibatch = self._plan.minibatch(0)
-        return self._order.at(0, np.arange(minibatch.start, minibatch.stop))
+    def minibatch_indices(self, step: int) -> Indices:
+        """The example indices of a step, all workers together."""
+        minibatch = self._plan.minibatch(step)
+        return self._order.at(minibatch.epoch, np.arange(minibatch.start, minibatch.stop))
 
     def shards(self, first: int, stop: int) -> Iterator[Shard]:
         """This worker's shards of steps [first, stop)."""

@@ -1,6 +1,5 @@
 """A run's folder: what the main worker leaves on disk."""
 
-import hashlib
 import json
 import os
 import platform
@@ -11,8 +10,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from mbgd.conditions import conditions
 from mbgd.config import Run
 from mbgd.errors import UsageError
+from mbgd.fingerprint import weights_sha256
 from mbgd.trainer import Result, Trainer
 from mbgd.workers import Workers
 
@@ -43,6 +44,7 @@ class RunFolder:
             "skipped_steps": result.num_skipped_steps,
             "num_workers": plan.num_workers,
             "num_micro_batches": plan.num_micro_batches(min(plan.minibatch_size, plan.num_examples)),
+            "conditions": conditions(plan, trainer.workers.device),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
         }
         write_atomically(self.path / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
@@ -82,14 +84,6 @@ def new_run_id(run: Run) -> str:
 def exported(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers under their own names, on the CPU; tied parameters under each of their names."""
     return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
-
-
-def weights_sha256(model: nn.Module) -> str:
-    """Hash of the parameters' bytes in name order: equal if and only if the parameters are, bit for bit."""
-    digest = hashlib.sha256()
-    for _, parameter in sorted(model.named_parameters()):
-        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def write_atomically(path: Path, content: bytes) -> None:

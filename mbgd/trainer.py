@@ -1,7 +1,7 @@
 """The training loop: one optimizer step is the gradient of the weighted mean loss over the whole minibatch."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from mbgd.clock import Clock
 from mbgd.config import AveragingName, Last, Precision, Settings, problems
 from mbgd.errors import UsageError
 from mbgd.evaluation import Evaluation
+from mbgd.fingerprint import examples_sha256, weights_sha256
 from mbgd.loader import Data, Examples, Loader, Shard
 from mbgd.objective import NUM_SUMS, Objective, PerExample, Totals
 from mbgd.plan import Minibatch, Plan
@@ -84,7 +85,9 @@ class Trainer:
         task = Task(model, objective).to(device=workers.device, dtype=dtype).train()
         own_copies = settings.averaging.name is AveragingName.reproducible
         self._loader = Loader(data, self.plan, settings.seed, workers, dtype=dtype, own_copies=own_copies)
-        self._findings = findings = try_out(task, data.train, self._loader.first_minibatch(), settings, workers.device)
+        self._findings = findings = try_out(
+            task, data.train, self._loader.minibatch_indices(0), settings, workers.device
+        )
         self._averaging = averagings.create(
             settings.averaging, task, workers, parameters_vary=bool(findings.unused_parameters)
         )
@@ -106,7 +109,7 @@ class Trainer:
 
         def log(metrics: dict[str, float]) -> None:
             latest.update(metrics)
-            tracker.log(self.state.step, metrics)
+            tracker.log(self.state.step, {**metrics, **self._fingerprints(metrics)})
 
         clock = Clock(self.plan, self.state.step)
         for shard in self._loader.shards(self.state.step, self.num_steps):
@@ -200,6 +203,14 @@ class Trainer:
         metrics["train/epoch"] = self.plan.examples_seen(self.state.step) / self.plan.examples_per_epoch
         metrics["train/examples_per_second"] = clock.examples_per_second(self.state.step)
         return metrics
+
+    def _fingerprints(self, metrics: Mapping[str, float]) -> dict[str, str]:
+        """With reproducible averaging, hashes by which two runs can be compared line by line."""
+        if self.settings.averaging.name is not AveragingName.reproducible or not self.workers.is_main:
+            return {}
+        if "train/loss" in metrics:
+            return {"train/examples_sha256": examples_sha256(self._loader.minibatch_indices(self.state.step - 1))}
+        return {"eval/weights_sha256": weights_sha256(self.model)} if metrics else {}
 
     def _logs(self, step: int) -> bool:
         """The first step is logged, so that mistakes show at once, then every `log_every_steps` and the last."""

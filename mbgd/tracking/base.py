@@ -1,7 +1,10 @@
 """The interface of everything that is told how a run goes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
+
+Metrics = Mapping[str, float | str]
+"""Values by names such as train/loss; texts are fingerprints."""
 
 
 class Tracker(Protocol):
@@ -10,7 +13,7 @@ class Tracker(Protocol):
     def progress(self, step: int) -> None:
         """So many optimizer steps are completed; called after every step."""
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
+    def log(self, step: int, metrics: Metrics) -> None:
         """Metrics by names such as train/loss, after so many optimizer steps."""
 
     def close(self) -> None:
@@ -23,7 +26,7 @@ class NoTracker:
     def progress(self, step: int) -> None:
         pass
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
+    def log(self, step: int, metrics: Metrics) -> None:
         pass
 
     def close(self) -> None:
@@ -40,7 +43,7 @@ class Trackers:
         for tracker in self._trackers:
             tracker.progress(step)
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
+    def log(self, step: int, metrics: Metrics) -> None:
         for tracker in self._trackers:
             tracker.log(step, metrics)
 

@@ -8,18 +8,18 @@ from typing import TextIO
 import torch
 
 from mbgd.plan import Plan
-from mbgd.tracking.base import Tracker
+from mbgd.tracking.base import Metrics, Tracker
 from mbgd.trainer import Result, Trainer
 
 SECONDS_BETWEEN_LINES = 2.0
 
 
-def describe(metrics: dict[str, float]) -> str:
+def describe(metrics: Metrics) -> str:
     """Metrics in one line, most important first."""
     parts = []
     for name, value in metrics.items():
         group, _, short = name.partition("/")
-        if short in ("epoch", "examples_per_second"):
+        if short in ("epoch", "examples_per_second") or isinstance(value, str):
             continue
         label = f"eval {short}" if group == "eval" else short
         parts.append(f"{label.replace('_', ' ')} {value:.4g}")
@@ -38,7 +38,7 @@ class PlainLines:
     def progress(self, step: int) -> None:
         pass
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
+    def log(self, step: int, metrics: Metrics) -> None:
         is_evaluation = any(name.startswith("eval/") for name in metrics)
         now = time.monotonic()
         if metrics and (is_evaluation or now - self._last_line >= SECONDS_BETWEEN_LINES):

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from mbgd.tracking.base import Metrics
+
 
 class JsonLines:
     """Appends {"step": …, "train/loss": …} lines to a file, each written at once, so that a crash loses none."""
@@ -13,9 +15,9 @@ class JsonLines:
     def progress(self, step: int) -> None:
         pass
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
+    def log(self, step: int, metrics: Metrics) -> None:
         if metrics:
-            self._file.write(json.dumps({"step": step} | metrics) + "\n")
+            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
 
     def close(self) -> None:
         self._file.close()

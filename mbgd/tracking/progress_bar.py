@@ -5,6 +5,7 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mbgd.tracking.base import Metrics
 from mbgd.tracking.console import describe
 
 SECONDS_BETWEEN_UPDATES = 0.1
@@ -34,7 +35,7 @@ class ProgressBar:
             self._next_update = now + SECONDS_BETWEEN_UPDATES
             self._bar.update(self._task, completed=step)
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
+    def log(self, step: int, metrics: Metrics) -> None:
         if any(name.startswith("eval/") for name in metrics):
             self._bar.console.print(f"step {step}/{self._num_steps} · {describe(metrics)}")
         elif metrics:

@@ -1,0 +1,93 @@
+"""Whether two runs gave the same bits; if not, where they part and why they might."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from mbgd.errors import UsageError
+
+DESCRIPTION = "say whether two runs gave the same bits, or where they part"
+NOT_COMPARED = ("train/examples_per_second",)
+SHOWN = 10
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_a", type=Path, help="a run's folder")
+    parser.add_argument("run_b", type=Path, help="another run's folder")
+
+
+def main(parsed: argparse.Namespace) -> int:
+    """Print the comparison; 0 if the bits are the same, 1 if not."""
+    a, b = (_read(folder) for folder in (parsed.run_a, parsed.run_b))
+    parted = first_difference(a["metrics"], b["metrics"])
+    names = differing_parameters(a["model"], b["model"])
+    if parted is None and not names:
+        print(f"same bits: {len(a['metrics'])} lines of metrics, weights_sha256 {a['summary']['weights_sha256']}")
+        return 0
+    print("different bits")
+    if parted is not None:
+        print(f"  metrics part at {parted}")
+    if names:
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        print(f"  parameters and buffers that differ: {', '.join(names[:SHOWN])}{more}")
+    reasons = differing_conditions(a, b)
+    print("  they might, because of " + ("; ".join(reasons) if reasons else "nothing that is recorded"))
+    return 1
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    try:
+        return {
+            "summary": json.loads((folder / "summary.json").read_text()),
+            "metrics": [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()],
+            "config": (folder / "config.yaml").read_text().splitlines(),
+            "model": load_file(folder / "model.safetensors"),
+        }
+    except OSError as error:
+        raise UsageError(
+            f"{folder} is not the folder of a complete run: {error.filename} is missing. A run's folder is what "
+            "train.py names at the end."
+        ) from error
+
+
+def first_difference(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> str | None:
+    """The first step and the metrics at which two histories part; None if they are the same."""
+    for line_a, line_b in zip(a, b, strict=False):
+        names = sorted((line_a.keys() | line_b.keys()) - set(NOT_COMPARED))
+        unequal = [name for name in names if repr(line_a.get(name)) != repr(line_b.get(name))]
+        if unequal:
+            values = ", ".join(f"{name} {line_a.get(name)} and {line_b.get(name)}" for name in unequal)
+            return f"step {line_a['step']}: {values}"
+    if len(a) != len(b):
+        return f"line {min(len(a), len(b)) + 1}: one history has {len(a)} lines, the other {len(b)}"
+    return None
+
+
+def differing_parameters(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
+    """Names of the tensors that differ in a bit, in shape, or are in one model only."""
+
+    def same(name: str) -> bool:
+        if name not in a or name not in b or a[name].shape != b[name].shape or a[name].dtype != b[name].dtype:
+            return False
+        left, right = (model[name].contiguous().view(-1).view(torch.uint8) for model in (a, b))
+        return torch.equal(left, right)
+
+    return [name for name in sorted(a.keys() | b.keys()) if not same(name)]
+
+
+def differing_conditions(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """What is recorded of the two runs and differs: versions and conditions, then lines of the configuration."""
+    of_a, of_b = ({**run["summary"]["versions"], **run["summary"]["conditions"]} for run in (a, b))
+    found = [f"{key}: {of_a.get(key)} and {of_b.get(key)}" for key in of_a if of_a.get(key) != of_b.get(key)]
+    reproducible = all("  name: reproducible" in run["config"] for run in (a, b))
+    workers_a, workers_b = a["summary"]["num_workers"], b["summary"]["num_workers"]
+    if not reproducible and workers_a != workers_b:
+        found.append(f"workers: {workers_a} and {workers_b}, without averaging=reproducible in both")
+    lines = [line.strip() for line in a["config"] if line not in b["config"]]
+    lines += [line.strip() for line in b["config"] if line not in a["config"]]
+    own = [line for line in lines if not line.startswith(("dir:", "id:", "root:"))]
+    return found + [f"configuration {line}" for line in own]
