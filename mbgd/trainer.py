@@ -206,7 +206,7 @@ class Trainer:
 
     def _fingerprints(self, metrics: Mapping[str, float]) -> dict[str, str]:
         """With reproducible averaging, hashes by which two runs can be compared line by line."""
-        if self.settings.averaging.name is not AveragingName.reproducible or not self.workers.is_main:
+        if self.settings.averaging.name is not AveragingName.reproducible:
             return {}
         if "train/loss" in metrics:
             return {"train/examples_sha256": examples_sha256(self._loader.minibatch_indices(self.state.step - 1))}

@@ -1,0 +1,72 @@
+"""The house rules: imports run one way, and importing mbgd costs nothing."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted((ROOT / "mbgd").rglob("*.py"))
+}
+PURE = ["plan", "order", "objective", "config", "schedule", "errors"]
+
+
+def imports(module: str) -> set[str]:
+    """Modules imported when this one is, not those in functions or under TYPE_CHECKING."""
+    found = set()
+    for node in ast.parse(MODULES[module].read_text()).body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_pure_modules_know_neither_processes_nor_hydra(name: str) -> None:
+    for imported in imports(f"mbgd.{name}"):
+        assert not imported.startswith(("torch.distributed", "hydra", "omegaconf")), imported
+        if imported.startswith("mbgd."):
+            assert imported.split(".")[1] in PURE, imported
+
+
+def test_only_build_knows_hydra_and_only_tracking_knows_rich() -> None:
+    for module in MODULES:
+        roots = {imported.split(".")[0] for imported in imports(module)}
+        assert module == "mbgd.build" or not roots & {"hydra", "omegaconf"}, module
+        assert module.startswith("mbgd.tracking") or not roots & {"rich", "wandb"}, module
+
+
+def test_there_are_no_import_cycles() -> None:
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " → ".join((*path, module))
+        if module in MODULES and module not in done:
+            for imported in sorted(imports(module)):
+                visit(imported, (*path, module))
+            done.add(module)
+
+    for module in MODULES:
+        visit(module, ())
+
+
+def test_there_is_no_drawer_for_everything() -> None:
+    assert not [path for path in MODULES.values() if path.stem in ("utils", "helpers", "misc", "common")]
+
+
+def test_importing_mbgd_imports_nothing_heavy() -> None:
+    code = "import sys, mbgd; print(sorted({'torch', 'hydra', 'omegaconf', 'wandb', 'rich'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    code = "import sys, mbgd; mbgd.Trainer; print(sorted({'hydra', 'omegaconf', 'wandb', 'rich'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_every_public_name_is_there() -> None:
+    import mbgd
+
+    assert all(getattr(mbgd, name).__name__ == name for name in mbgd.__all__)
