@@ -109,4 +109,10 @@ def make(name: str, node: Any, *arguments: Any, **keywords: Any) -> Any:
     except InstantiationException as error:
         if isinstance(error.__cause__, UsageError):
             raise error.__cause__ from None
-        raise UsageError(f"{name} ({node['_target_']}) cannot be made: {error}") from error
+        reason: BaseException = error  # Hydra's own message tells less than the exception at the bottom
+        while reason.__cause__ is not None:
+            reason = reason.__cause__
+        remedy = ". Is its folder on PYTHONPATH?" if isinstance(reason, ModuleNotFoundError) else ""
+        raise UsageError(
+            f"{name} ({node['_target_']}) cannot be made: {type(reason).__name__}: {reason}{remedy}"
+        ) from error

@@ -14,7 +14,7 @@ from mbgd.order import GAMMA, mix, scramble
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
 
-BELL_STD = float(np.sqrt((2**32 - 1) / 3))  # of a sum of four uniform 16-bit values
+BELL_STD = float(2 * np.sqrt((2**32 - 1) / 3))  # of twice a sum of four uniform 16-bit values
 MAX_FEATURES = 2**17  # products of two 19-bit values, so many, sum up to less than 2^53
 
 

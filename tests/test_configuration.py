@@ -1,0 +1,122 @@
+"""Every file under conf/ composes and builds; every mistake is named at once."""
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+import mbgd
+from mbgd.build import build_trainer, typed
+from mbgd.config import Settings, problems
+
+CONF = Path(__file__).parent.parent / "conf"
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+
+NEEDED = {
+    "model/own": ["model._target_=mbgd.models.Linear", "+model.input_shape=null", "+model.num_outputs=null"],
+    "model/cnn": ["model=cnn"],
+    "data/own": ["data.train._target_=mbgd.data.digits", "+data.train.split=train"],
+    "data/tensors": ["data.path=own.npz", "model=linear"],
+    "data/regression": ["objective=mse"],
+    "objective/mse": ["data=regression"],
+    "objective/own": ["objective._target_=mbgd.CrossEntropy"],
+}
+"""What a group's member needs beside itself: values that only the user knows, or parts that fit."""
+
+MEMBERS = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.glob("**/*.yaml") if path.parent != CONF)
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("train", list(overrides))
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+def test_every_member_of_every_group_trains_a_step(
+    member: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if member == "backend/nccl" and not torch.cuda.is_available():
+        pytest.skip("nccl needs a GPU")
+    if member == "data/fashion_mnist" and not FASHION_MNIST.is_dir():
+        pytest.skip("Debian's package dataset-fashion-mnist is not installed")
+    monkeypatch.chdir(tmp_path)
+    np.savez("own.npz", inputs=np.zeros((9, 3)), targets=np.arange(9) % 2)
+    group, name = member.split("/")
+    needed = [one for one in NEEDED.get(member, []) if one != f"{group}={name}"]
+    config = typed(composed(f"{group}={name}", "steps=1", *needed))
+    result = build_trainer(config, mbgd.Workers()).fit()
+    assert result.steps == 1
+    assert math.isfinite(result.metrics["train/loss"])
+
+
+def test_every_value_has_a_comment() -> None:
+    for path in CONF.glob("**/*.yaml"):
+        lines = path.read_text().splitlines()
+        assert lines[0].startswith("#"), f"{path} does not begin with what it is"
+        inside_of_dataset = False
+        for number, line in enumerate(lines, 1):
+            # A dataset's own arguments are named after its parameters, explained above or in its docstring.
+            if re.match(r"\S", line):
+                inside_of_dataset = line.startswith(("train:", "evaluation:")) and path.parent.name == "data"
+            is_value = re.match(r"\s*\w+:\s*\S", line) and "_target_" not in line and not inside_of_dataset
+            assert not is_value or "# " in line or "${" in line, f"{path}:{number} has no comment: {line}"
+
+
+def test_all_mistakes_at_once() -> None:
+    with pytest.raises(mbgd.UsageError) as caught:
+        typed(
+            composed(
+                "+batch.sise=3",
+                "+foo=1",
+                "batch.size=0",
+                "epochs=-1",
+                "seed=abc",
+                "precision=fp31",
+                "clip_norm=0",
+                "log_every_steps=0",
+                "data=tensors",
+            )
+        )
+    message = str(caught.value)
+    for part in (
+        "'sise'",
+        "'foo'",
+        "batch.size=0",
+        "epochs=-1",
+        "'abc'",
+        "fp31",
+        "clip_norm=0",
+        "log_every_steps=0",
+        "data.path",
+    ):
+        assert part in message, f"{part} is not in: {message}"
+
+
+def test_rules_between_settings() -> None:
+    assert problems(Settings()) == []
+    assert problems(Settings(batch=mbgd.Batch(size=8, micro_batch_size=8))) == []
+    for settings, word in (
+        (Settings(batch=mbgd.Batch(size=8, micro_batch_size=9)), "micro_batch_size=9"),
+        (Settings(batch=mbgd.Batch(size=8, micro_batch_size=0)), "micro_batch_size=0"),
+        (Settings(epochs=None), "steps=null and epochs=null"),
+        (Settings(steps=-1), "steps=-1"),
+        (Settings(clip_norm=-1.0), "clip_norm=-1"),
+        (Settings(clip_norm=math.nan), "clip_norm=nan"),
+        (Settings(evaluation=mbgd.Evaluation(every_steps=0)), "evaluation.every_steps=0"),
+        (Settings(evaluation=mbgd.Evaluation(batch_size=0)), "evaluation.batch_size=0"),
+    ):
+        [problem] = problems(settings)
+        assert word in problem
+
+
+def test_a_configuration_keeps_its_numbers() -> None:
+    config = typed(composed("optimizer=adamw", "optimizer.lr=3e-4", "clip_norm=1", "batch.size=7", "precision=fp64"))
+    assert config.optimizer["lr"] == 3e-4
+    assert config.clip_norm == 1.0
+    assert config.batch.size == 7
+    assert config.precision is mbgd.Precision.fp64
