@@ -118,6 +118,15 @@ class Order:
     def _walk(self, words: U64, keys: Sequence[np.uint64]) -> None:
         """Permute within the examples, in place: what lands outside is permuted again until it is inside."""
         num_examples = np.uint64(self.num_examples)
+        domain_size = 2**self._num_bits
+        if domain_size <= 4 * len(words):
+            # Most of the domain is wanted: one pass over all of it makes every walk a matter of looking up.
+            table = np.arange(domain_size, dtype=np.uint64)
+            self._permute(table, keys)
+            words[:] = table[words]
+            while len(outside := np.flatnonzero(words >= num_examples)):
+                words[outside] = table[words[outside]]
+            return
         self._permute(words, keys)
         outside = np.flatnonzero(words >= num_examples)
         while len(outside):
@@ -126,11 +135,15 @@ class Order:
             words[outside] = again
             outside = outside[again >= num_examples]
 
+    @property
+    def _num_bits(self) -> int:
+        """Width of the network: the domain has 2**_num_bits words."""
+        return max(2, (self.num_examples - 1).bit_length())
+
     def _permute(self, words: U64, keys: Sequence[np.uint64]) -> None:
         """One pass of the network over the power-of-two domain, in place."""
-        num_bits = max(2, (self.num_examples - 1).bit_length())
-        right_bits = num_bits // 2
-        left_bits = num_bits - right_bits
+        right_bits = self._num_bits // 2
+        left_bits = self._num_bits - right_bits
         shift = np.uint64(right_bits)
         left_mask, right_mask = np.uint64(2**left_bits - 1), np.uint64(2**right_bits - 1)
         left, right = words >> shift, words & right_mask
