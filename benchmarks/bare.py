@@ -1,6 +1,6 @@
 """One step of distributed training with nothing but torch: what benchmarks/startup.py compares train.py's start with.
 
-    torchrun --standalone --nproc-per-node 2 benchmarks/bare.py
+torchrun --standalone --nproc-per-node 2 benchmarks/bare.py
 """
 
 import gzip

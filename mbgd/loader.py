@@ -1,7 +1,7 @@
 """Plan + order + dataset → this worker's micro-batches, step by step, on its device."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import Any, NamedTuple
@@ -121,12 +121,16 @@ class Loader:
                     shard = plan.shard(minibatch, self._rank)
                     planned.append((step, minibatch, shard))
                     micro_batches += shard
-                positions = np.concatenate([np.arange(mb.start, mb.stop) for mb in micro_batches])
-                indices = self._order.at(epoch, positions)
-                start = 0
-                for micro_batch in micro_batches:
-                    yield indices[start : start + micro_batch.size]
-                    start += micro_batch.size
+                yield from self._order_of(epoch, micro_batches)
+
+    def _order_of(self, epoch: int, micro_batches: Sequence[MicroBatch]) -> list[Indices]:
+        """The example indices of each micro-batch, permuted all at once."""
+        starts = np.array([micro_batch.start for micro_batch in micro_batches])
+        stops = np.array([micro_batch.stop for micro_batch in micro_batches])
+        ends = np.cumsum(stops - starts)
+        positions = np.arange(ends[-1]) + np.repeat(stops - ends, stops - starts)
+        indices = self._order.at(epoch, positions)
+        return [indices[end - mb.size : end] for end, mb in zip(ends.tolist(), micro_batches, strict=True)]
 
 
 def read(

@@ -33,15 +33,12 @@ class PerExample:
 
     def check(self, num_examples: int) -> None:
         """Raise UsageError unless the shapes keep the contract for a micro-batch of `num_examples`."""
-        losses = self.losses
-        expected = f"expected one loss per example, shape ({num_examples},) or ({num_examples}, T)"
-        if losses.dim() == 0:
+        shape = self.losses.shape
+        if len(shape) not in (1, 2) or shape[0] != num_examples:
+            got = f"losses of shape {tuple(shape)} for {num_examples} examples" if shape else "a scalar loss"
             raise UsageError(
-                f"objective returned a scalar loss; {expected}. Use reduction='none': the trainer does the averaging."
-            )
-        if losses.dim() > 2 or losses.shape[0] != num_examples:
-            raise UsageError(
-                f"objective returned losses of shape {tuple(losses.shape)} for {num_examples} examples; {expected}."
+                f"objective returned {got}; expected one loss per example, shape ({num_examples},) or "
+                f"({num_examples}, T). Use reduction='none': the trainer does the averaging."
             )
         if self.weights is not None:
             self._check_shape("weights", self.weights)
