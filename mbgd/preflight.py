@@ -46,7 +46,7 @@ def try_out(task: Task, dataset: Any, first_minibatch: Indices, settings: Settin
             terms: PerExample = task(batch, len(indices))
             return terms
 
-    with _restored(task) as buffers_before, _output_widths(task.model) as widths:
+    with _restored(task) as buffers_before, _output_widths(task.model) as widths, _refused_operations():
         terms = compute(first_minibatch[:NUM_EXAMPLES])
         if settings.averaging.name is AveragingName.reproducible:
             _check_repeatable(terms.losses, compute(first_minibatch[:NUM_EXAMPLES]).losses)
@@ -74,6 +74,21 @@ def _check_repeatable(once: torch.Tensor, again: torch.Tensor) -> None:
             "from a generator of its own, or keeps state between calls. Draw from torch's default generators, which "
             "the trainer keys by (seed, step, micro-batch)."
         )
+
+
+@contextmanager
+def _refused_operations() -> Iterator[None]:
+    """torch's own refusal, in words for users; averaging=reproducible has asked torch to refuse."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "does not have a deterministic implementation" not in str(error):
+            raise
+        raise UsageError(
+            f"averaging=reproducible, but the model or the objective uses an operation of which torch has no "
+            f"deterministic version on this device: {str(error).split(' does not')[0]}. Replace the operation, or use "
+            "averaging=ddp."
+        ) from error
 
 
 def _has_weights(terms: PerExample) -> bool:

@@ -1,9 +1,14 @@
 """averaging=reproducible: the same bits at every step on any number of workers."""
 
 import hashlib
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +28,7 @@ from mbgd.plan import cut
 
 from processes import run_workers
 
+ROOT = Path(__file__).parent.parent
 NUM_STEPS = 6
 NUM_TOKENS, NUM_WORDS = 12, 20
 
@@ -292,6 +298,57 @@ class OwnNoise(nn.Module):
 def test_a_forward_that_cannot_be_repeated_is_refused() -> None:
     with pytest.raises(mbgd.UsageError, match="two computations of the same examples differ"):
         train(mbgd.Workers(), Case("own noise", OwnNoise))
+
+
+class Put(nn.Module):
+    """Uses an operation of which torch has no deterministic version."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.output = nn.Linear(64, 10)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = self.output(inputs.flatten(1))
+        return outputs + torch.zeros(10).put_(torch.tensor([1, 1]), torch.ones(2))
+
+
+def test_operations_that_are_not_deterministic_are_named() -> None:
+    with pytest.raises(mbgd.UsageError, match=r"put_.*averaging=ddp"):
+        train(mbgd.Workers(), Case("put", Put))
+
+
+def test_the_same_weights_on_any_number_of_workers_through_the_command_line(tmp_path: Path) -> None:
+    folders = [tmp_path / f"on{num_workers}" for num_workers in (1, 2, 3)]
+    for num_workers, folder in enumerate(folders, 1):
+        train_command(num_workers, folder, "averaging=reproducible")
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders]
+    assert [summary["num_workers"] for summary in summaries] == [1, 2, 3]
+    assert len({summary["weights_sha256"] for summary in summaries}) == 1
+    assert summaries[0]["conditions"]["threads_per_worker"] == 1
+    records = [json.loads(line) for line in (folders[2] / "metrics.jsonl").read_text().splitlines()]
+    assert {"train/examples_sha256", "eval/weights_sha256"} <= {name for record in records for name in record}
+    for other in folders[1:]:
+        done = compare(folders[0], other)
+        assert done.returncode == 0, done.stderr
+        assert "same bits" in done.stdout
+
+    train_command(2, tmp_path / "other", "averaging=reproducible", "seed=1")
+    done = compare(folders[0], tmp_path / "other")
+    assert done.returncode == 1
+    assert "step 1" in done.stdout
+
+
+def train_command(num_workers: int, folder: Path, *overrides: str) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_workers)]
+    command += [str(ROOT / "train.py"), "epochs=1", "batch.size=97", "log_every_steps=1", f"run.dir={folder}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *overrides], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def compare(*folders: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mbgd", "compare", *map(str, folders)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 @settings(deadline=None)

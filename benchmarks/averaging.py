@@ -1,0 +1,151 @@
+"""What the same bits cost: averaging=reproducible against ddp on the same plan: `python benchmarks/averaging.py`.
+
+Two workers train the same minibatches, cut into the same micro-batches, in turn, round by round, in the same
+processes. Memory is the peak of fresh processes, less that of DDP, in sizes of the model's gradient. Bytes are what
+one worker sends per step, counted from the plan.
+"""
+
+import argparse
+import itertools
+import os
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.multiprocessing
+from torch import nn
+
+import mbgd
+from mbgd.averaging.reproducible import nodes_of_workers
+from mbgd.config import AveragingName
+from mbgd.data import InMemory
+from mbgd.models import CNN, MLP
+
+from machine import publish
+
+NUM_WORKERS = 2
+MINIBATCH = 128
+
+
+@dataclass(frozen=True)
+class Work:
+    name: str
+    make_model: Callable[[], nn.Module]
+    input_shape: tuple[int, ...]
+    steps: int
+
+
+WORKS = (
+    Work("MLP 64-128-10", partial(MLP, (64,), 10, hidden=(128,)), (64,), 200),
+    Work("6.4 M-parameter MLP", partial(MLP, (784,), 10, hidden=(2160, 2160)), (784,), 15),
+    Work("cnn on 28 × 28", partial(CNN, (1, 28, 28), 10), (1, 28, 28), 10),
+)
+
+
+def trainer(work: Work, averaging: AveragingName, num_micro_batches: int, workers: mbgd.Workers) -> mbgd.Trainer:
+    torch.use_deterministic_algorithms(False)  # the reproducible one switches them on
+    torch.manual_seed(0)
+    model = work.make_model()
+    data = InMemory(torch.randn(4 * MINIBATCH, *work.input_shape), torch.randint(10, (4 * MINIBATCH,)))
+    return mbgd.Trainer(
+        model,
+        mbgd.CrossEntropy(),
+        torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=True),
+        mbgd.Data(train=data),
+        mbgd.Settings(
+            steps=work.steps,
+            batch=mbgd.Batch(MINIBATCH, MINIBATCH // num_micro_batches),
+            averaging=mbgd.Averaging(averaging),
+        ),
+        workers,
+    )
+
+
+def measure_time(workers: mbgd.Workers, work: Work, num_micro_batches: int, rounds: int, results: list[float]) -> None:
+    for _ in range(rounds + 1):  # the first round warms up
+        for averaging in (AveragingName.ddp, AveragingName.reproducible):
+            made = trainer(work, averaging, num_micro_batches, workers)
+            workers.barrier()
+            start = time.perf_counter()
+            made.fit()
+            workers.barrier()
+            if workers.is_main:
+                results.append(time.perf_counter() - start)
+
+
+def measure_memory(
+    workers: mbgd.Workers, work: Work, num_micro_batches: int, averaging: AveragingName, results: list[float]
+) -> None:
+    trainer(work, averaging, num_micro_batches, workers).fit()
+    if workers.is_main:
+        results.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def on_worker(rank: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(NUM_WORKERS)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with mbgd.start_workers("gloo") as workers:
+        function(workers, *arguments)
+
+
+def bytes_sent(num_leaves: int, num_workers: int) -> float:
+    """What one worker sends in a step at most, in sizes of the gradient."""
+    slice_ = 1 / num_workers
+    most_nodes = max(len(nodes) for nodes in nodes_of_workers(num_leaves, num_workers))
+    return (most_nodes + 1) * slice_ * (num_workers - 1)  # all-to-all of its nodes, all-gather of its slice
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=9)
+    arguments = parser.parse_args()
+    times_table = [
+        f"{'':<22}{'micro-batches':>14}{'ddp':>12}{'reproducible':>14}{'rep / ddp':>11}{'(range)':>14}{'memory':>14}"
+    ]
+    ports = itertools.count(20000 + os.getpid() % 20000)
+    with torch.multiprocessing.Manager() as manager:
+
+        def run(function: Callable[..., None], *of_function: Any) -> list[float]:
+            results = manager.list()
+            torch.multiprocessing.spawn(on_worker, (next(ports), function, (*of_function, results)), NUM_WORKERS)
+            return list(results)
+
+        for work in WORKS:
+            gradient_bytes = sum(p.numel() * p.element_size() for p in work.make_model().parameters())
+            for num_micro_batches in (NUM_WORKERS, 8):
+                times = run(measure_time, work, num_micro_batches, arguments.rounds)
+                ddp, reproducible = times[2::2], times[3::2]
+                ratios = [b / a for a, b in zip(ddp, reproducible, strict=True)]
+                peaks = [
+                    run(measure_memory, work, num_micro_batches, averaging)[0]
+                    for averaging in (AveragingName.ddp, AveragingName.reproducible)
+                ]
+                extra = f"+{(peaks[1] - peaks[0]) / gradient_bytes:.1f} gradients"
+                times_table.append(
+                    f"{work.name:<22}{num_micro_batches:>14}"
+                    f"{statistics.median(ddp) / work.steps * 1e3:>9.2f} ms"
+                    f"{statistics.median(reproducible) / work.steps * 1e3:>11.2f} ms"
+                    f"{statistics.median(ratios):>11.2f}{f'({min(ratios):.2f}–{max(ratios):.2f})':>14}"
+                    f"{extra if gradient_bytes > 2**20 else '–':>16}"
+                )
+    bytes_table = [f"{'workers':<10}{'ring all-reduce':>16}{'reproducible, 8 micro-batches':>32}"]
+    for num_workers in (2, 3, 4, 5, 8):
+        ring = 2 * (num_workers - 1) / num_workers
+        bytes_table.append(f"{num_workers:<10}{ring:>16.2f}{bytes_sent(8, num_workers):>32.2f}")
+    publish(
+        "averaging",
+        f"Seconds per step on {NUM_WORKERS} workers, minibatch {MINIBATCH}; medians of interleaved rounds.\n\n"
+        + "\n".join(times_table)
+        + "\n\nSent by a worker per step, in sizes of the gradient.\n\n"
+        + "\n".join(bytes_table),
+    )
+
+
+if __name__ == "__main__":
+    main()
