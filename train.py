@@ -5,11 +5,16 @@ import sys
 from contextlib import closing
 
 import hydra
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from mbgd.build import build_trainer, typed
-from mbgd.errors import UsageError
+from mbgd.checkpoint import CheckpointFolder, Checkpoints, NoCheckpoints
+from mbgd.config import identity
+from mbgd.errors import Preempted, UsageError
+from mbgd.preemption import EXIT_CODE, StopOnSignal
+from mbgd.resume import resume
 from mbgd.run_folder import open_run_folder
 from mbgd.tracking import NoTracker, Tracker, Trackers, console
 from mbgd.tracking.json_lines import JsonLines
@@ -21,14 +26,22 @@ def run(composed: DictConfig) -> None:
     config = typed(composed)
     with start_workers(config.backend.name.value, config.backend.timeout_seconds) as workers:
         trainer = build_trainer(config, workers)
-        folder = open_run_folder(config.run, workers)
+        folder = open_run_folder(config.run, workers, may_hold_a_run=config.resume != "never")
+        text = OmegaConf.to_yaml(composed, resolve=True)
+        plain = yaml.safe_load(text)
+        if not resume(trainer, folder, config, plain):
+            if workers.is_main:
+                print(f"{folder.path} holds this run already, complete; give another run.dir for a new one.")
+            return
         tracker: Tracker = NoTracker()
+        checkpoints: Checkpoints = NoCheckpoints()
         if workers.is_main:
-            folder.write_config(OmegaConf.to_yaml(composed, resolve=True))
+            folder.write_config(text)
             print(console.describe_start(trainer), flush=True)
             tracker = Trackers([JsonLines(folder.metrics_path), console.tracker(trainer.num_steps)])
+            checkpoints = CheckpointFolder(folder.checkpoints_path, config.checkpoint, identity(plain))
         with closing(tracker):
-            result = trainer.fit(tracker)
+            result = trainer.fit(tracker, checkpoints, StopOnSignal(workers))
         if workers.is_main:
             folder.write_results(result, trainer)
             print(console.describe_end(result, folder.path))
@@ -42,6 +55,9 @@ def main(composed: DictConfig) -> None:
     except UsageError as error:
         rank = os.environ.get("RANK")
         sys.exit(f"error{f' on worker {rank}' if rank else ''}: {error}")
+    except Preempted as stopped:
+        print(f"{stopped}; the same command goes on from there if it names the run (run.dir or run.id)", flush=True)
+        sys.exit(EXIT_CODE)
 
 
 if __name__ == "__main__":

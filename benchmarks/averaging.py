@@ -132,7 +132,7 @@ def main() -> None:
                     f"{statistics.median(ddp) / work.steps * 1e3:>9.2f} ms"
                     f"{statistics.median(reproducible) / work.steps * 1e3:>11.2f} ms"
                     f"{statistics.median(ratios):>11.2f}{f'({min(ratios):.2f}–{max(ratios):.2f})':>14}"
-                    f"{extra if gradient_bytes > 2**20 else '–':>16}"
+                    f"{extra if gradient_bytes > 2**23 else '–':>16}"
                 )
     bytes_table = [f"{'workers':<10}{'ring all-reduce':>16}{'reproducible, 8 micro-batches':>32}"]
     for num_workers in (2, 3, 4, 5, 8):

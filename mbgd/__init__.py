@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mbgd.config import Averaging, Batch, Evaluation, Last, Precision, Settings
+    from mbgd.config import Averaging, AveragingName, Batch, Evaluation, Last, Precision, Settings
     from mbgd.data import InMemory
     from mbgd.errors import UsageError
     from mbgd.loader import Data
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Averaging",
+    "AveragingName",
     "Batch",
     "CrossEntropy",
     "Data",

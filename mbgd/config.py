@@ -3,6 +3,7 @@
 `conf/` gives the values and comments; these classes give types, units and rules.
 """
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -95,15 +96,58 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Checkpoint:
+    every_steps: int | None = None
+    """Optimizer steps between checkpoints; None: by time alone. There is always one at the end."""
+    every_seconds: float | None = 300.0
+    """Seconds between checkpoints; None: by steps alone."""
+    keep: int = 2
+    """How many of the newest are kept."""
+    required: bool = False
+    """End the run where a checkpoint cannot be written."""
+
+
+@dataclass(frozen=True)
 class Config(Settings):
     """The whole configuration of `train.py`. Fields of type Any are nodes with a `_target_` of the user's choice."""
 
     backend: Backend = field(default_factory=Backend)
     run: Run = field(default_factory=Run)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    resume: str = "auto"
+    """auto: go on where the run's own folder ends; never; or the path of another run or checkpoint to go on from."""
+    resume_force: bool = False
+    """Go on even if what alters the course of training has changed."""
     data: Any = None
     model: Any = None
     objective: Any = None
     optimizer: Any = None
+
+
+SAME_COURSE = ("seed", "precision", "clip_norm", "model", "objective", "optimizer", "schedule")
+"""Keys of the configuration that must not change when a run goes on, beside parts of `batch` and `data`."""
+
+
+def identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the course of training depends on, of a whole configuration as plain values, by key.
+
+    Not in it: the number of workers, the cut into micro-batches, averaging, backend, logging, evaluation. How long
+    training lasts is in it only where the learning rate depends on it.
+    """
+    data = {key: value for key, value in config["data"].items() if key not in ("evaluation", "num_workers")}
+    course = {key: config[key] for key in SAME_COURSE}
+    course |= {"data": data, "batch": {key: config["batch"][key] for key in ("size", "last")}}
+    if not str((config["schedule"] or {}).get("_target_", "")).endswith(("Constant", "Step")):
+        course |= {key: config[key] for key in ("epochs", "steps")}
+    return dict(_flat(course))
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def problems(settings: Settings) -> list[str]:
@@ -131,4 +175,17 @@ def problems(settings: Settings) -> list[str]:
         found.append(f"evaluation.every_steps={every}; it must be ≥ 1, or null to evaluate after each epoch.")
     if settings.evaluation.batch_size < 1:
         found.append(f"evaluation.batch_size={settings.evaluation.batch_size}; it must be ≥ 1.")
+    if isinstance(settings, Config):
+        found += _checkpoint_problems(settings.checkpoint)
+    return found
+
+
+def _checkpoint_problems(checkpoint: Checkpoint) -> list[str]:
+    found = []
+    if checkpoint.every_steps is not None and checkpoint.every_steps < 1:
+        found.append(f"checkpoint.every_steps={checkpoint.every_steps}; it must be ≥ 1, or null to go by time alone.")
+    if checkpoint.every_seconds is not None and not checkpoint.every_seconds > 0:
+        found.append(f"checkpoint.every_seconds={checkpoint.every_seconds}; it must be > 0, or null for steps alone.")
+    if checkpoint.keep < 1:
+        found.append(f"checkpoint.keep={checkpoint.keep}; at least the newest checkpoint is kept.")
     return found

@@ -5,8 +5,10 @@ import os
 import platform
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -28,6 +30,42 @@ class RunFolder:
     def metrics_path(self) -> Path:
         return self.path / "metrics.jsonl"
 
+    @property
+    def checkpoints_path(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def summary_path(self) -> Path:
+        return self.path / "summary.json"
+
+    def read_config(self) -> dict[str, Any] | None:
+        """The configuration of the run that has begun here, if one has."""
+        try:
+            config: dict[str, Any] = yaml.safe_load((self.path / "config.yaml").read_text())
+        except FileNotFoundError:
+            return None
+        return config
+
+    def steps_of_complete_run(self) -> int | None:
+        """How many steps the run here came to; None where there is none, or one that is not complete."""
+        try:
+            steps: int = json.loads(self.summary_path.read_text())["steps"]
+        except FileNotFoundError:
+            return None
+        return steps
+
+    def reopen(self, step: int) -> None:
+        """Go on after so many steps: what came later is taken out of the metrics, and the run is not complete."""
+        self.summary_path.unlink(missing_ok=True)
+        kept = []
+        for line in self.metrics_path.read_text().splitlines(keepends=True):
+            try:
+                if json.loads(line)["step"] <= step and line.endswith("\n"):
+                    kept.append(line)
+            except ValueError:
+                pass  # cut off by a crash
+        write_atomically(self.metrics_path, "".join(kept).encode())
+
     def write_config(self, yaml: str) -> None:
         write_atomically(self.path / "config.yaml", yaml.encode())
 
@@ -47,38 +85,48 @@ class RunFolder:
             "conditions": conditions(plan, trainer.workers.device),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
         }
-        write_atomically(self.path / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+        write_atomically(self.summary_path, (json.dumps(summary, indent=2) + "\n").encode())
 
 
-def open_run_folder(run: Run, workers: Workers) -> RunFolder:
-    """The run's folder, made by the main worker and the same on every worker; UsageError on all if it can't be."""
+def open_run_folder(run: Run, workers: Workers, *, may_hold_a_run: bool) -> RunFolder:
+    """The run's folder, made by the main worker and the same on every worker; UsageError on all if it can't be.
+
+    may_hold_a_run: a run that has begun there goes on; otherwise it is left alone.
+    """
     path, problem = "", ""
     if workers.is_main:
-        folder = Path(run.dir) if run.dir is not None else Path(run.root) / (run.id or new_run_id(run))
-        path, problem = str(folder), _make(folder)
+        folder = _choose(run)
+        path, problem = str(folder), _make(folder, may_hold_a_run=may_hold_a_run)
     path, problem = workers.broadcast((path, problem))
     if problem:
         raise UsageError(problem)
     return RunFolder(Path(path))
 
 
-def _make(folder: Path) -> str:
+def _choose(run: Run) -> Path:
+    if run.dir is not None:
+        return Path(run.dir)
+    if run.id is not None:
+        return Path(run.root, run.id)
+    torchrun_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    short = os.urandom(4).hex() if torchrun_id == "none" else torchrun_id[:8]
+    begun = sorted(Path(run.root).glob(f"*-{short}"))  # by a torchrun that has restarted its workers
+    return begun[-1] if begun else Path(run.root, f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{short}")
+
+
+def _make(folder: Path, *, may_hold_a_run: bool) -> str:
     """Make the folder; what hinders, or nothing."""
-    if (folder / "metrics.jsonl").exists():
-        return f"run.dir={folder} already holds a run. Give another run.dir, or delete that folder."
+    if (folder / "metrics.jsonl").exists() and not may_hold_a_run:
+        return (
+            f"run.dir={folder} already holds a run, and resume=never. Give another run.dir, use resume=auto to go on "
+            "with that run, or delete the folder."
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "metrics.jsonl").touch()
     except OSError as error:
         return f"run.dir={folder} cannot be written: {error.strerror}. Give a folder that you may write to."
     return ""
-
-
-def new_run_id(run: Run) -> str:
-    """A readable name: when the run began, and a short id that all workers and restarts of one torchrun share."""
-    torchrun_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    short = os.urandom(4).hex() if torchrun_id == "none" else torchrun_id[:8]
-    return f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{short}"
 
 
 def exported(model: nn.Module) -> dict[str, Tensor]:

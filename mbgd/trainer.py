@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,15 +11,17 @@ from torch.optim import Optimizer
 
 from mbgd import averaging as averagings
 from mbgd.buffers import MovingBuffers
+from mbgd.checkpoint import Checkpoints, NoCheckpoints, Snapshot, differences
 from mbgd.clock import Clock
 from mbgd.config import AveragingName, Last, Precision, Settings, problems
-from mbgd.errors import UsageError
+from mbgd.errors import Preempted, UsageError
 from mbgd.evaluation import Evaluation
 from mbgd.fingerprint import examples_sha256, weights_sha256
 from mbgd.loader import Data, Examples, Loader, Shard
 from mbgd.objective import NUM_SUMS, Objective, PerExample, Totals
 from mbgd.plan import Minibatch, Plan
 from mbgd.precision import autocast, parameter_dtype
+from mbgd.preemption import NoStop, Stop
 from mbgd.preflight import try_out
 from mbgd.randomness import key_generators
 from mbgd.task import Task
@@ -33,6 +36,8 @@ class State:
 
     step: int = 0
     """Optimizer steps completed."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """The last value of each."""
 
 
 @dataclass(frozen=True)
@@ -102,13 +107,18 @@ class Trainer:
         self.num_evaluation_examples = 0 if data.evaluation is None else len(data.evaluation)
         self._last_logged = 0
 
-    def fit(self, tracker: Tracker | None = None) -> Result:
-        """Train up to the last step, evaluate, and return what the run came to."""
-        tracker = tracker or NoTracker()
-        latest: dict[str, float] = {}
+    def fit(
+        self, tracker: Tracker | None = None, checkpoints: Checkpoints | None = None, stop: Stop | None = None
+    ) -> Result:
+        """Train from `state.step` up to the last step, evaluate, and return what the run came to.
+
+        checkpoints: those of the main worker; the others have none. Raises Preempted, on every worker, once `stop`
+        says so and the state is saved.
+        """
+        tracker, checkpoints, stop = tracker or NoTracker(), checkpoints or NoCheckpoints(), stop or NoStop()
 
         def log(metrics: dict[str, float]) -> None:
-            latest.update(metrics)
+            self.state.metrics.update(metrics)
             tracker.log(self.state.step, {**metrics, **self._fingerprints(metrics)})
 
         clock = Clock(self.plan, self.state.step)
@@ -121,15 +131,65 @@ class Trainer:
             if self._evaluates_after(self.state.step):
                 with clock.paused():
                     log(self.evaluate())
+            if checkpoints.due(self.state.step):
+                checkpoints.save(self.snapshot())
+            if stop.agreed(self.state.step):
+                if self.workers.is_main:
+                    checkpoints.save(self.snapshot())
+                checkpoints.close()
+                self.workers.barrier()  # whoever left first would make torchrun end the others while they write
+                raise Preempted(self.state.step)
         if self.state.step == 0:
             log(self.evaluate())
+        elif self.workers.is_main:
+            checkpoints.save(self.snapshot())
+        checkpoints.close()
         return Result(
-            metrics=latest,
+            metrics=self.state.metrics,
             steps=self.state.step,
             examples_seen=self.plan.examples_seen(self.state.step),
             examples_per_second=clock.examples_per_second(self.state.step),
             num_skipped_steps=self._update.num_skipped,
         )
+
+    def snapshot(self) -> Snapshot:
+        """The whole state of the run, in memory of its own."""
+        tensors = {"model": _model_tensors(self.model), "optimizer": self._update.tensors()}
+        return Snapshot(
+            step=self.state.step,
+            tensors={
+                file: {name: t.detach().to("cpu", copy=True).contiguous() for name, t in of_file.items()}
+                for file, of_file in tensors.items()
+            },
+            values={
+                "optimizer": self._update.values(),
+                "metrics": dict(self.state.metrics),
+                "shape": self._shape_of_run(),
+            },
+        )
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on from a snapshot; UsageError where it is of another model or cut of the data."""
+        found = differences(snapshot.values["shape"], self._shape_of_run())
+        if found:
+            raise UsageError("the checkpoint does not fit this run:\n" + "\n".join(f"  - {one}" for one in found))
+        tensors = _model_tensors(self.model)
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                tensor.copy_(snapshot.tensors["model"][name])
+        self._update.restore(snapshot.tensors["optimizer"], snapshot.values["optimizer"])
+        self.state.step, self.state.metrics = snapshot.step, dict(snapshot.values["metrics"])
+        self._last_logged = snapshot.step
+
+    def _shape_of_run(self) -> dict[str, Any]:
+        """What must be the same for the state of one run to mean anything in another."""
+        shapes = {f"shape of {name}": list(tensor.shape) for name, tensor in _model_tensors(self.model).items()}
+        return {
+            "number of training examples": self.plan.num_examples,
+            "batch.size": self.plan.minibatch_size,
+            "optimizer": type(self.optimizer).__name__,
+            **shapes,
+        }
 
     def train_step(self, shard: Shard) -> StepResult | None:
         """One optimizer step: gradient = Σ w_i ∇L_i / Σ w_i over every example of every worker.
@@ -226,6 +286,11 @@ class Trainer:
         if self._evaluation is None:
             return {}
         return {f"eval/{name}": value for name, value in self._evaluation().items()}
+
+
+def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters (tied ones once) and buffers, as they lie."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def make_plan(settings: Settings, num_examples: int, num_workers: int) -> Plan:

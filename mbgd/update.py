@@ -1,6 +1,7 @@
 """From the gradients' sum to the optimizer's step. The one division of the program is here."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ class Update:
         self._clip_norm = settings.clip_norm
         self._schedule = settings.schedule
         self._base_rates = [group["lr"] for group in optimizer.param_groups]
+        self._first_groups = [_plain(group) for group in optimizer.param_groups]
         self._scaler: torch.amp.GradScaler | None = None
         if settings.precision is Precision.fp16:
             # torch's usual first scale is for a mean loss; ours is a sum over up to the whole minibatch.
@@ -52,6 +54,48 @@ class Update:
     def num_skipped(self) -> int:
         """Steps skipped so far because of an overflow in fp16; this waits for the device."""
         return int(self._num_skipped.item())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The optimizer's state by <parameter's number>.<name>, as it lies."""
+        state = self._optimizer.state_dict()["state"]
+        return {
+            f"{number}.{name}": value
+            for number, of_parameter in state.items()
+            for name, value in of_parameter.items()
+            if isinstance(value, Tensor)
+        }
+
+    def values(self) -> dict[str, Any]:
+        """What else there is of state, as JSON can hold it."""
+        state = self._optimizer.state_dict()["state"]
+        others = {
+            f"{number}.{name}": value
+            for number, of_parameter in state.items()
+            for name, value in of_parameter.items()
+            if not isinstance(value, Tensor)
+        }
+        # Some optimizers move values of their groups; the learning rate follows from the step.
+        groups = [
+            {name: value for name, value in _plain(group).items() if name != "lr" and value != first.get(name)}
+            for group, first in zip(self._optimizer.param_groups, self._first_groups, strict=True)
+        ]
+        values = {"state": others, "groups": groups, "skipped_steps": self.num_skipped}
+        if self._scaler is not None:
+            values["scaler"] = self._scaler.state_dict()
+        return values
+
+    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Take over what `tensors` and `values` of another run's gave."""
+        state: dict[int, dict[str, Any]] = {}
+        for key, value in {**values["state"], **tensors}.items():
+            number, _, name = key.partition(".")
+            state.setdefault(int(number), {})[name] = value
+        whole = self._optimizer.state_dict()
+        groups = [group | moved for group, moved in zip(whole["param_groups"], values["groups"], strict=True)]
+        self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self._num_skipped.fill_(values["skipped_steps"])
+        if self._scaler is not None and "scaler" in values:
+            self._scaler.load_state_dict(values["scaler"])
 
     def clear_gradients(self) -> None:
         for parameter in self._parameters:
@@ -118,3 +162,8 @@ class Update:
             factor = self._schedule(step)
             for group, base_rate in zip(self._optimizer.param_groups, self._base_rates, strict=True):
                 group["lr"] = base_rate * factor
+
+
+def _plain(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of an optimizer's group that JSON can hold."""
+    return {name: value for name, value in group.items() if isinstance(value, int | float | str | bool | None)}

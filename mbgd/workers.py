@@ -41,6 +41,12 @@ class Workers:
             dist.all_reduce(values)
         return values
 
+    def max_(self, values: Tensor) -> Tensor:
+        """The largest of each of `values` over the workers, in place, on every worker."""
+        if self.num_workers > 1:
+            dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values
+
     def broadcast(self, value: T) -> T:
         """The main worker's `value`, on every worker."""
         if self.num_workers > 1:

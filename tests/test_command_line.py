@@ -35,6 +35,7 @@ def test_a_run_leaves_its_folder_and_says_where(tmp_path: Path, num_workers: int
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
     out = tmp_path / "out"
     assert sorted(p.name for p in out.iterdir()) == [
+        "checkpoints",
         "config.yaml",
         "metrics.jsonl",
         "model.safetensors",
@@ -93,10 +94,38 @@ def test_double_precision_inputs_keep_their_bits(tmp_path: Path) -> None:
 def test_a_second_run_does_not_write_over_the_first(tmp_path: Path) -> None:
     assert train(tmp_path, "steps=1", "run.dir=out").returncode == 0
     before = (tmp_path / "out/summary.json").read_bytes()
-    done = train(tmp_path, "steps=2", "run.dir=out")
-    assert done.returncode == 1
-    assert "already holds a run" in done.stderr
+    for overrides, message in (
+        (["steps=2"], "took another course"),  # the learning rate follows a cosine over all steps
+        (["steps=1", "seed=1"], "seed: 0 before, 1 now"),
+        (["steps=1", "resume=never"], "already holds a run"),
+    ):
+        done = train(tmp_path, *overrides, "run.dir=out")
+        assert done.returncode == 1
+        assert message in done.stderr
+    assert "complete" in train(tmp_path, "steps=1", "run.dir=out").stdout
     assert (tmp_path / "out/summary.json").read_bytes() == before
+
+
+def test_training_on_from_another_run(tmp_path: Path) -> None:
+    constant = "schedule=constant"
+    assert train(tmp_path, "steps=30", constant, "run.dir=whole").returncode == 0
+    assert train(tmp_path, "steps=20", constant, "run.dir=first").returncode == 0
+    done = train(tmp_path, "steps=30", constant, "resume=first", "run.dir=second")
+    assert "resume      step 20, from first/checkpoints/step-000000020" in done.stdout
+    whole, second = (json.loads((tmp_path / run / "summary.json").read_text()) for run in ("whole", "second"))
+    assert whole["weights_sha256"] == second["weights_sha256"]
+    # Longer, in its own folder.
+    assert train(tmp_path, "steps=30", constant, "run.dir=first").returncode == 0
+    first = json.loads((tmp_path / "first/summary.json").read_text())
+    assert first["weights_sha256"] == whole["weights_sha256"]
+
+    done = train(tmp_path, "steps=30", constant, "resume=nowhere", "run.dir=third")
+    assert done.returncode == 1
+    assert "there is no checkpoint" in done.stderr
+    done = train(tmp_path, "steps=30", constant, "optimizer.lr=0.1", "resume=first", "run.dir=fourth")
+    assert "optimizer.lr: 0.01 before, 0.1 now" in done.stderr
+    overrides = ["steps=31", constant, "optimizer.lr=0.1", "resume=first", "resume_force=true", "run.dir=fifth"]
+    assert train(tmp_path, *overrides).returncode == 0
 
 
 def test_a_loss_that_is_not_finite_keeps_the_runs_files(tmp_path: Path) -> None:

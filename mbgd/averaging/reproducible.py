@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mbgd.averaging.ddp import check_exchanged, wrap
 from mbgd.averaging.tree import Counter, Node, fold, worker_nodes
 from mbgd.objective import PerExample
-from mbgd.plan import MicroBatch
+from mbgd.plan import MicroBatch, cut
 from mbgd.task import Task
 from mbgd.workers import Workers
 
@@ -41,7 +42,9 @@ class Reproducible:
             self._ddp = wrap(task, self._send_bucket, find_unused_parameters=find_unused_parameters)
         self._counter = Counter[Gradients](_add_gradients)
         self._last = MicroBatch(0, 1, 0, 0)
+        self._exchanges: dict[int, _Exchange] = {}
         self._sent: list[_Exchange] = []
+        self._exchanged = True
 
     def task(self, batch: Any, num_examples: int) -> PerExample:
         forward = self._task.forward if self._ddp is None else self._ddp
@@ -56,8 +59,9 @@ class Reproducible:
         elif is_last:
             if self._parameters_vary:
                 self._zero_gradients_of_used_parameters()
+            self._exchanged = False
             yield
-            check_exchanged(self._task, bool(self._sent) and self._sent[-1].is_last_bucket)
+            check_exchanged(self._task, self._exchanged)
             return  # `_send_bucket` has the gradients
         else:
             with self._ddp.no_sync():
@@ -83,13 +87,21 @@ class Reproducible:
         buffer = bucket.buffer()
         if self._parameters_vary:
             buffer += 0.0
-        counter = Counter[Tensor](torch.add)
-        for node, gradients in self._counter.nodes:
-            counter.nodes.append((node, _flat(gradients, bucket.parameters())))
+        counter = Counter[Gradients](_add_into_right)
+        counter.nodes = list(self._counter.nodes)
         if self._last.counts:
-            counter.push(self._last.number, buffer)
-        mine = [value for _, value in counter.nodes]
-        self._sent.append(_Exchange(buffer, mine, self._last.of, self._workers, is_last_bucket=bucket.is_last()))
+            # Folded into the bucket itself, which the gradients are views of.
+            counter.push(self._last.number, dict(zip(bucket.parameters(), bucket.gradients(), strict=True)))
+        nodes: list[Tensor] = [_flat(gradients, bucket.parameters()) for _, gradients in counter.nodes[:-1]]
+        if counter.nodes:
+            nodes.append(buffer)
+        index = bucket.index()
+        exchange = self._exchanges.get(index)
+        if exchange is None or not exchange.fits(buffer, self._last.of):
+            exchange = self._exchanges[index] = _Exchange(buffer, self._last.of, self._workers)
+        exchange.start(buffer, nodes)
+        self._sent.append(exchange)
+        self._exchanged = bucket.is_last()
         # DDP may go on: `finish` puts the sum into the bucket, of which the parameters' gradients are views.
         ready: torch.futures.Future[Tensor] = torch.futures.Future()
         ready.set_result(buffer)
@@ -100,6 +112,8 @@ class Reproducible:
             total = fold(dict(self._counter.nodes), self._last.of, _add_gradients)
             for parameter, gradient in total.items():
                 parameter.grad = gradient
+        for exchange in self._sent:
+            exchange.fold()
         for exchange in self._sent:
             exchange.finish()
         self._sent.clear()
@@ -125,42 +139,66 @@ class Reproducible:
 
 
 class _Exchange:
-    """The sum of one bucket over all workers' nodes, in the order of the tree; begun at once, ended by `finish`."""
+    """The sum of one bucket over all workers' nodes, in the order of the tree.
 
-    def __init__(
-        self, buffer: Tensor, mine: list[Tensor], num_leaves: int, workers: Workers, *, is_last_bucket: bool
-    ) -> None:
-        """buffer: the bucket, which takes the sum; mine: what this worker's nodes hold of it, each of its shape."""
-        self.is_last_bucket = is_last_bucket
-        self._buffer, self._num_leaves = buffer, num_leaves
-        self._nodes = nodes_of_workers(num_leaves, workers.num_workers)
-        num_workers, self._slice = workers.num_workers, -(-len(buffer) // workers.num_workers)
-        sent = buffer.new_zeros(len(mine), num_workers * self._slice)
-        for row, values in zip(sent, mine, strict=True):
-            row[: len(values)] = values
-        # One slice of each of my nodes to every worker; from every worker, my slice of each of its nodes.
-        self._sent = sent.view(len(mine), num_workers, self._slice).transpose(0, 1).contiguous()
-        counts = [len(held) for held in self._nodes]
-        self._received = buffer.new_empty(sum(counts), self._slice)
-        self._work = dist.all_to_all_single(
-            self._received,
-            self._sent.view(-1, self._slice),
-            output_split_sizes=counts,
-            input_split_sizes=[len(mine)] * num_workers,
-            async_op=True,
+    `start` sends every worker its slice of my nodes, `fold` adds up my slice and begins to send it to all, `finish`
+    leaves the sum in the bucket. Messages between pairs of workers go from and to the tensors themselves, so slices
+    need not be equal and nothing is copied; the memory for what arrives is kept from step to step.
+    """
+
+    def __init__(self, buffer: Tensor, num_leaves: int, workers: Workers) -> None:
+        self._length, self._num_leaves, self._rank = len(buffer), num_leaves, workers.rank
+        self._held = nodes_of_workers(num_leaves, workers.num_workers)
+        edges = [cut(len(buffer), workers.num_workers, rank) for rank in range(workers.num_workers + 1)]
+        self._slices = [slice(start, stop) for start, stop in pairwise(edges)]
+        # From the next worker on, so that not all begin with the same one.
+        self._peers = [(workers.rank + k) % workers.num_workers for k in range(1, workers.num_workers)]
+        mine = self._slices[workers.rank]
+        self._received = {
+            node: buffer.new_empty(mine.stop - mine.start) for peer in self._peers for node in self._held[peer]
+        }
+
+    def fits(self, buffer: Tensor, num_leaves: int) -> bool:
+        return len(buffer) == self._length and num_leaves == self._num_leaves
+
+    def start(self, buffer: Tensor, nodes: Sequence[Tensor]) -> None:
+        """buffer: the bucket, which takes the sum; nodes: what mine hold, each of the bucket's shape."""
+        self._buffer, self._mine = buffer, nodes
+        self._works = _exchange(
+            [(node[self._slices[peer]], peer) for peer in self._peers for node in nodes],
+            [(self._received[node], peer) for peer in self._peers for node in self._held[peer]],
+        )
+
+    def fold(self) -> None:
+        """Add up my slice, and begin to send it to all."""
+        for work in self._works:
+            work.wait()
+        mine = self._slices[self._rank]
+        own = {node: value[mine] for node, value in zip(self._held[self._rank], self._mine, strict=True)}
+        root = self._buffer[mine]
+        sum_ = fold(self._received | own, self._num_leaves, Tensor.add_)
+        if sum_.data_ptr() != root.data_ptr():
+            root.copy_(sum_)
+        self._works = _exchange(
+            [(root, peer) for peer in self._peers],
+            [(self._buffer[self._slices[peer]], peer) for peer in self._peers],
         )
 
     def finish(self) -> None:
-        self._work.wait()
-        nodes = dict(zip([node for held in self._nodes for node in held], self._received, strict=True))
-        root = fold(nodes, self._num_leaves, Tensor.add_)
-        gathered = root.new_empty(len(self._nodes) * self._slice)
-        _all_gather(gathered, root)
-        self._buffer.copy_(gathered[: len(self._buffer)])
+        for work in self._works:
+            work.wait()
+        del self._buffer, self._mine, self._works  # a piece of work that outlives its process group aborts the process
+
+
+def _exchange(sent: Sequence[tuple[Tensor, int]], received: Sequence[tuple[Tensor, int]]) -> list[dist.Work]:
+    """Begin to send tensors to workers and to receive tensors from workers; the pieces of work to wait for."""
+    operations = [dist.P2POp(dist.irecv, tensor, peer) for tensor, peer in received if len(tensor)]
+    operations += [dist.P2POp(dist.isend, tensor, peer) for tensor, peer in sent if len(tensor)]
+    return dist.batch_isend_irecv(operations) if operations else []
 
 
 # torch 2.13 renamed it.
-_all_gather: Callable[[Tensor, Tensor], object] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
 @lru_cache
@@ -172,6 +210,14 @@ def nodes_of_workers(num_leaves: int, num_workers: int) -> list[list[Node]]:
 def _flat(gradients: Gradients, parameters: Sequence[Tensor]) -> Tensor:
     """The gradients in a bucket's layout; zeros for a parameter that has none."""
     return torch.cat([(gradients[p] if p in gradients else torch.zeros_like(p)).flatten() for p in parameters])
+
+
+def _add_into_right(left: Gradients, right: Gradients) -> Gradients:
+    """left + right, in right's memory, for the parameters of right."""
+    both = [p for p in right if p in left]
+    if both:
+        torch._foreach_add_([right[p] for p in both], [left[p] for p in both])
+    return right
 
 
 def _add_gradients(left: Gradients, right: Gradients) -> Gradients:
