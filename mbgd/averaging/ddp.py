@@ -17,11 +17,6 @@ from mbgd.plan import MicroBatch
 from mbgd.task import Task
 from mbgd.workers import Workers
 
-
-def _first(done: torch.futures.Future[list[Tensor]]) -> Tensor:
-    return done.value()[0]
-
-
 # `buffers.py` averages the buffers that move. torch 2.13 renamed the option.
 _RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
 _BUFFERS_STAY: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broadcast_buffers": False}
@@ -42,6 +37,17 @@ def wrap(task: Task, hook: Hook, *, find_unused_parameters: bool) -> Distributed
     )
     ddp.register_comm_hook(state=None, hook=hook)
     return ddp
+
+
+def later(buffer: Tensor) -> torch.futures.Future[Tensor]:
+    """A hook's answer that lets DDP go on: `finish` puts the sum into the bucket, of which the gradients are views.
+
+    A callback on the exchange would run Python in a thread of the process group, which takes time and can end a
+    process badly that is about to leave.
+    """
+    ready: torch.futures.Future[Tensor] = torch.futures.Future()
+    ready.set_result(buffer)
+    return ready
 
 
 def check_exchanged(task: Task, exchanged: bool) -> None:
@@ -66,13 +72,14 @@ class DDP:
         self._workers, self._task = workers, task
         self._ddp: DistributedDataParallel | None = None
         self._exchanged = True
+        self._works: list[dist.Work] = []
         if workers.num_workers > 1:
             self._ddp = wrap(task, self._sum_bucket, find_unused_parameters=find_unused_parameters)
 
     def _sum_bucket(self, state: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         self._exchanged = bucket.is_last()
-        work: dist.Work = dist.all_reduce(bucket.buffer(), async_op=True)
-        return work.get_future().then(_first)
+        self._works.append(dist.all_reduce(bucket.buffer(), async_op=True))
+        return later(bucket.buffer())
 
     def task(self, batch: Any, num_examples: int) -> PerExample:
         # Without DDP there is nothing around the forward, and in small steps every call counts.
@@ -90,6 +97,9 @@ class DDP:
 
     def finish(self) -> None:
         check_exchanged(self._task, self._exchanged)
+        for work in self._works:
+            work.wait()
+        self._works.clear()
 
     def sum(self, leaves: Sequence[tuple[int, Tensor]], *, num_leaves: int, num_values: int) -> Tensor:
         total = torch.zeros(num_values, dtype=torch.float64, device=self._workers.device)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
-from mbgd.averaging.ddp import check_exchanged, wrap
+from mbgd.averaging.ddp import check_exchanged, later, wrap
 from mbgd.averaging.tree import Counter, Node, fold, worker_nodes
 from mbgd.objective import PerExample
 from mbgd.plan import MicroBatch, cut
@@ -102,10 +102,7 @@ class Reproducible:
         exchange.start(buffer, nodes)
         self._sent.append(exchange)
         self._exchanged = bucket.is_last()
-        # DDP may go on: `finish` puts the sum into the bucket, of which the parameters' gradients are views.
-        ready: torch.futures.Future[Tensor] = torch.futures.Future()
-        ready.set_result(buffer)
-        return ready
+        return later(buffer)
 
     def finish(self) -> None:
         if self._ddp is None:
