@@ -23,6 +23,7 @@ bench: $(INSTALLED)
 	python benchmarks/order.py
 	python benchmarks/step.py
 	python benchmarks/startup.py
+	python benchmarks/averaging.py
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -124,9 +124,16 @@ def name_of(step: int) -> str:
 
 
 def write(folder: Path, snapshot: Snapshot, identity: Mapping[str, Any]) -> Path:
-    """Write a checkpoint under `folder`; afterwards it is there whole, even if the power fails now."""
+    """Write a checkpoint under `folder`; afterwards it is there whole, even if the power fails now.
+
+    One of the same step that verifies is left as it is: the run went on from it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / name_of(snapshot.step)
+    if final.exists():
+        if verify(final) is None:
+            return final
+        set_aside(final)
     temporary = folder / f"{final.name}.{os.getpid()}{TEMPORARY}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -147,8 +154,6 @@ def write(folder: Path, snapshot: Snapshot, identity: Mapping[str, Any]) -> Path
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
         _flush(temporary / MANIFEST)
         _flush(temporary)
-        if final.exists():  # of the same step, by a run that this one repeats
-            set_aside(final)
         temporary.rename(final)
         _flush(folder)
     except BaseException:

@@ -122,6 +122,16 @@ def test_a_crash_at_any_call_leaves_the_old_or_the_new(tmp_path: Path, monkeypat
         pytest.fail("never got through")
 
 
+def test_one_of_the_same_step_is_left_as_it_is_unless_broken(tmp_path: Path) -> None:
+    path = checkpoint.write(tmp_path, snapshot(7), {"seed": 1})
+    assert checkpoint.write(tmp_path, snapshot(7), {"seed": 2}) == path
+    assert checkpoint.read_manifest(path) == (7, {"seed": 1})
+    (path / "model.safetensors").unlink()
+    checkpoint.write(tmp_path, snapshot(7), {"seed": 2})
+    assert checkpoint.read_manifest(path) == (7, {"seed": 2})
+    assert (tmp_path / "step-000000007.broken-0").exists()
+
+
 def test_so_many_are_kept(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path, Checkpoint(every_steps=2, every_seconds=None, keep=2), {})
     for step in range(1, 10):
@@ -351,6 +361,7 @@ def test_killed_and_preempted_runs_end_as_if_nothing_had_happened(tmp_path: Path
         os.kill(pid, signal.SIGKILL)
     killed.communicate(timeout=60)
     assert not (broken / "summary.json").exists()
+    assert not list(broken.glob("checkpoints/*broken*"))
     with (broken / "metrics.jsonl").open("a") as file:
         file.write('{"step": 99, "train/lo')  # as a crash may leave it
 
@@ -370,6 +381,11 @@ def test_killed_and_preempted_runs_end_as_if_nothing_had_happened(tmp_path: Path
     assert history(broken) == history(whole)
     summaries = [json.loads((run / "summary.json").read_text()) for run in (whole, broken)]
     assert summaries[0]["weights_sha256"] == summaries[1]["weights_sha256"]
+
+    (broken / "summary.json").unlink()  # as if it had died between its last checkpoint and its results
+    finish(start(tmp_path, 1, f"run.dir={broken}"))
+    assert json.loads((broken / "summary.json").read_text())["weights_sha256"] == summaries[0]["weights_sha256"]
+    assert not list(broken.glob("checkpoints/*broken*"))
 
     assert "holds this run already, complete" in finish(start(tmp_path, 2, f"run.dir={broken}"))
 
