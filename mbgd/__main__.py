@@ -4,9 +4,9 @@ import argparse
 import sys
 
 from mbgd.errors import UsageError
-from mbgd.tools import compare
+from mbgd.tools import checkpoints, compare
 
-TOOLS = {"compare": compare}
+TOOLS = {"checkpoints": checkpoints, "compare": compare}
 
 
 def main() -> int:

@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import mbgd
 from mbgd import checkpoint
+from mbgd.__main__ import main as mbgd_main
 from mbgd.checkpoint import CheckpointFolder, Snapshot
 from mbgd.config import Checkpoint
 from mbgd.data import digits
@@ -68,6 +70,30 @@ def test_a_broken_checkpoint_is_put_aside_and_the_one_before_is_taken(
     assert checkpoint.newest(tmp_path) == older
     assert "step-000000008 is broken" in capsys.readouterr().out
     assert [path.name for path in tmp_path.glob("*broken*")] == ["step-000000008.broken-0"]
+
+
+def test_the_tool_lists_verifies_and_exports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, model = str(tmp_path), tmp_path / "model.safetensors"
+    for step in (7, 8):
+        checkpoint.write(tmp_path / "checkpoints", snapshot(step), {})
+    assert tool("checkpoints", run) == 0
+    assert capsys.readouterr().out.count("whole") == 2
+    assert tool("checkpoints", run, "--export", str(model), "--step", "7") == 0
+    assert torch.equal(load_file(model)["weight"], torch.full((3,), 7.0))
+    (tmp_path / "checkpoints/step-000000008/model.safetensors").write_bytes(b"")
+    assert tool("checkpoints", run) == 1
+    assert "has 0 bytes" in capsys.readouterr().out
+    assert tool("checkpoints", run, "--export", str(model)) == 0
+    assert "after step 7" in capsys.readouterr().out
+    assert tool("checkpoints", run, "--export", str(model), "--step", "8") == 2
+    assert "no whole checkpoint of step 8" in capsys.readouterr().err
+    assert tool("checkpoints", str(tmp_path / "nowhere")) == 2
+
+
+def tool(*arguments: str) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["mbgd", *arguments])
+        return mbgd_main()
 
 
 class Crash(BaseException):
