@@ -4,6 +4,7 @@ One process is a group of size 1: the same calls work and cost nothing.
 """
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from torch.distributed.rendezvous import rendezvous
 from mbgd.errors import UsageError
 
 T = TypeVar("T")
+
+SECONDS_FOR_THREADS_TO_END = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +96,15 @@ def start_workers(backend: str = "auto", timeout_seconds: float = 600.0) -> Iter
             timeout=timedelta(seconds=timeout_seconds),
             device_id=device if device.type == "cuda" else None,
         )
-    yield Workers(rank=rank, num_workers=num_workers, local_rank=local_rank, device=device, backend=backend)
+    try:
+        yield Workers(rank=rank, num_workers=num_workers, local_rank=local_rank, device=device, backend=backend)
+        if num_workers > 1:
+            dist.barrier()
+    finally:
+        if num_workers > 1:
+            # The group's threads still have tensors to let go, for which they need Python; if it is shutting down by
+            # then, they abort the process.
+            time.sleep(SECONDS_FOR_THREADS_TO_END)
     # Only after success: with a failed peer, leaving in good order could wait for it.
     if num_workers > 1:
         dist.destroy_process_group()
