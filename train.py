@@ -9,8 +9,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from mbgd import saving
 from mbgd.build import build_trainer, typed
-from mbgd.checkpoint import CheckpointFolder, Checkpoints, NoCheckpoints
 from mbgd.config import identity
 from mbgd.errors import Preempted, UsageError
 from mbgd.preemption import EXIT_CODE, StopOnSignal
@@ -34,12 +34,11 @@ def run(composed: DictConfig) -> None:
                 print(f"{folder.path} holds this run already, complete; give another run.dir for a new one.")
             return
         tracker: Tracker = NoTracker()
-        checkpoints: Checkpoints = NoCheckpoints()
+        checkpoints = saving.create(config.checkpoint, folder.path, folder.checkpoints_path, identity(plain), workers)
         if workers.is_main:
             folder.write_config(text)
             print(console.describe_start(trainer), flush=True)
             tracker = Trackers([JsonLines(folder.metrics_path), console.tracker(trainer.num_steps)])
-            checkpoints = CheckpointFolder(folder.checkpoints_path, config.checkpoint, identity(plain))
         with closing(tracker):
             result = trainer.fit(tracker, checkpoints, StopOnSignal(workers))
         if workers.is_main:

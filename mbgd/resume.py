@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from mbgd import checkpoint
 from mbgd.config import Config, identity
 from mbgd.errors import UsageError
 from mbgd.run_folder import RunFolder
+from mbgd.saving import memory_path, remove_memory
 from mbgd.trainer import Trainer
+from mbgd.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,10 @@ def resume(trainer: Trainer, folder: RunFolder, config: Config, now: Mapping[str
     now: the configuration as plain values. UsageError, on every worker, where the run there is another one.
     """
     workers = trainer.workers
+    in_memory = _newest_in_memory(folder, config, workers)
     decision = _Decision()
     if workers.is_main:
-        decision = _decide(folder, config, identity(now), trainer.num_steps)
+        decision = _decide(folder, config, identity(now), trainer.num_steps, in_memory)
     decision = workers.broadcast(decision)
     if decision.problem:
         raise UsageError(decision.problem)
@@ -42,7 +46,22 @@ def resume(trainer: Trainer, folder: RunFolder, config: Config, now: Mapping[str
     return True
 
 
-def _decide(folder: RunFolder, config: Config, now: Mapping[str, Any], num_steps: int) -> _Decision:
+def _newest_in_memory(folder: RunFolder, config: Config, workers: Workers) -> Path | None:
+    """The newest snapshot that every host has in its memory."""
+    path = memory_path(folder.path)
+    if workers.local_rank == 0 and (config.resume == "never" or folder.read_config() is None):
+        remove_memory(path)  # of a run whose folder is gone
+    names = None
+    if workers.local_rank == 0 and config.checkpoint.memory_every is not None:
+        names = {one.name for one in checkpoint.complete(path) if checkpoint.verify(one) is None}
+    of_hosts = [names for names in workers.gather(names) if names is not None]
+    on_all = set.intersection(*of_hosts) if of_hosts else set()
+    return path / max(on_all) if on_all else None
+
+
+def _decide(
+    folder: RunFolder, config: Config, now: Mapping[str, Any], num_steps: int, in_memory: Path | None
+) -> _Decision:
     if config.resume == "never":
         return _Decision()
     try:
@@ -51,6 +70,8 @@ def _decide(folder: RunFolder, config: Config, now: Mapping[str, Any], num_steps
         before = identity(begun) if begun is not None else None
         if path is None and config.resume != "auto":
             path = _named(Path(config.resume))
+        if in_memory is not None and (path is None or checkpoint.step_of(in_memory) > checkpoint.step_of(path)):
+            path = in_memory
         if path is not None:
             snapshot_step, before = checkpoint.read_manifest(path)
     except UsageError as error:
@@ -95,7 +116,7 @@ def _restore(trainer: Trainer, path: Path) -> None:
     failure = ""
     try:
         snapshot, _ = checkpoint.read(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         failure = str(error)
     failed = trainer.workers.max_(torch.tensor(int(bool(failure)), device=trainer.workers.device))
     if failed.item():

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -57,6 +57,14 @@ class Workers:
             dist.broadcast_object_list(values, src=0)
             return values[0]
         return value
+
+    def gather(self, value: T) -> list[T]:
+        """Every worker's `value` by rank, on every worker."""
+        if self.num_workers > 1:
+            values: list[Any] = [None] * self.num_workers
+            dist.all_gather_object(values, value)
+            return values
+        return [value]
 
     def barrier(self) -> None:
         if self.num_workers > 1:
