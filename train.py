@@ -12,7 +12,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from mbgd import saving
 from mbgd.build import build_trainer, typed
 from mbgd.config import identity
-from mbgd.errors import Preempted, UsageError
+from mbgd.errors import Preempted, UsageError, WorkersLost
 from mbgd.preemption import EXIT_CODE, StopOnSignal
 from mbgd.resume import resume
 from mbgd.run_folder import open_run_folder
@@ -51,7 +51,7 @@ def run(composed: DictConfig) -> None:
 def main(composed: DictConfig) -> None:
     try:
         run(composed)
-    except UsageError as error:
+    except (UsageError, WorkersLost) as error:
         rank = os.environ.get("RANK")
         sys.exit(f"error{f' on worker {rank}' if rank else ''}: {error}")
     except Preempted as stopped:
