@@ -12,9 +12,8 @@ from mbgd import checkpoint
 from mbgd.config import Config, identity
 from mbgd.errors import UsageError
 from mbgd.run_folder import RunFolder
-from mbgd.saving import memory_path, remove_memory
+from mbgd.saving import newest_in_memory, remove_memory
 from mbgd.trainer import Trainer
-from mbgd.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,9 @@ def resume(trainer: Trainer, folder: RunFolder, config: Config, now: Mapping[str
     now: the configuration as plain values. UsageError, on every worker, where the run there is another one.
     """
     workers = trainer.workers
-    in_memory = _newest_in_memory(folder, config, workers)
+    if config.resume == "never" or folder.read_config() is None:
+        remove_memory(folder.path, workers)  # of a run whose folder is gone
+    in_memory = newest_in_memory(folder.path, workers)
     decision = _Decision()
     if workers.is_main:
         decision = _decide(folder, config, identity(now), trainer.num_steps, in_memory)
@@ -41,22 +42,11 @@ def resume(trainer: Trainer, folder: RunFolder, config: Config, now: Mapping[str
         return False
     if decision.checkpoint is not None:
         _restore(trainer, decision.checkpoint)
+    if config.checkpoint.memory_every is None:
+        remove_memory(folder.path, workers)  # nobody else would, in the end
     if workers.is_main:
         folder.reopen(trainer.state.step)
     return True
-
-
-def _newest_in_memory(folder: RunFolder, config: Config, workers: Workers) -> Path | None:
-    """The newest snapshot that every host has in its memory."""
-    path = memory_path(folder.path)
-    if workers.local_rank == 0 and (config.resume == "never" or folder.read_config() is None):
-        remove_memory(path)  # of a run whose folder is gone
-    names = None
-    if workers.local_rank == 0 and config.checkpoint.memory_every is not None:
-        names = {one.name for one in checkpoint.complete(path) if checkpoint.verify(one) is None}
-    of_hosts = [names for names in workers.gather(names) if names is not None]
-    on_all = set.intersection(*of_hosts) if of_hosts else set()
-    return path / max(on_all) if on_all else None
 
 
 def _decide(

@@ -152,7 +152,7 @@ class MemoryFolder:
         return self._folder.at_end(step, evaluation, take)
 
     def remove(self) -> None:
-        remove_memory(self._path)
+        shutil.rmtree(self._path, ignore_errors=True)
 
 
 class DiskAndMemory:
@@ -182,8 +182,20 @@ def memory_path(run: Path) -> Path:
     return Path(HOST_MEMORY, f"mbgd-{os.getuid()}-{key}")
 
 
-def remove_memory(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True)
+def newest_in_memory(run: Path, workers: Workers) -> Path | None:
+    """The newest snapshot that every host has in its memory, the same on every worker."""
+    path, names = memory_path(run), None
+    if workers.local_rank == 0:
+        names = {one.name for one in checkpoint.complete(path) if checkpoint.verify(one) is None}
+    of_hosts = [names for names in workers.gather(names) if names is not None]
+    on_all = set.intersection(*of_hosts)
+    return path / max(on_all) if on_all else None
+
+
+def remove_memory(run: Path, workers: Workers) -> None:
+    """Forget what this host's memory has of the run."""
+    if workers.local_rank == 0:
+        shutil.rmtree(memory_path(run), ignore_errors=True)
 
 
 def check(settings: Checkpoint, evaluation_names: Sequence[str]) -> None:
