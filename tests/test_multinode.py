@@ -2,12 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -80,16 +81,11 @@ def test_when_one_host_is_cut_off_the_other_goes_on_to_the_same_bits(tmp_path: P
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     (tmp_path / "slow.py").write_text(SLOW_LOADING)
-    settings = [
-        f"run.dir={cut}",
-        "checkpoint.every_steps=5",
-        "backend.timeout_seconds=6",
-        "data.train._target_=slow.Slow",
-    ]
-    settings += ["~data.train.split", "resume_force=true"]
+    settings = [f"run.dir={cut}", "checkpoint.every_steps=5", "backend.timeout_seconds=6"]
+    settings += ["data.train._target_=slow.Slow", "~data.train.split"]
     processes = [start(host, tmp_path, *settings) for host in hosts]
     try:
-        wait_for(lambda: "step 20" in steps(cut), tmp_path)
+        wait_for(lambda: 20 in steps(cut), tmp_path)
         ip("-n", hosts[1], "link", "set", "main0", "down")
         wait_for((cut / "summary.json").exists, tmp_path)
         assert processes[0].wait(timeout=60) == 0
@@ -98,26 +94,24 @@ def test_when_one_host_is_cut_off_the_other_goes_on_to_the_same_bits(tmp_path: P
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
     log = (tmp_path / f"{hosts[0]}.log").read_text()
-    assert "2 workers" in log
-    assert "1 worker ×" in log.split("resume      step")[1]
-    assert "worker 1 does not answer any more" in log
+    assert "for 2 workers" in log
+    assert re.search("worker [01] does not answer any more", log)  # whichever rank the other host was given
+    assert "for 1 worker\n" in log.split("resume      step")[1]
     hashes = [json.loads((run / "summary.json").read_text())["weights_sha256"] for run in (whole, cut)]
     assert hashes[0] == hashes[1]
 
 
-def steps(run: Path) -> set[str]:
+def steps(run: Path) -> set[int]:
     path = run / "metrics.jsonl"
     if not path.exists():
         return set()
-    return {
-        f"step {json.loads(line)['step']}" for line in path.read_text().splitlines(keepends=True) if line[-1] == "\n"
-    }
+    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return {json.loads(line)["step"] for line in lines}
 
 
-def wait_for(condition: object, folder: Path) -> None:
+def wait_for(condition: Callable[[], bool], folder: Path) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        assert callable(condition)
         if condition():
             return
         time.sleep(0.1)
