@@ -591,11 +591,12 @@ def test_killed_and_preempted_runs_end_as_if_nothing_had_happened(tmp_path: Path
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     finish(start(tmp_path, 1, f"run.dir={whole}"))
 
-    killed = start(tmp_path, 2, f"run.dir={broken}")  # everything dies at once
+    killed = start(tmp_path, 2, f"run.dir={broken}")  # torchrun dies; the workers notice, save and end
     wait_for_step(broken, 23)
-    for pid in [*workers_of(killed), killed.pid]:
-        os.kill(pid, signal.SIGKILL)
-    killed.communicate(timeout=60)
+    os.kill(killed.pid, signal.SIGKILL)
+    out, _ = killed.communicate(timeout=60)  # until nobody has its output open any more
+    assert "stopped by a signal after step" in out
+    assert checkpoint.step_of(checkpoint.complete(broken / "checkpoints")[0]) >= 23
     assert not (broken / "summary.json").exists()
     assert not list(broken.glob("checkpoints/*broken*"))
     with (broken / "metrics.jsonl").open("a") as file:
