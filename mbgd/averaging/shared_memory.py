@@ -46,7 +46,7 @@ class SharedMemory:
         return _NOTHING  # gradients add up until the end
 
     def finish(self) -> None:
-        self._exchange([[p.grad for p in self._parameters]], self._num_rows, _in_order)
+        self._exchange([[p.grad for p in self._parameters]], self._num_rows, in_order)
 
     def sum(self, leaves: Sequence[tuple[int, Tensor]], *, num_leaves: int, num_values: int) -> Tensor:
         total = torch.zeros(num_values, dtype=torch.float64)
@@ -64,5 +64,6 @@ def _place(place: Tensor, parameter: Tensor) -> None:
         parameter.grad = place.copy_(parameter.grad)
 
 
-def _in_order(rows: Sequence[Tensor]) -> Tensor:
+def in_order(rows: Sequence[Tensor]) -> Tensor:
+    """The sum of rows from the first worker on, in the first one's memory."""
     return reduce(Tensor.add_, rows)
