@@ -97,5 +97,7 @@ def milliseconds(seconds: tuple[float, ...]) -> str:
 
 if __name__ == "__main__":
     torch.multiprocessing.set_start_method("forkserver")
-    torch.multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", "torch.distributed", "mbgd.trainer"])
+    torch.multiprocessing.get_context("forkserver").set_forkserver_preload(
+        ["torch", "torch.distributed", "mbgd.trainer"]
+    )
     main()

@@ -8,7 +8,8 @@ import ctypes
 import os
 import select
 import time
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
@@ -62,6 +63,7 @@ class Barrier:
             if descriptor is not None:
                 self._lives[descriptor] = other
                 self._ended.register(descriptor, select.POLLIN)
+        weakref.finalize(self, _close, list(self._lives))
 
     def __call__(self) -> None:
         """Return when every worker has called; WorkersLost if one has ended, or does not come in time."""
@@ -89,16 +91,13 @@ class Barrier:
                     raise WorkersLost(self._describe(lost, ended))
 
     def _describe(self, lost: Sequence[int], ended: set[int]) -> str:
-        """For example: worker 1 (process 123) has ended; worker 2 (process 124) has not come within 600 s."""
-        late = f"has not come within {self._timeout_seconds:g} s: it is stopped, or busy for longer than that"
+        late = f"has not come within backend.timeout_seconds={self._timeout_seconds:g}: it is stopped, or busy"
         what = [
-            f"worker {rank} (process {self._process_ids[rank]}) {'has ended' if rank in ended else late}"
+            f"worker {rank} does not answer any more: process {self._process_ids[rank]} "
+            f"{'has ended' if rank in ended else late}"
             for rank in lost
         ]
-        return (
-            f"{'; '.join(what)}. The workers' gradients cannot be added up. Look at the end of what it printed; how "
-            "long workers wait for each other is backend.timeout_seconds."
-        )
+        return f"{'; '.join(what)}. Look at the end of what it printed."
 
 
 def _process_descriptor(process_id: int) -> int | None:
@@ -109,6 +108,11 @@ def _process_descriptor(process_id: int) -> int | None:
         raise
     except OSError:
         return None
+
+
+def _close(descriptors: Iterable[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def _in(seconds: float) -> _Timespec:
