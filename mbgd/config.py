@@ -90,9 +90,25 @@ class Backend:
 class Run:
     dir: str | None = None
     """The run's folder; None: a new one under `root`."""
+    name: str | None = None
+    """What the name of a new folder contains; None: the experiment, or model and data."""
     id: str | None = None
-    """The run's name; None: torchrun's id, or one made from the time."""
+    """Names the folder; None: made from the time and the id of torchrun or SLURM."""
     root: str = "runs"
+
+
+class Direction(Enum):
+    minimize = "minimize"
+    maximize = "maximize"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    metric: str = "eval/loss"
+    """What a sweep's jobs are ranked by."""
+    direction: Direction = Direction.minimize
+    target: float | None = None
+    """Value of the metric whose steps and examples the result tells; None: it does not."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +129,7 @@ class Config(Settings):
 
     backend: Backend = field(default_factory=Backend)
     run: Run = field(default_factory=Run)
+    sweep: Sweep = field(default_factory=Sweep)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     resume: str = "auto"
     """auto: go on where the run's own folder ends; never; or the path of another run or checkpoint to go on from."""
