@@ -1,6 +1,7 @@
 """A sweep on disk: a folder for each job, which is the job's run folder with a record of the job in it."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -74,15 +75,19 @@ class Job:
 
     def steps_to(self, metric: str, target: float, direction: Direction) -> int | None:
         """Optimizer steps until the metric was first logged at the target or better; None if it never was."""
-        for line in self.history:
-            value = line.get(metric)
-            if value is not None and (value <= target if direction is Direction.minimize else value >= target):
-                return int(line["step"])
-        return None
+        sign = 1 if direction is Direction.minimize else -1
+        reached: Iterator[int] = (
+            line["step"] for line in self.history if sign * line.get(metric, math.nan) <= sign * target
+        )
+        return next(reached, None)
 
     def examples_after(self, steps: int) -> int:
-        """Examples seen after so many of this run's steps; to within a minibatch where an epoch's last is short."""
-        return round(steps * self.summary["examples_seen"] / self.summary["steps"]) if steps else 0
+        """Examples seen after so many of this run's steps."""
+        last = next(line for line in reversed(self.history) if "train/epoch" in line)
+        per_epoch: int = round(self.summary["examples_seen"] / last["train/epoch"])
+        size: int = self.config["batch"]["size"]
+        epochs, more_steps = divmod(steps, math.ceil(per_epoch / size))
+        return epochs * per_epoch + more_steps * size
 
 
 def read_job(folder: Path) -> Job | None:

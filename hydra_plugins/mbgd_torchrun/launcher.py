@@ -100,11 +100,9 @@ class TorchrunLauncher(Launcher):
         stopped = run_all(len(jobs), start, ended, max_parallel=self.max_parallel, timeout_seconds=self.timeout_seconds)
         if stopped:
             sweep.to_show.clear()
-            print(
-                f"stopped by {stopped.name}; the same command with hydra.sweep.dir={self.folder} goes on, and "
-                f"`python -m mbgd sweep {self.folder}` shows what there is",
-                flush=True,
-            )
+            print(f"stopped by {stopped.name}; `python -m mbgd sweep {self.folder}` shows what there is", flush=True)
+            if self.config.hydra.sweeper._target_.endswith(".BasicSweeper"):  # others try other values the next time
+                print(f"the same command with hydra.sweep.dir={self.folder} goes on", flush=True)
             sys.exit(128 + stopped)
         sweep.to_show[:] = [self.folder]
         return [results[index] for index in range(len(jobs))]
@@ -216,8 +214,8 @@ def num_cores() -> int:
 
 
 def quoted(value: str) -> str:
-    """A text as Hydra's command line takes it literally."""
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    """A text as Hydra's command line takes it literally: backslashes count double before a quotation mark only."""
+    return "'" + re.sub(r"(\\*)'", r"\1\1\'", re.sub(r"(\\+)$", r"\1\1", value)) + "'"
 
 
 def end_of(log: Path) -> str:

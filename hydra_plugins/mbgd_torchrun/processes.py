@@ -74,6 +74,8 @@ def run_all(
                         running.remove(job)
                         slots.append(job.slot)
                         ended(job.index, exit_code, seconds)
+            if received:
+                print(f"{received[0].name}: {len(running)} running jobs may save their state, then end", flush=True)
         finally:
             _stop(running)
     return received[0] if received else None
@@ -109,18 +111,20 @@ def _stop(running: Sequence[_Running]) -> None:
 
 def _kill_what_is_left(mark: str) -> None:
     """Kill every process that carries the mark: workers whose torchrun died, loader processes whose worker did."""
-    for pid in marked(mark):
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    while pids := marked(mark):  # again, because the list may miss one that was being started
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
 
 
-def marked(mark: str) -> list[int]:
-    """The processes whose environment carries the mark; none where there is no /proc."""
+def marked(mark: str = "") -> list[int]:
+    """The processes whose environment carries the mark, or any; none where there is no /proc."""
     entry = f"{MARK}={mark}".encode()
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         with suppress(OSError):
-            if entry in path.read_bytes().split(b"\0"):
+            if any(one == entry or (not mark and one.startswith(entry)) for one in path.read_bytes().split(b"\0")):
                 found.append(int(path.parent.name))
     return found
 

@@ -95,7 +95,7 @@ def table(result: Result) -> list[list[str]]:
     rows = [["job", *result.keys, result.metric, *others, *to_target, "steps", "examples/s", "state"]]
     for job in result.jobs:
         values = [job.metrics.get(name) for name in (result.metric, *others)]
-        row = [str(job.record.number), *(job.record.swept.get(key, "") for key in result.keys)]
+        row = [str(job.record.number), *(_short(job.record.swept.get(key, "")) for key in result.keys)]
         row += ["" if value is None else f"{value:.4g}" for value in values]
         if to_target:
             row += [_count(result.steps(job)), _count(result.examples(job))]
@@ -142,6 +142,14 @@ def _print(rows: Sequence[Sequence[str]], result: Result) -> None:
 
 def _metric_names(jobs: Sequence[Job]) -> list[str]:
     return list(dict.fromkeys(name for job in jobs for name in job.metrics))
+
+
+def _short(value: str) -> str:
+    """A value as it was given, but for numbers that a sweeper has drawn."""
+    try:
+        return value if len(value) <= 8 else f"{float(value):.4g}"
+    except ValueError:
+        return value
 
 
 def _count(number: float | None) -> str:

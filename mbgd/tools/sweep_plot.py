@@ -2,13 +2,14 @@
 
 import itertools
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from mbgd.sweep import Job
 from mbgd.tools.sweep import Result
@@ -18,6 +19,9 @@ MOST_CURVES = 8
 
 COLOURS = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#222255"]
 """Paul Tol's bright scheme, which readers with any colour vision tell apart."""
+
+FAR_OFF = 100.0
+"""A value that is so many times the median would squeeze all others into a line: it is marked instead."""
 
 Measure = Callable[[Job], float | None]
 
@@ -43,53 +47,65 @@ def plot(result: Result, path: Path) -> None:
 
 
 def _panel(axes: Axes, result: Result, key: str, label: str, measure: Measure) -> None:
-    places = _Places([job.record.swept[key] for job in result.jobs if key in job.record.swept])
+    jobs = sorted((job for job in result.jobs if key in job.record.swept), key=lambda job: job.record.number)
+    places = _Places([job.record.swept[key] for job in jobs])
     curves: dict[str, list[tuple[float, float]]] = {}
-    missing: list[float] = []
-    for job in sorted(result.jobs, key=lambda job: job.record.number):
-        if key not in job.record.swept:
-            continue
+    off: list[float] = []
+    values = [value for job in jobs if (value := measure(job)) is not None and math.isfinite(value)]
+    highest = FAR_OFF * statistics.median(abs(value) for value in values) if values else 0.0
+    for job in jobs:
         x, y = places.of(job.record.swept[key]), measure(job)
-        if y is None or not math.isfinite(y):
-            missing.append(x)
+        others = " ".join(f"{k}={v}" for k, v in job.record.swept.items() if k != key)
+        curve = curves.setdefault(others, [])  # also without points, so that colours are the same in each panel
+        if y is None or not abs(y) <= highest:
+            off.append(x)
         else:
-            others = " ".join(f"{k}={v}" for k, v in job.record.swept.items() if k != key)
-            curves.setdefault(others, []).append((x, y))
-    many = len(curves) > MOST_CURVES
+            curve.append((x, y))
+    is_curves = len(curves) <= MOST_CURVES
     for number, (name, points) in enumerate(curves.items()):
-        xs, ys = zip(*sorted(points), strict=True)
-        colour = COLOURS[0 if many else number]
-        axes.plot(xs, ys, "o" if many or places.named else "o-", color=colour, label=name, markersize=5, alpha=0.9)
-    values = [y for points in curves.values() for _, y in points]
-    is_count = measure != result.value
-    if is_count or (min(values, default=0) > 0 and max(values) > 10 * min(values)):
-        axes.set_yscale("log")
+        if points:
+            colour = COLOURS[number if is_curves else 0]
+            style = "o-" if is_curves and not places.named else "o"
+            axes.plot(*zip(*sorted(points), strict=True), style, color=colour, label=name, markersize=5, alpha=0.9)
+    _scale(axes, [y for points in curves.values() for _, y in points], is_count=measure != result.value)
     places.label(axes)
     axes.set_xlabel(key)
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    handles = [] if many else [line for line in axes.get_lines() if line.get_label()]
-    if missing:
-        # At the upper edge, whatever the scale.
-        axes.plot(missing, [1.0] * len(missing), "x", color="red", transform=axes.get_xaxis_transform(), clip_on=False)
-        why = "not reached, or failed" if is_count else "failed, or not a finite number"
-        handles.append(Line2D([], [], marker="x", color="red", linestyle="", label=why))
-    if is_count and "steps" in label and values:
+    handles = [line for line in axes.get_lines() if line.get_label() and is_curves]
+    if label.startswith("steps") and values:
         handles.append(_perfect_scaling(axes, curves))
-    if handles and any(not str(handle.get_label()).startswith("_") for handle in handles):
-        axes.legend(handles=handles, fontsize="small", frameon=False)
+    if off:
+        # At the upper edge, whatever the scale.
+        axes.plot(off, [1.0] * len(off), "x", color="red", transform=axes.get_xaxis_transform(), clip_on=False)
+        why = "failed, or not reached" if measure != result.value else "failed, or far off"
+        handles.append(Line2D([], [], marker="x", color="red", linestyle="", label=why))
+    if any(not str(handle.get_label()).startswith("_") for handle in handles):
+        axes.legend(handles=handles, fontsize="small", framealpha=0.7, edgecolor="none")
+
+
+def _scale(axes: Axes, values: Sequence[float], *, is_count: bool) -> None:
+    """A logarithmic axis where values differ by factors, with plain numbers."""
+    if not values or min(values) <= 0 or (max(values) < 10 * min(values) and not is_count):
+        return
+    axes.set_yscale("log")
+    if max(values) < 1000 * min(values):
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _perfect_scaling(axes: Axes, curves: dict[str, list[tuple[float, float]]]) -> Line2D:
     """Half the steps for twice the minibatch, from the best job of the smallest."""
     points = [point for curve in curves.values() for point in curve]
-    smallest = min(x for x, _ in points)
-    largest = max(x for x, _ in points)
-    steps = min(y for x, y in points if x == smallest)
-    [line] = axes.plot(
-        [smallest, largest], [steps, steps * smallest / largest], "--", color="grey", label="steps ∝ 1/batch.size"
-    )
+    sizes = [size for size, _ in points]
+    smallest, largest = min(sizes), max(sizes)
+    steps = min(steps for size, steps in points if size == smallest)
+    limits = axes.get_ylim()
+    line_steps = [steps, steps * smallest / largest]
+    [line] = axes.plot([smallest, largest], line_steps, "--", color="grey", label="steps ∝ 1/batch.size")
+    axes.set_ylim(limits)
     return line
 
 
