@@ -4,6 +4,7 @@ import glob
 import json
 import os
 import platform
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -130,7 +131,10 @@ def id_of_restarts(environment: Mapping[str, str]) -> str:
         step = environment.get("SLURM_STEP_ID", "")
         return f"slurm{environment['SLURM_JOB_ID']}" + (f".{step}" if step.isdigit() else "")
     torchrun_id = environment.get("TORCHELASTIC_RUN_ID", "none")
-    return "" if torchrun_id == "none" else torchrun_id[:8]
+    if torchrun_id == "none":
+        return ""
+    is_random = re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", torchrun_id)  # --standalone makes a UUID
+    return torchrun_id[:8] if is_random else re.sub(r"[^\w.-]", "-", torchrun_id)
 
 
 def _make(folder: Path, *, may_hold_a_run: bool) -> str:

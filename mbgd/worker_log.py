@@ -4,6 +4,7 @@ import os
 import socket
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,7 +17,8 @@ class Tee:
 
     def write(self, text: str) -> int:
         if "\x1b" not in text and "\r" not in text:
-            self._file.write(text)
+            with suppress(OSError):  # a full disk is no reason to stop for this
+                self._file.write(text)
         return self._stream.write(text)
 
     def flush(self) -> None:

@@ -23,13 +23,13 @@ from mbgd.tools.sweep import read_result, show
 from mbgd.tools.sweep_plot import is_geometric
 
 ROOT = Path(__file__).parent.parent
-ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
 PNG = b"\x89PNG\r\n"
 
 
-def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
+def start(folder: Path, *overrides: str, gpus: str = "") -> subprocess.Popen[str]:
     command = [sys.executable, str(ROOT / "train.py"), "-m", *overrides]
-    environment = {key: value for key, value in ENVIRONMENT.items() if key != "OMP_NUM_THREADS"}
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    environment |= {"CUDA_VISIBLE_DEVICES": gpus}
     return subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -121,6 +121,8 @@ def test_ctrl_c_ends_every_process(tmp_path: Path) -> None:
         "hydra.sweep.dir=made",
         "seed=0,1",
         "steps=1000000",
+        "backend=gloo",
+        gpus="6,7,8",
     )
     metrics = tmp_path / "made/0/metrics.jsonl"
     deadline = time.monotonic() + 90
@@ -128,24 +130,26 @@ def test_ctrl_c_ends_every_process(tmp_path: Path) -> None:
         assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.1)
-    ours = [pid for pid in marked() if f"{process.pid}." in mark_of(pid)]
+    ours = [pid for pid in marked() if f"{process.pid}." in variable(pid, processes.MARK)]
     assert len(ours) >= 3  # torchrun and its workers
+    assert {variable(pid, "CUDA_VISIBLE_DEVICES") for pid in ours} == {"6,7"}
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "stopped by SIGINT" in output
     assert "hydra.sweep.dir=made goes on" in output
-    assert not [pid for pid in marked() if f"{process.pid}." in mark_of(pid)]
+    assert not [pid for pid in marked() if f"{process.pid}." in variable(pid, processes.MARK)]
     assert [job.state for job in read_jobs(tmp_path / "made")] == ["not ended"]
     assert list((tmp_path / "made/0/checkpoints").glob("step-*"))  # it has saved its state
 
 
-def mark_of(pid: int) -> str:
+def variable(pid: int, name: str) -> str:
+    """What an environment variable of another process is."""
     try:
-        entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        entries = Path(f"/proc/{pid}/environ").read_text().split("\0")
     except OSError:
         return ""
-    return next(entry.decode() for entry in entries if entry.startswith(processes.MARK.encode()))
+    return next((entry.partition("=")[2] for entry in entries if entry.startswith(f"{name}=")), "")
 
 
 def test_an_optimising_sweeper_is_told_what_each_job_came_to(tmp_path: Path) -> None:
@@ -239,7 +243,7 @@ def test_a_job_that_takes_too_long_is_ended_with_all_its_processes(
     )
     assert ended == [processes.TIMED_OUT]
     assert (tmp_path / "ready").exists()
-    assert not [pid for pid in marked() if f"{os.getpid()}." in mark_of(pid)]
+    assert not [pid for pid in marked() if f"{os.getpid()}." in variable(pid, processes.MARK)]
 
 
 def test_sigterm_ends_the_jobs_and_the_handlers_are_put_back(tmp_path: Path) -> None:
@@ -250,7 +254,7 @@ def test_sigterm_ends_the_jobs_and_the_handlers_are_put_back(tmp_path: Path) -> 
     )
     assert stopped is signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
-    assert not [pid for pid in marked() if f"{os.getpid()}." in mark_of(pid)]
+    assert not [pid for pid in marked() if f"{os.getpid()}." in variable(pid, processes.MARK)]
 
 
 def test_gpus_are_handed_out_without_overlap() -> None:
