@@ -26,7 +26,7 @@ SECONDS_TO_SHUT_DOWN = 10
 LINES_SHOWN = 15
 """Of the end of a failed job's log."""
 
-OF_THE_SWEEP = re.compile(r"[+~]*hydra[./](launcher|sweeper|sweep|mode|help)\b")
+OF_THE_SWEEP = re.compile(r"[+~]*hydra[./](launcher|sweeper|sweep|mode)\b")
 """Overrides of Hydra's that are for the sweep, not for its jobs."""
 
 OF_TORCHRUN = re.compile(r"[WE]\d{4} \S+ \d+ torch/distributed/elastic/")
@@ -112,7 +112,7 @@ class TorchrunLauncher(Launcher):
         with open_dict(config):
             config.hydra.job.id = config.hydra.job.num = number
         constant = self.config.hydra.overrides.task
-        swept = [one.lstrip("+").split("=", 1) for one in overrides if one not in constant]
+        swept = [one.lstrip("+").split("=", 1) for one in overrides if one not in constant and one[0] != "~"]
         record = sweep.Record(number, dict(swept), list(overrides))
         return Job(record, config, self.folder / str(config.hydra.sweep.subdir))
 

@@ -15,6 +15,9 @@ SECONDS_BETWEEN_LOOKS = 0.05
 SECONDS_TO_STOP = 15.0
 """How long a job may take to save its state and end; torchrun's own limit is shorter."""
 
+SECONDS_TO_DIE = 5.0
+"""How long a process may take to vanish after SIGKILL."""
+
 MARK = "MBGD_SWEEP_JOB"
 """Environment variable that every process of a job inherits. torchrun gives each worker a session of its own, so the
 job's process group does not reach the workers."""
@@ -111,7 +114,8 @@ def _stop(running: Sequence[_Running]) -> None:
 
 def _kill_what_is_left(mark: str) -> None:
     """Kill every process that carries the mark: workers whose torchrun died, loader processes whose worker did."""
-    while pids := marked(mark):  # again, because the list may miss one that was being started
+    deadline = time.monotonic() + SECONDS_TO_DIE
+    while (pids := marked(mark)) and time.monotonic() < deadline:  # again: the list may miss one just being started
         for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

@@ -84,7 +84,11 @@ def read_result(folder: Path, metric: str | None, direction: str | None, target:
         value = job.metrics.get(metric, math.nan)
         return (not math.isfinite(value), sign * value if math.isfinite(value) else 0.0)
 
-    keys = list(dict.fromkeys(key for job in jobs for key in job.record.swept))
+    values: dict[str, set[str]] = {}
+    for job in jobs:
+        for key, value in job.record.swept.items():
+            values.setdefault(key, set()).add(value)
+    keys = [key for key in values if len(values[key]) > 1] or list(values)
     return Result(sorted(jobs, key=rank), keys, metric, ascending, target)
 
 

@@ -14,11 +14,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 from mbgd.sweep import Job
 from mbgd.tools.sweep import Result
 
-MOST_CURVES = 8
-"""With more combinations of the other keys than this, points are drawn instead of curves."""
-
 COLOURS = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#222255"]
-"""Paul Tol's bright scheme, which readers with any colour vision tell apart."""
+"""Paul Tol's bright scheme, which readers with any colour vision tell apart, and a dark blue."""
+
+MOST_CURVES = len(COLOURS)
+"""With more combinations of the other keys than this, points are drawn instead of curves."""
 
 FAR_OFF = 100.0
 """A value that is so many times the median would squeeze all others into a line: it is marked instead."""
@@ -52,12 +52,14 @@ def _panel(axes: Axes, result: Result, key: str, label: str, measure: Measure) -
     curves: dict[str, list[tuple[float, float]]] = {}
     off: list[float] = []
     values = [value for job in jobs if (value := measure(job)) is not None and math.isfinite(value)]
-    highest = FAR_OFF * statistics.median(abs(value) for value in values) if values else 0.0
+    is_count = measure != result.value
+    usual = statistics.median(abs(value) for value in values) if values and not is_count else 0.0
+    highest = FAR_OFF * usual or math.inf
     for job in jobs:
         x, y = places.of(job.record.swept[key]), measure(job)
-        others = " ".join(f"{k}={v}" for k, v in job.record.swept.items() if k != key)
+        others = " ".join(f"{k}={v}" for k, v in job.record.swept.items() if k in result.keys and k != key)
         curve = curves.setdefault(others, [])  # also without points, so that colours are the same in each panel
-        if y is None or not abs(y) <= highest:
+        if y is None or not abs(y) <= highest or math.isinf(y):
             off.append(x)
         else:
             curve.append((x, y))
@@ -67,7 +69,7 @@ def _panel(axes: Axes, result: Result, key: str, label: str, measure: Measure) -
             colour = COLOURS[number if is_curves else 0]
             style = "o-" if is_curves and not places.named else "o"
             axes.plot(*zip(*sorted(points), strict=True), style, color=colour, label=name, markersize=5, alpha=0.9)
-    _scale(axes, [y for points in curves.values() for _, y in points], is_count=measure != result.value)
+    _scale(axes, [y for points in curves.values() for _, y in points], is_count=is_count)
     places.label(axes)
     axes.set_xlabel(key)
     axes.set_ylabel(label)
@@ -79,7 +81,7 @@ def _panel(axes: Axes, result: Result, key: str, label: str, measure: Measure) -
     if off:
         # At the upper edge, whatever the scale.
         axes.plot(off, [1.0] * len(off), "x", color="red", transform=axes.get_xaxis_transform(), clip_on=False)
-        why = "failed, or not reached" if measure != result.value else "failed, or far off"
+        why = "failed, or not reached" if is_count else "failed, or far off"
         handles.append(Line2D([], [], marker="x", color="red", linestyle="", label=why))
     if any(not str(handle.get_label()).startswith("_") for handle in handles):
         axes.legend(handles=handles, fontsize="small", framealpha=0.7, edgecolor="none")
