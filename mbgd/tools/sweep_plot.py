@@ -43,7 +43,7 @@ def plot(result: Result, path: Path) -> None:
         _panel(axes, result, key, label, measure)
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=110)
 
 
 def _panel(axes: Axes, result: Result, key: str, label: str, measure: Measure) -> None:
