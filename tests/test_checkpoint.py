@@ -23,7 +23,7 @@ from torch import nn
 import mbgd
 from mbgd import checkpoint, saving
 from mbgd.__main__ import main as mbgd_main
-from mbgd.config import Best, Checkpoint
+from mbgd.config import Checkpoint, Direction
 from mbgd.data import digits
 from mbgd.errors import Preempted
 from mbgd.fingerprint import weights_sha256
@@ -316,11 +316,9 @@ def test_so_many_are_kept(tmp_path: Path) -> None:
     assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-000000008", "step-000000006"]
 
 
-@pytest.mark.parametrize(
-    ("best_is", "kept"), [("lowest", [9, 8, 3]), ("highest", [9, 8, 5])], ids=["lowest", "highest"]
-)
-def test_the_best_is_kept_too(tmp_path: Path, best_is: str, kept: list[int]) -> None:
-    settings = Checkpoint(every_steps=4, every_seconds=None, keep=2, best="eval/loss", best_is=Best(best_is))
+@pytest.mark.parametrize(("direction", "kept"), [("minimize", [9, 8, 3]), ("maximize", [9, 8, 5])])
+def test_the_best_is_kept_too(tmp_path: Path, direction: str, kept: list[int]) -> None:
+    settings = Checkpoint(every_steps=4, every_seconds=None, keep=2, best="eval/loss", direction=Direction(direction))
     losses = {1: 0.5, 3: 0.2, 5: 0.9, 6: float("nan"), 7: 0.9, 9: 0.3}
     for steps in (range(1, 6), range(6, 10)):  # the second as a run that goes on
         folder = CheckpointFolder(tmp_path, settings, {})
