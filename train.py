@@ -2,7 +2,6 @@
 
 import os
 import sys
-from contextlib import closing
 
 import hydra
 import yaml
@@ -16,14 +15,15 @@ from mbgd.errors import Preempted, UsageError
 from mbgd.preemption import EXIT_CODE, StopOnSignal
 from mbgd.resume import resume
 from mbgd.run_folder import open_run_folder
-from mbgd.tracking import NoTracker, Tracker, Trackers, console
-from mbgd.tracking.json_lines import JsonLines
+from mbgd.tracking import NoTracker, Tracker, console, told_of_its_end
+from mbgd.tracking.opening import check_installed, open_trackers
 from mbgd.workers import start_workers
 
 
 def run(composed: DictConfig) -> None:
     """Compose → workers → build → fit → results."""
     config = typed(composed)
+    check_installed(config.tracking)
     with start_workers(config.backend.name.value, config.backend.timeout_seconds) as workers:
         trainer = build_trainer(config, workers)
         folder = open_run_folder(config.run, workers, may_hold_a_run=config.resume != "never")
@@ -37,13 +37,13 @@ def run(composed: DictConfig) -> None:
         checkpoints: Checkpoints = NoCheckpoints()
         if workers.is_main:
             folder.write_config(text)
-            print(console.describe_start(trainer), flush=True)
-            tracker = Trackers([JsonLines(folder.metrics_path), console.tracker(trainer.num_steps)])
+            tracker = open_trackers(config, folder, trainer)
             checkpoints = CheckpointFolder(folder.checkpoints_path, config.checkpoint, identity(plain))
-        with closing(tracker):
+        with told_of_its_end(tracker):
             result = trainer.fit(tracker, checkpoints, StopOnSignal(workers))
-        if workers.is_main:
-            folder.write_results(result, trainer)
+            if workers.is_main:
+                folder.write_results(result, trainer)
+        if workers.is_main and not config.tracking.quiet:
             print(console.describe_end(result, folder.path))
 
 

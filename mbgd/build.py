@@ -29,9 +29,7 @@ def typed(composed: DictConfig) -> Config:
         found.append(f"{key} has no value. Give it one: {key}=…")
         OmegaConf.update(composed, key, None)  # so that what refers to it resolves, and other mistakes show too
     schema = values = OmegaConf.structured(Config)
-    for section in schema.values():  # frozen classes make read-only sections, into which nothing can be merged
-        if isinstance(section, DictConfig):
-            OmegaConf.set_readonly(section, False)
+    _make_writable(schema)  # frozen classes make read-only sections, into which nothing can be merged
     for path, part in _parts(OmegaConf.to_container(composed, resolve=True), schema):
         try:
             values = OmegaConf.merge(values, part)
@@ -44,6 +42,13 @@ def typed(composed: DictConfig) -> Config:
     if found:
         raise UsageError("the configuration has mistakes:\n" + "\n".join(f"  - {problem}" for problem in found))
     return config
+
+
+def _make_writable(section: DictConfig) -> None:
+    OmegaConf.set_readonly(section, False)
+    for value in section.values():
+        if isinstance(value, DictConfig):
+            _make_writable(value)
 
 
 def _missing_keys(node: Any, prefix: str = "") -> Iterator[str]:

@@ -38,6 +38,8 @@ class State:
     """Optimizer steps completed."""
     metrics: dict[str, float] = field(default_factory=dict)
     """The last value of each."""
+    tracking: dict[str, str] = field(default_factory=dict)
+    """By what trackers know the run, so that one that goes on is the same to them."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,7 @@ class Trainer:
                 "optimizer": self._update.values(),
                 "metrics": dict(self.state.metrics),
                 "shape": self._shape_of_run(),
+                "tracking": dict(self.state.tracking),
             },
         )
 
@@ -179,6 +182,7 @@ class Trainer:
                 tensor.copy_(snapshot.tensors["model"][name])
         self._update.restore(snapshot.tensors["optimizer"], snapshot.values["optimizer"])
         self.state.step, self.state.metrics = snapshot.step, dict(snapshot.values["metrics"])
+        self.state.tracking = dict(snapshot.values.get("tracking", {}))
         self._last_logged = snapshot.step
 
     def _shape_of_run(self) -> dict[str, Any]:

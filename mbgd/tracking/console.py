@@ -8,7 +8,7 @@ from typing import TextIO
 import torch
 
 from mbgd.plan import Plan
-from mbgd.tracking.base import Metrics, Tracker
+from mbgd.tracking.base import Ending, Metrics, Tracker
 from mbgd.trainer import Result, Trainer
 
 SECONDS_BETWEEN_LINES = 2.0
@@ -45,7 +45,7 @@ class PlainLines:
             print(f"step {step}/{self._num_steps} · {describe(metrics)}", file=self._file, flush=True)
             self._last_line = now
 
-    def close(self) -> None:
+    def close(self, ending: Ending) -> None:
         pass
 
 
@@ -60,9 +60,14 @@ def tracker(num_steps: int) -> Tracker:
 
 def describe_start(trainer: Trainer) -> str:
     """The plan of a run in one block."""
+    return "\n".join(f"{name:<11} {value}" for name, value in plan_lines(trainer).items())
+
+
+def plan_lines(trainer: Trainer) -> dict[str, str]:
+    """The plan of a run, line by line."""
     plan, workers = trainer.plan, trainer.workers
     parameters = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    lines = {
+    return {
         "minibatch": describe_cut(plan),
         "examples": f"{plan.num_examples:,} for training, {trainer.num_evaluation_examples:,} for evaluation",
         "steps": f"{trainer.num_steps:,}, {plan.steps_per_epoch:,} an epoch",
@@ -70,7 +75,6 @@ def describe_start(trainer: Trainer) -> str:
         "averaging": f"{trainer.settings.averaging.name.value} over {workers.backend}",
         "device": f"{workers.device.type}, {count(torch.get_num_threads(), 'thread')} per worker",
     }
-    return "\n".join(f"{name:<11} {value}" for name, value in lines.items())
 
 
 def describe_end(result: Result, folder: Path) -> str:

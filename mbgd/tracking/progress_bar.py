@@ -5,7 +5,7 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mbgd.tracking.base import Metrics
+from mbgd.tracking.base import Ending, Metrics
 from mbgd.tracking.console import describe
 
 SECONDS_BETWEEN_UPDATES = 0.1
@@ -42,5 +42,5 @@ class ProgressBar:
             shown = {k: v for k, v in metrics.items() if k in ("train/loss", "train/examples_per_second")}
             self._bar.update(self._task, completed=step, metrics=describe(shown))
 
-    def close(self) -> None:
+    def close(self, ending: Ending) -> None:
         self._bar.stop()
