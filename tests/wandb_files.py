@@ -33,8 +33,9 @@ def records(path: Path) -> Iterator[Any]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A run's id, config, history, summary, alerts, definitions of metrics, and exit code (None if it has not ended)."""
-    found: dict[str, Any] = {"config": {}, "history": [], "summary": {}, "alerts": [], "metrics": {}, "exit": None}
+    """A run's id, config, history, summary, alerts, axes, and exit code (None: it has not ended)."""
+    found: dict[str, Any] = {"config": {}, "history": [], "summary": {}, "metrics": {}, "exit": None}
+    found |= {"alerts": [], "artifacts": []}
     for record in records(path):
         kind = record.WhichOneof("record_type")
         if kind == "run":
@@ -54,6 +55,11 @@ def read(path: Path) -> dict[str, Any]:
             found["metrics"][record.metric.name or record.metric.glob_name] = record.metric.step_metric
         elif kind == "exit":
             found["exit"] = record.exit.exit_code
+        elif kind == "request" and record.request.HasField("log_artifact"):
+            artifact = record.request.log_artifact.artifact
+            found["artifacts"].append((artifact.name, sorted(artifact.aliases)))
+        elif kind == "artifact":
+            found["artifacts"].append((record.artifact.name, sorted(record.artifact.aliases)))
         elif kind == "preempting":
             found["preempting"] = True
     return found

@@ -1,15 +1,14 @@
 """Which code a run was made with, as far as git knows."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 SECONDS = 2.0
 
 
-def code_version(script: str | None = None) -> dict[str, str | bool]:
+def code_version(script: str) -> dict[str, str | bool]:
     """The commit of the repository that holds the script, and whether tracked files differ from it; {} without git."""
-    folder = Path(script or sys.argv[0]).resolve().parent
+    folder = Path(script).resolve().parent
     command = ["git", "-C", str(folder), "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True)

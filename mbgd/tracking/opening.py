@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -69,7 +70,8 @@ def _write_start(folder: Path, trainer: Trainer) -> None:
             "workers": workers.num_workers,
             **conditions(plan, workers.device),
         },
-        "code": code_version(),
+        "script": sys.argv[0],
+        "code": code_version(sys.argv[0]),
         "first_step": trainer.state.step,
     }
     write_atomically(folder / "start.json", (json.dumps(start, indent=2) + "\n").encode())

@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,11 +86,13 @@ class WandbSink:
 
 def open_sink(folder: Path, start: int) -> WandbSink:
     """Begin, or go on with, the W&B run of a run's folder; offline where an earlier process failed (start > 1)."""
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B's own statistics, one more thing to fail
     import wandb
 
     config = yaml.safe_load((folder / "config.yaml").read_text())
     settings = config["tracking"]["wandb"]
-    state = _read_json(folder / FOLDER / STATE)
+    state, began = _read_json(folder / FOLDER / STATE), _read_json(folder / "start.json")
+    sys.argv = [began["script"]]  # W&B records a run's command; the rest of it is in the configuration
     mode: Any = "offline" if start > 1 else _mode(settings["mode"])
     run = wandb.init(
         mode=mode,
@@ -101,7 +104,7 @@ def open_sink(folder: Path, start: int) -> WandbSink:
         group=settings["group"],
         name=settings["name"] or folder.resolve().name,
         tags=settings["tags"],
-        config=config | _read_json(folder / "start.json"),
+        config=config | began,
         allow_val_change=True,
         settings=wandb.Settings(
             silent=True,
@@ -110,6 +113,8 @@ def open_sink(folder: Path, start: int) -> WandbSink:
             init_timeout=settings["init_timeout_seconds"],
             finish_timeout=settings["finish_seconds"] / 2,
             finish_timeout_raises=True,
+            program=began["script"],
+            git_commit=began["code"].get("commit"),
             x_stats_pid=os.getppid(),
         ),
     )
