@@ -86,7 +86,7 @@ class WandbSink:
 
 def open_sink(folder: Path, start: int) -> WandbSink:
     """Begin, or go on with, the W&B run of a run's folder; offline where an earlier process failed (start > 1)."""
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B's own statistics, one more thing to fail
+    os.environ |= {"WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}  # no requests for what nobody reads
     import wandb
 
     config = yaml.safe_load((folder / "config.yaml").read_text())
@@ -107,7 +107,6 @@ def open_sink(folder: Path, start: int) -> WandbSink:
         config=config | began,
         allow_val_change=True,
         settings=wandb.Settings(
-            silent=True,
             console="off",
             label_disable=True,
             init_timeout=settings["init_timeout_seconds"],
