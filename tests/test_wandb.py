@@ -116,7 +116,7 @@ def test_an_offline_run_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture[s
     # The run's id is with the folder and with its checkpoints.
     [checkpoint] = folder.glob("checkpoints/step-*")
     assert read(checkpoint)[0].values["tracking"] == {"wandb": file["id"]}
-    assert json.loads((folder / "wandb/run.json").read_text()) == {"id": file["id"], "sent_step": 46}
+    assert json.loads((folder / "wandb/state.json").read_text()) == {"id": file["id"], "sent_step": 46}
     assert f"offline; to upload it: wandb sync {folder}/wandb/offline-run-" in capsys.readouterr().out
 
 
@@ -124,7 +124,7 @@ def test_a_run_that_goes_on_is_the_same_run_without_repeats_or_gaps(tmp_path: Pa
     folder = tmp_path / "run"
     with pytest.raises(Preempted):
         run(folder, stop_at=17)
-    (folder / "wandb/run.json").unlink()  # then the checkpoint knows
+    (folder / "wandb/state.json").unlink()  # then the checkpoint knows
     run(folder)
     before, after = offline_files(folder)
     assert before["id"] == after["id"]
@@ -150,7 +150,7 @@ def test_online_with_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert [row["step"] for row in rows] == [row["step"] for row in merged(metrics(folder))]
     assert rows == merged(metrics(folder))
     assert server.exit_code == 0
-    assert {sent["name"] for sent in server.runs} == {json.loads((folder / "wandb/run.json").read_text())["id"]}
+    assert {sent["name"] for sent in server.runs} == {json.loads((folder / "wandb/state.json").read_text())["id"]}
     assert server.runs[0]["tags"] == ["a"]
     assert f"{server.url}/me/mbgd/runs/" in capsys.readouterr().out
     for path in folder.rglob("*"):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 STEP = "step"
 FOLDER = "wandb"
-STATE = "run.json"
+STATE = "state.json"
 
 
 def remember_run_id(folder: Path, known: str | None) -> str:
@@ -91,7 +91,7 @@ def open_sink(folder: Path, start: int) -> WandbSink:
 
     config = yaml.safe_load((folder / "config.yaml").read_text())
     settings = config["tracking"]["wandb"]
-    state, began = _read_json(folder / FOLDER / STATE), _read_json(folder / "start.json")
+    state, began = _read_json(folder / FOLDER / STATE), _read_json(folder / "run.json")
     sys.argv = [began["script"]]  # W&B records a run's command; the rest of it is in the configuration
     mode: Any = "offline" if start > 1 else _mode(settings["mode"])
     run = wandb.init(
