@@ -12,24 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import wandb_files
-import wandb_server
-import yaml
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 import mbgd
-from mbgd.build import build_trainer, typed
-from mbgd.checkpoint import CheckpointFolder, read
-from mbgd.config import identity
+from mbgd.checkpoint import read
 from mbgd.errors import Preempted
-from mbgd.resume import resume
-from mbgd.run_folder import open_run_folder
-from mbgd.tracking import told_of_its_end
+from mbgd.tracking import Ending, Outcome
 from mbgd.tracking.follower import Follower
-from mbgd.tracking.opening import check_installed, open_trackers
+from mbgd.tracking.opening import check_installed
 
-ROOT = Path(__file__).parent.parent
+import runs
+import wandb_files
+import wandb_server
+from runs import metrics
+
 KEY = "0123456789abcdef" * 2 + "01234567"
 
 pytest.importorskip("wandb", reason="wandb is not installed: pip install 'mbgd[wandb]'")
@@ -46,40 +41,8 @@ def _own_surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
 
 
-class StopAt:
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def agreed(self, step: int) -> bool:
-        return step == self.step
-
-
-def run(folder: Path, *overrides: str, stop_at: int | None = None, log: Callable[[int], None] | None = None) -> float:
-    """What train.py does, in this process and on one worker; the seconds that training took, without its end."""
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        composed = compose(
-            "train", ["tracking=wandb", "epochs=2", "log_every_steps=5", f"run.dir={folder}", *overrides]
-        )
-    config, plain = typed(composed), yaml.safe_load(OmegaConf.to_yaml(composed, resolve=True))
-    workers = mbgd.Workers()
-    trainer = build_trainer(config, workers)
-    opened = open_run_folder(config.run, workers, may_hold_a_run=True)
-    assert resume(trainer, opened, config, plain)
-    opened.write_config(yaml.safe_dump(plain))
-    tracker = open_trackers(config, opened, trainer)
-    checkpoints = CheckpointFolder(opened.checkpoints_path, config.checkpoint, identity(plain))
-    if log is not None:
-        tracker.progress = log  # type: ignore[method-assign]
-    with told_of_its_end(tracker):
-        start = time.monotonic()
-        result = trainer.fit(tracker, checkpoints, None if stop_at is None else StopAt(stop_at))
-        seconds = time.monotonic() - start
-        opened.write_results(result, trainer)
-    return seconds
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def run(folder: Path, *overrides: str, **options: Any) -> float:
+    return runs.run(folder, "tracking=wandb", *overrides, **options)
 
 
 def merged(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -189,7 +152,7 @@ def test_a_server_that_never_answers_is_given_up(tmp_path: Path, monkeypatch: py
     with wandb_server.never_answering() as url:
         monkeypatch.setenv("WANDB_BASE_URL", url)
         monkeypatch.setenv("WANDB_API_KEY", KEY)
-        run(folder, "tracking.wandb.init_timeout_seconds=1", log=wait_at_the_25th)
+        run(folder, "tracking.wandb.init_timeout_seconds=1", after_step=wait_at_the_25th)
     assert history(folder) == merged(metrics(folder))
 
 
@@ -202,7 +165,7 @@ def test_a_crash_of_wandbs_own_process_loses_nothing(tmp_path: Path) -> None:
             eventually(lambda: b"offline" in b"".join(path.name.encode() for path in folder.glob("wandb/*")))
             os.kill(core, signal.SIGKILL)
 
-    run(folder, log=kill_at_the_25th)
+    run(folder, after_step=kill_at_the_25th)
     rows = {row["step"]: row for row in history(folder)}
     assert list(rows.values()) == merged(metrics(folder))
 
@@ -221,7 +184,7 @@ def test_a_training_process_that_is_killed_is_reported(tmp_path: Path) -> None:
 
 
 def run_and_die(folder: Path) -> None:
-    run(folder, log=lambda step: os.kill(os.getpid(), signal.SIGKILL) if step == 30 else None)
+    run(folder, after_step=lambda step: os.kill(os.getpid(), signal.SIGKILL) if step == 30 else None)
 
 
 def test_a_loss_that_is_not_finite_raises_an_alert(tmp_path: Path) -> None:
@@ -250,8 +213,6 @@ def test_a_sink_that_always_fails_is_given_up(tmp_path: Path, capsys: pytest.Cap
     for step in range(100):
         follower.log(step, {})
         time.sleep(0.02)
-    from mbgd.tracking import Ending, Outcome
-
     follower.close(Ending(Outcome.finished))
     assert "wandb failed; the metrics are whole in" in capsys.readouterr().out
     assert (tmp_path / "wandb/output.log").read_text().count("FileNotFoundError: ") == 3

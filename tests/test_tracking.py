@@ -1,0 +1,123 @@
+"""Trackers: one that fails does not stop training; the terminal; TensorBoard; what the folder says of a run."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import mbgd
+from mbgd.errors import Preempted
+from mbgd.tracking import Ending, Outcome, Trackers, told_of_its_end
+from mbgd.tracking.code_version import code_version
+from mbgd.tracking.json_lines import JsonLines
+
+from runs import metrics, run
+
+
+class Keeps:
+    """Keeps the steps that it is told of."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.ending: Ending | None = None
+
+    def progress(self, step: int) -> None:
+        pass
+
+    def log(self, step: int, metrics: object) -> None:
+        self.steps.append(step)
+
+    def close(self, ending: Ending) -> None:
+        self.ending = ending
+
+
+class FailsAtStep2(Keeps):
+    def log(self, step: int, metrics: object) -> None:
+        super().log(step, metrics)
+        if step == 2:
+            raise OSError(28, "No space left on device")
+
+
+def test_a_tracker_that_fails_is_left_out_and_the_others_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+    fails, keeps = FailsAtStep2(), Keeps()
+    trackers = Trackers([fails, keeps])
+    for step in (1, 2, 3):
+        trackers.log(step, {"train/loss": 1.0})
+    trackers.close(Ending(Outcome.finished))
+    assert (fails.steps, keeps.steps) == ([1, 2], [1, 2, 3])
+    assert (fails.ending, keeps.ending) == (None, Ending(Outcome.finished))
+    assert capsys.readouterr().out.count("warning: FailsAtStep2 failed (OSError: [Errno 28]") == 1
+
+
+@pytest.mark.parametrize(
+    ("raised", "ending"),
+    [
+        (None, Ending(Outcome.finished)),
+        (Preempted(7), Ending(Outcome.preempted, "stopped by a signal after step 7")),
+        (mbgd.UsageError("the loss is nan"), Ending(Outcome.failed, "UsageError: the loss is nan")),
+        (KeyboardInterrupt(), Ending(Outcome.failed, "KeyboardInterrupt: ")),
+    ],
+)
+def test_trackers_are_told_how_it_ended(raised: BaseException | None, ending: Ending) -> None:
+    keeps = Keeps()
+    with pytest.raises(type(raised)) if raised else told_of_its_end(Keeps()), told_of_its_end(keeps):
+        if raised is not None:
+            raise raised
+    assert keeps.ending == ending
+
+
+def test_the_folder_says_what_the_run_was_and_how_it_ended(tmp_path: Path) -> None:
+    with pytest.raises(Preempted):
+        run(tmp_path / "run", stop_at=7)
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert record["ending"] == {"outcome": "preempted", "message": "stopped by a signal after step 7"}
+    assert "preempted: stopped by a signal after step 7" in (tmp_path / "run/report.html").read_text()
+    run(tmp_path / "run", "tracking.report=false")
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert record["ending"] == {"outcome": "finished", "message": ""}
+    assert record["first_step"] == 7
+    assert record["plan"]["minibatch"] == "64 = 1 worker × 1 micro-batch × 64"
+    assert record["environment"]["torch"].startswith("2.")
+    assert "preempted" in (tmp_path / "run/report.html").read_text()
+
+
+def test_the_version_of_the_code(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    script = tmp_path / "train.py"
+    assert code_version(str(script)) == {}
+    git("init", "-q")
+    script.write_text("1")
+    git("add", ".")
+    git("commit", "-q", "-m", "one")
+    (tmp_path / "untracked").touch()
+    assert code_version(str(script)) == {"commit": git("rev-parse", "HEAD"), "dirty": False}
+    script.write_text("2")
+    assert code_version(str(script)) == {"commit": git("rev-parse", "HEAD"), "dirty": True}
+
+
+def test_tensorboard_has_one_history_without_repeats_or_gaps(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed: pip install 'mbgd[tensorboard]'")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = tmp_path / "run"
+    with pytest.raises(Preempted):
+        run(folder, "tracking=tensorboard", stop_at=17)
+    run(folder, "tracking=tensorboard")
+    assert len(list(folder.glob("tensorboard/events.*"))) == 2
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    lines = metrics(folder)
+    assert set(events.Tags()["scalars"]) == {name for line in lines for name in line} - {"step"}
+    for name in events.Tags()["scalars"]:
+        wanted = [(line["step"], pytest.approx(line[name])) for line in lines if name in line]
+        assert [(event.step, event.value) for event in events.Scalars(name)] == wanted
+
+
+def test_every_line_is_on_disk_at_once(tmp_path: Path) -> None:
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+    lines.log(1, {"train/loss": 0.5})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "train/loss": 0.5}\n'
