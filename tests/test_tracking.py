@@ -1,7 +1,17 @@
 """Trackers: one that fails does not stop training; the terminal; TensorBoard; what the folder says of a run."""
 
+import fcntl
+import io
 import json
+import multiprocessing
+import os
+import pty
+import re
+import struct
 import subprocess
+import sys
+import termios
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,6 +20,7 @@ import mbgd
 from mbgd.errors import Preempted
 from mbgd.tracking import Ending, Outcome, Trackers, told_of_its_end
 from mbgd.tracking.code_version import code_version
+from mbgd.tracking.console import PlainLines, describe
 from mbgd.tracking.json_lines import JsonLines
 
 from runs import metrics, run
@@ -61,7 +72,7 @@ def test_a_tracker_that_fails_is_left_out_and_the_others_go_on(capsys: pytest.Ca
 )
 def test_trackers_are_told_how_it_ended(raised: BaseException | None, ending: Ending) -> None:
     keeps = Keeps()
-    with pytest.raises(type(raised)) if raised else told_of_its_end(Keeps()), told_of_its_end(keeps):
+    with pytest.raises(type(raised)) if raised else nullcontext(), told_of_its_end(keeps):
         if raised is not None:
             raise raised
     assert keeps.ending == ending
@@ -121,3 +132,92 @@ def test_every_line_is_on_disk_at_once(tmp_path: Path) -> None:
     lines = JsonLines(tmp_path / "metrics.jsonl")
     lines.log(1, {"train/loss": 0.5})
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "train/loss": 0.5}\n'
+
+
+# The terminal
+
+TRAIN = {
+    "train/loss": 0.123456,
+    "train/accuracy": 0.5,
+    "train/learning_rate": 0.01,
+    "train/gradient_norm": 1.5,
+    "train/noise_scale": 1234.5,
+    "train/epoch": 1.5,
+    "train/examples_sha256": "abc",
+    "time/data_wait_seconds": 0.1,
+    "time/examples_per_second": 123456.7,
+    "time/tokens_per_second": 9876543.2,
+}
+
+
+def test_a_line_has_what_matters_first() -> None:
+    assert describe(TRAIN) == (
+        "loss 0.1235 · accuracy 0.5 · learning rate 0.01 · gradient norm 1.5 · 123,457 examples/s · 9,876,543 tokens/s"
+    )
+    assert describe({"eval/loss": 0.25, "eval/accuracy": 0.875}) == "eval loss 0.25 · accuracy 0.875"
+
+
+def test_plain_lines_come_at_a_sensible_rate_and_evaluations_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("mbgd.tracking.console.time.monotonic", lambda: now)
+    file = io.StringIO()
+    lines = PlainLines(1_000_000, 100, file)
+    hours = {}
+    for step in range(100, 100 + 4 * 3600):  # a step a second
+        if step % 1800 == 0:
+            lines.log(step, {"eval/loss": 0.5})
+        lines.log(step, {"train/loss": 0.5})
+        now += 1.0
+        hours[(step - 100) // 3600] = file.getvalue().count("\n")
+    text = file.getvalue().splitlines()
+    assert text[0] == "step 100/1000000 · loss 0.5"
+    assert text[1] == "step 102/1000000 · loss 0.5 · 11 days, 13:44:58 left"
+    assert sum("eval loss" in line for line in text) == 8
+    assert hours[0] < 400  # every two seconds at first
+    assert hours[3] - hours[2] < 100  # then every minute
+
+
+def in_a_terminal(folder: Path, terminal: int, *overrides: str) -> None:
+    """A run whose standard output is this terminal."""
+    os.dup2(terminal, 1)
+    sys.stdout = os.fdopen(1, "w")
+    os.environ["TERM"] = "xterm-256color"
+    run(folder, *overrides)
+    sys.stdout.flush()
+
+
+def shown(folder: Path, *overrides: str) -> list[str]:
+    """The lines that a terminal of 80 columns is sent, those that are overwritten too, without colours."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    os.set_inheritable(theirs, True)
+    process = multiprocessing.get_context("fork").Process(target=in_a_terminal, args=(folder, theirs, *overrides))
+    process.start()
+    os.close(theirs)
+    content = b""
+    try:
+        while part := os.read(ours, 65536):
+            content += part
+    except OSError:
+        pass  # the terminal's other end is closed
+    process.join()
+    assert process.exitcode == 0
+    os.close(ours)
+    return re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", content.decode()))
+
+
+def test_a_terminal_of_80_columns(tmp_path: Path) -> None:
+    lines = shown(tmp_path / "run", "epochs=200", "evaluation.every_steps=2000")
+    assert max(map(len, lines)) <= 80
+    assert any(line.startswith("step 2000/4600 · eval loss ") and "accuracy" in line for line in lines)
+    bars = [
+        line for line in lines if re.search(r"━ +\d+/4600 \d\d:\d\d loss [\d.e-]+ · [\d,]+ examples/s$", line.strip())
+    ]
+    assert len(bars) > 1
+    steps = [int(re.search(r"(\d+)/4600", line)[1]) for line in bars]
+    assert steps == sorted(steps)
+
+
+def test_quiet_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path / "run", "tracking.quiet=true", "tracking=tensorboard")
+    assert capfd.readouterr() == ("", "")

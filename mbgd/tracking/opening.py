@@ -35,7 +35,7 @@ def open_trackers(config: Config, folder: RunFolder, trainer: Trainer) -> Tracke
     ]
     if not tracking.quiet:
         print(console.describe_start(trainer), flush=True)
-        trackers.append(console.tracker(trainer.num_steps))
+        trackers.append(console.tracker(trainer.num_steps, trainer.state.step))
     if _uses_wandb(tracking):
         known = trainer.state.tracking.get("wandb") if config.resume == "auto" else None
         trainer.state.tracking["wandb"] = wandb_sink.remember_run_id(folder.path, known)
