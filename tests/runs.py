@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
@@ -46,11 +47,14 @@ def run(
     checkpoints = CheckpointFolder(opened.checkpoints_path, config.checkpoint, identity(plain))
     if after_step is not None:
         tracker.progress = after_step  # type: ignore[method-assign]
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as under torchrun; more would wait for each other on a busy machine
     with told_of_its_end(tracker):
         start = time.monotonic()
         result = trainer.fit(tracker, checkpoints, None if stop_at is None else StopAt(stop_at))
         seconds = time.monotonic() - start
         opened.write_results(result, trainer)
+    torch.set_num_threads(num_threads)
     return seconds
 
 

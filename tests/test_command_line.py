@@ -39,6 +39,8 @@ def test_a_run_leaves_its_folder_and_says_where(tmp_path: Path, num_workers: int
         "config.yaml",
         "metrics.jsonl",
         "model.safetensors",
+        "report.html",
+        "run.json",
         "summary.json",
     ]
 
@@ -132,7 +134,13 @@ def test_a_loss_that_is_not_finite_keeps_the_runs_files(tmp_path: Path) -> None:
     done = train(tmp_path, "optimizer=sgd", "optimizer.lr=1e30", "epochs=1", "run.dir=out")
     assert done.returncode == 1
     assert "it was finite at step 1, so it went wrong in steps 2 to 23" in done.stderr
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.yaml", "metrics.jsonl"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "config.yaml",
+        "metrics.jsonl",
+        "report.html",
+        "run.json",
+    ]
+    assert "failed: UsageError: the loss is" in (tmp_path / "out/report.html").read_text()
 
 
 OWN = """
