@@ -217,8 +217,3 @@ def test_a_terminal_of_80_columns(tmp_path: Path) -> None:
     assert bars
     steps = [int(re.search(r"(\d+)/1380", line)[1]) for line in bars]
     assert steps == sorted(steps)
-
-
-def test_quiet_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    run(tmp_path / "run", "tracking.quiet=true", "tracking=tensorboard")
-    assert capfd.readouterr() == ("", "")

@@ -187,6 +187,11 @@ def run_and_die(folder: Path) -> None:
     run(folder, after_step=lambda step: os.kill(os.getpid(), signal.SIGKILL) if step == 30 else None)
 
 
+def test_quiet_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path / "run", "tracking.quiet=true")
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_loss_that_is_not_finite_raises_an_alert(tmp_path: Path) -> None:
     with pytest.raises(mbgd.UsageError):
         run(tmp_path / "run", "optimizer=sgd", "optimizer.lr=1e30")

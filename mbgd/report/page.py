@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from mbgd.report import chart
+from mbgd.report.chart import Series, draw
 from mbgd.report.history import History, read_history
 from mbgd.report.numbers import short
 from mbgd.report.panels import Panel, panels, time_split
@@ -24,7 +24,7 @@ def write_report(folders: Sequence[Path], path: Path) -> None:
 def render(runs: Sequence[History]) -> str:
     figures, data = [], []
     for panel in panels(runs):
-        figure, of_pointer = chart.draw(panel.title, _series(panel, runs), unit=panel.unit, may_be_log=panel.may_be_log)
+        figure, of_pointer = draw(panel.title, _series(panel, runs), unit=panel.unit, may_be_log=panel.may_be_log)
         figures.append(figure)
         data.append(of_pointer)
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
@@ -57,7 +57,7 @@ def _json(data: Any) -> str:
     return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def _series(panel: Panel, runs: Sequence[History]) -> list[chart.Series]:
+def _series(panel: Panel, runs: Sequence[History]) -> list[Series]:
     """Of one run, training and evaluation have colours; of several, each run has, and evaluation is dashed."""
     series = []
     for number, run in enumerate(runs):
@@ -69,7 +69,7 @@ def _series(panel: Panel, runs: Sequence[History]) -> list[chart.Series]:
                     colour, label, dashed = int(is_evaluation), group, False
                 else:
                     colour, label, dashed = number % NUM_COLOURS, f"{run.name} {group}", is_evaluation
-                series.append(chart.Series(label, colour, dashed and len(panel.names) > 1, run.curves[name]))
+                series.append(Series(label, colour, dashed and len(panel.names) > 1, run.curves[name]))
     return series
 
 

@@ -4,6 +4,7 @@ It sends the lines of the run's `metrics.jsonl` as they come, until it reads fro
 standard input closes without a word, the training process is dead. What it prints is shown by the training process.
 """
 
+import fcntl
 import json
 import os
 import select
@@ -39,6 +40,9 @@ def main(name: str, folder: Path, start: int) -> None:
     """start: 1, and more where earlier processes of this run have failed."""
     with suppress(OSError):
         os.nice(NICENESS)  # training goes first
+    lock = (folder / name / "lock").open("w")
+    with suppress(OSError):
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the process of a training that was killed may still be sending
     sink: Sink = import_module(SINKS[name]).open_sink(folder, start)
     with (folder / "metrics.jsonl").open("rb") as file:
         ending = None

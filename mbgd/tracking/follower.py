@@ -21,9 +21,9 @@ SECONDS_FOR_ANOTHER_START = 10.0
 class Follower:
     """Starts `mbgd.tracking.follow`, shows what it says, and starts it again where it has died, twice at most."""
 
-    def __init__(self, sink: str, folder: Path, *, finish_seconds: float) -> None:
-        """sink: one of follow.py's; finish_seconds: how long the end of training waits for it."""
-        self._sink, self._folder, self._finish_seconds = sink, folder, finish_seconds
+    def __init__(self, sink: str, folder: Path, *, finish_seconds: float, quiet: bool = False) -> None:
+        """sink: one of follow.py's; finish_seconds: how long the end of training waits for it; quiet: only warn."""
+        self._sink, self._folder, self._finish_seconds, self._quiet = sink, folder, finish_seconds, quiet
         self._num_starts = 0
         (folder / sink).mkdir(exist_ok=True)
         self._start()
@@ -79,5 +79,5 @@ class Follower:
     def _show_messages(self) -> None:
         assert self._process.stdout is not None
         said = self._process.stdout.read()  # None: nothing new
-        for line in (said or b"").decode(errors="replace").splitlines():
+        for line in [] if self._quiet else (said or b"").decode(errors="replace").splitlines():
             print(f"{self._sink:<11} {line}", flush=True)

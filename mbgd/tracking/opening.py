@@ -39,9 +39,10 @@ def open_trackers(config: Config, folder: RunFolder, trainer: Trainer) -> Tracke
     if _uses_wandb(tracking):
         known = trainer.state.tracking.get("wandb") if config.resume == "auto" else None
         trainer.state.tracking["wandb"] = wandb_sink.remember_run_id(folder.path, known)
-        trackers.append(Follower("wandb", folder.path, finish_seconds=tracking.wandb.finish_seconds))
+        seconds = tracking.wandb.finish_seconds
+        trackers.append(Follower("wandb", folder.path, finish_seconds=seconds, quiet=tracking.quiet))
     if tracking.tensorboard:
-        trackers.append(Follower("tensorboard", folder.path, finish_seconds=TENSORBOARD_SECONDS))
+        trackers.append(Follower("tensorboard", folder.path, finish_seconds=TENSORBOARD_SECONDS, quiet=tracking.quiet))
     return Trackers(trackers)
 
 
