@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import time
@@ -154,6 +155,23 @@ def test_a_server_that_never_answers_is_given_up(tmp_path: Path, monkeypatch: py
         monkeypatch.setenv("WANDB_API_KEY", KEY)
         run(folder, "tracking.wandb.init_timeout_seconds=1", after_step=wait_at_the_25th)
     assert history(folder) == merged(metrics(folder))
+
+
+def test_a_server_that_falls_silent_later_holds_the_end_for_seconds_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    with wandb_server.working() as server:
+        server.takes_history.clear()
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        start = time.monotonic()
+        run(folder, "tracking.wandb.finish_seconds=4")
+        assert time.monotonic() - start < 10
+        server.takes_history.set()
+    said = re.search(r"not everything is uploaded; later: wandb sync (\S+)", capsys.readouterr().out)
+    [path] = Path(said[1]).glob("*.wandb")
+    assert wandb_files.read(path)["history"] == merged(metrics(folder))
 
 
 def test_a_crash_of_wandbs_own_process_loses_nothing(tmp_path: Path) -> None:

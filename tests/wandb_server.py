@@ -23,6 +23,9 @@ class WorkingServer(ThreadingHTTPServer):
         """The variables of each request that makes or changes a run."""
         self.operations: list[str] = []
         self.exit_code: int | None = None
+        self.takes_history = threading.Event()
+        """Unset: requests that bring the history are never answered."""
+        self.takes_history.set()
 
     def graphql(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
         name = re.search(r"(?:query|mutation)\s+(\w+)", query)[1]
@@ -40,6 +43,7 @@ class WorkingServer(ThreadingHTTPServer):
         return {}
 
     def file_stream(self, sent: dict[str, Any]) -> None:
+        self.takes_history.wait()
         for line in sent.get("files", {}).get("wandb-history.jsonl", {}).get("content", []):
             self.history.append(json.loads(line))
         if sent.get("complete"):
