@@ -72,12 +72,9 @@ class PlainLines:
 
     def _left(self, step: int) -> str:
         """The time left, from the second line on, while there is any."""
-        elapsed, steps_done, steps_left = (
-            time.monotonic() - self._started,
-            step - self._first_step,
-            self._num_steps - step,
-        )
-        if elapsed < LEAST_SECONDS_BETWEEN_LINES or not steps_left:
+        elapsed = time.monotonic() - self._started
+        steps_done, steps_left = step - self._first_step, self._num_steps - step
+        if elapsed < LEAST_SECONDS_BETWEEN_LINES or not steps_done or not steps_left:
             return ""
         return f" · {timedelta(seconds=round(elapsed / steps_done * steps_left))} left"
 

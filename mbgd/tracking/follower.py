@@ -40,8 +40,11 @@ class Follower:
         deadline = time.monotonic() + self._finish_seconds
         while not self._ends_well(ending, deadline):
             if self._num_starts == MOST_STARTS:
-                print(f"warning: {self._sink} failed; the metrics are whole in {self._folder}/metrics.jsonl, and the "
-                      f"reason is in {self._folder}/{self._sink}/output.log.", flush=True)  # fmt: skip
+                print(
+                    f"warning: {self._sink} failed; the metrics are whole in {self._folder}/metrics.jsonl, and the "
+                    f"reason is in {self._folder}/{self._sink}/output.log.",
+                    flush=True,
+                )
                 return
             self._start()
             deadline = time.monotonic() + SECONDS_FOR_ANOTHER_START
