@@ -6,13 +6,16 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 INSTALLED := .venv/.installed
 
-.PHONY: train test check bench clean
+.PHONY: train test chaos check bench clean
 
 train: $(INSTALLED)
 	WORKERS=$(WORKERS) launch/local.sh $(ARGS)
 
 test: $(INSTALLED)
 	python -m pytest
+
+chaos: $(INSTALLED)
+	MBGD_CHAOS_RUNS=60 python -m pytest tests/test_chaos.py tests/test_hangs.py tests/test_multinode.py
 
 check: $(INSTALLED)
 	ruff check .

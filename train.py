@@ -8,10 +8,10 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from mbgd import saving
 from mbgd.build import build_trainer, typed
-from mbgd.checkpoint import CheckpointFolder, Checkpoints, NoCheckpoints
 from mbgd.config import identity
-from mbgd.errors import Preempted, UsageError
+from mbgd.errors import Preempted, UsageError, WorkersLost
 from mbgd.preemption import EXIT_CODE, StopOnSignal
 from mbgd.resume import resume
 from mbgd.run_folder import open_run_folder
@@ -34,11 +34,10 @@ def run(composed: DictConfig) -> None:
                 print(f"{folder.path} holds this run already, complete; give another run.dir for a new one.")
             return
         tracker: Tracker = NoTracker()
-        checkpoints: Checkpoints = NoCheckpoints()
+        checkpoints = saving.create(config.checkpoint, folder.path, folder.checkpoints_path, identity(plain), workers)
         if workers.is_main:
             folder.write_config(text)
             tracker = open_trackers(config, folder, trainer)
-            checkpoints = CheckpointFolder(folder.checkpoints_path, config.checkpoint, identity(plain))
         with told_of_its_end(tracker):
             result = trainer.fit(tracker, checkpoints, StopOnSignal(workers))
             if workers.is_main:
@@ -52,7 +51,7 @@ def run(composed: DictConfig) -> None:
 def main(composed: DictConfig) -> None:
     try:
         run(composed)
-    except UsageError as error:
+    except (UsageError, WorkersLost) as error:
         rank = os.environ.get("RANK")
         sys.exit(f"error{f' on worker {rank}' if rank else ''}: {error}")
     except Preempted as stopped:

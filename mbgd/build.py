@@ -11,6 +11,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mbgd import saving
 from mbgd.config import Config, problems
 from mbgd.errors import UsageError
 from mbgd.loader import Data
@@ -84,7 +85,9 @@ def build_trainer(config: Config, workers: Workers) -> Trainer:
     schedule = None
     if config.schedule is not None:
         schedule = make("schedule", config.schedule, num_steps=count_steps(config, plan))
-    return Trainer(model, objective, optimizer, data, dataclasses.replace(config, schedule=schedule), workers)
+    trainer = Trainer(model, objective, optimizer, data, dataclasses.replace(config, schedule=schedule), workers)
+    saving.check(config.checkpoint, trainer.evaluation_names)
+    return trainer
 
 
 def build_data(config: Config) -> Data:

@@ -95,6 +95,13 @@ class Run:
     root: str = "runs"
 
 
+class Best(Enum):
+    """Which value of a metric is the best."""
+
+    lowest = "lowest"
+    highest = "highest"
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     every_steps: int | None = None
@@ -103,6 +110,11 @@ class Checkpoint:
     """Seconds between checkpoints; None: by steps alone."""
     keep: int = 2
     """How many of the newest are kept."""
+    best: str | None = None
+    """A metric of the evaluation whose best checkpoint is kept too, such as eval/accuracy; None: the newest alone."""
+    best_is: Best = Best.lowest
+    memory_every: int | None = None
+    """Optimizer steps between snapshots in the host's memory, for workers that restart there; None: none."""
     required: bool = False
     """End the run where a checkpoint cannot be written."""
 
@@ -224,6 +236,8 @@ def _checkpoint_problems(checkpoint: Checkpoint) -> list[str]:
         found.append(f"checkpoint.every_steps={checkpoint.every_steps}; it must be ≥ 1, or null to go by time alone.")
     if checkpoint.every_seconds is not None and not checkpoint.every_seconds > 0:
         found.append(f"checkpoint.every_seconds={checkpoint.every_seconds}; it must be > 0, or null for steps alone.")
+    if checkpoint.memory_every is not None and checkpoint.memory_every < 1:
+        found.append(f"checkpoint.memory_every={checkpoint.memory_every}; it must be ≥ 1, or null for none.")
     if checkpoint.keep < 1:
         found.append(f"checkpoint.keep={checkpoint.keep}; at least the newest checkpoint is kept.")
     return found

@@ -1,8 +1,12 @@
-"""What ends a run early: mistakes of the user's, and a cluster that wants its machines back."""
+"""What ends a run early: mistakes of the user's, workers that are gone, a cluster that wants its machines back."""
 
 
 class UsageError(ValueError):
     """A mistake of the user's, whose message alone teaches: what was wrong, what was got, the rule, the remedy."""
+
+
+class WorkersLost(RuntimeError):  # noqa: N818  (the workers are the error)
+    """Other workers did not come to an exchange; says which, as far as can be found out."""
 
 
 class Preempted(Exception):  # noqa: N818  (nothing went wrong)

@@ -4,8 +4,10 @@ A signal may reach some workers only, and also when a peer has died; so it never
 a second the workers exchange the flag, all at the same step; who is alone cannot agree and does not save.
 """
 
+import ctypes
 import os
 import signal
+import sys
 import time
 from types import FrameType
 from typing import Protocol
@@ -17,6 +19,8 @@ from mbgd.workers import Workers
 SECONDS_BETWEEN_AGREEMENTS = 1.0
 EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: try again later. What a launcher may requeue on."""
+
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -41,6 +45,8 @@ class StopOnSignal:
         self._last_step, self._last_time = 0, 0.0
         for number in SIGNALS:
             signal.signal(number, self._note)
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            _ask_when_parent_dies()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._asked:
@@ -63,3 +69,9 @@ class StopOnSignal:
         asked, negative_interval = self._workers.max_(mine).tolist()
         self._next_step = step - negative_interval
         return bool(asked)
+
+
+def _ask_when_parent_dies() -> None:
+    """SIGTERM for this worker once torchrun is gone; it would go on alone, beside the run that is started anew."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

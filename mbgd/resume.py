@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from mbgd import checkpoint
 from mbgd.config import Config, identity
 from mbgd.errors import UsageError
 from mbgd.run_folder import RunFolder
+from mbgd.saving import newest_in_memory, remove_memory
 from mbgd.trainer import Trainer
 
 
@@ -27,9 +29,12 @@ def resume(trainer: Trainer, folder: RunFolder, config: Config, now: Mapping[str
     now: the configuration as plain values. UsageError, on every worker, where the run there is another one.
     """
     workers = trainer.workers
+    if config.resume == "never" or folder.read_config() is None:
+        remove_memory(folder.path, workers)  # of a run whose folder is gone
+    in_memory = newest_in_memory(folder.path, workers)
     decision = _Decision()
     if workers.is_main:
-        decision = _decide(folder, config, identity(now), trainer.num_steps)
+        decision = _decide(folder, config, identity(now), trainer.num_steps, in_memory)
     decision = workers.broadcast(decision)
     if decision.problem:
         raise UsageError(decision.problem)
@@ -37,12 +42,16 @@ def resume(trainer: Trainer, folder: RunFolder, config: Config, now: Mapping[str
         return False
     if decision.checkpoint is not None:
         _restore(trainer, decision.checkpoint)
+    if config.checkpoint.memory_every is None:
+        remove_memory(folder.path, workers)  # nobody else would, in the end
     if workers.is_main:
         folder.reopen(trainer.state.step)
     return True
 
 
-def _decide(folder: RunFolder, config: Config, now: Mapping[str, Any], num_steps: int) -> _Decision:
+def _decide(
+    folder: RunFolder, config: Config, now: Mapping[str, Any], num_steps: int, in_memory: Path | None
+) -> _Decision:
     if config.resume == "never":
         return _Decision()
     try:
@@ -51,6 +60,8 @@ def _decide(folder: RunFolder, config: Config, now: Mapping[str, Any], num_steps
         before = identity(begun) if begun is not None else None
         if path is None and config.resume != "auto":
             path = _named(Path(config.resume))
+        if in_memory is not None and (path is None or checkpoint.step_of(in_memory) > checkpoint.step_of(path)):
+            path = in_memory
         if path is not None:
             snapshot_step, before = checkpoint.read_manifest(path)
     except UsageError as error:
@@ -95,7 +106,7 @@ def _restore(trainer: Trainer, path: Path) -> None:
     failure = ""
     try:
         snapshot, _ = checkpoint.read(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         failure = str(error)
     failed = trainer.workers.max_(torch.tensor(int(bool(failure)), device=trainer.workers.device))
     if failed.item():

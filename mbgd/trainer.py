@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from mbgd import averaging as averagings
 from mbgd.buffers import MovingBuffers
-from mbgd.checkpoint import Checkpoints, NoCheckpoints, Snapshot, differences
+from mbgd.checkpoint import differences
 from mbgd.clock import Clock
 from mbgd.config import AveragingName, Last, Precision, Settings, problems
 from mbgd.errors import Preempted, UsageError
@@ -24,6 +24,8 @@ from mbgd.precision import autocast, parameter_dtype
 from mbgd.preemption import NoStop, Stop
 from mbgd.preflight import try_out
 from mbgd.randomness import key_generators
+from mbgd.saving import Checkpoints, NoCheckpoints
+from mbgd.snapshot import Snapshot, SnapshotMemory
 from mbgd.task import Task
 from mbgd.tracking import NoTracker, Tracker
 from mbgd.update import Update
@@ -107,6 +109,7 @@ class Trainer:
             else None
         )
         self.num_evaluation_examples = 0 if data.evaluation is None else len(data.evaluation)
+        self._snapshot_memory = SnapshotMemory(pinned=workers.device.type == "cuda")
         self._last_logged = 0
 
     def fit(
@@ -114,8 +117,8 @@ class Trainer:
     ) -> Result:
         """Train from `state.step` up to the last step, evaluate, and return what the run came to.
 
-        checkpoints: those of the main worker; the others have none. Raises Preempted, on every worker, once `stop`
-        says so and the state is saved.
+        checkpoints: what this worker keeps. Raises Preempted, on every worker, once `stop` says so and the state is
+        saved.
         """
         tracker, checkpoints, stop = tracker or NoTracker(), checkpoints or NoCheckpoints(), stop or NoStop()
 
@@ -123,6 +126,7 @@ class Trainer:
             self.state.metrics.update(metrics)
             tracker.log(self.state.step, {**metrics, **self._fingerprints(metrics)})
 
+        evaluation: dict[str, float] = {}
         clock = Clock(self.plan, self.state.step)
         for shard in self._loader.shards(self.state.step, self.num_steps):
             result = self.train_step(shard)
@@ -130,22 +134,19 @@ class Trainer:
             tracker.progress(self.state.step)
             if result is not None:
                 log(self._train_metrics(result, clock))
+            evaluation = {}
             if self._evaluates_after(self.state.step):
                 with clock.paused():
-                    log(self.evaluate())
-            if checkpoints.due(self.state.step):
-                checkpoints.save(self.snapshot())
+                    log(evaluation := self.evaluate())
+            checkpoints.after_step(self.state.step, evaluation, self.snapshot)
             if stop.agreed(self.state.step):
-                if self.workers.is_main:
-                    checkpoints.save(self.snapshot())
-                checkpoints.close()
+                checkpoints.at_end(self.state.step, evaluation, self.snapshot)
                 self.workers.barrier()  # whoever left first would make torchrun end the others while they write
                 raise Preempted(self.state.step)
         if self.state.step == 0:
             log(self.evaluate())
-        elif self.workers.is_main:
-            checkpoints.save(self.snapshot())
-        checkpoints.close()
+        else:
+            checkpoints.at_end(self.state.step, evaluation, self.snapshot)
         return Result(
             metrics=self.state.metrics,
             steps=self.state.step,
@@ -156,43 +157,38 @@ class Trainer:
 
     def snapshot(self) -> Snapshot:
         """The whole state of the run, in memory of its own."""
-        tensors = {"model": _model_tensors(self.model), "optimizer": self._update.tensors()}
-        return Snapshot(
-            step=self.state.step,
-            tensors={
-                file: {name: t.detach().to("cpu", copy=True).contiguous() for name, t in of_file.items()}
-                for file, of_file in tensors.items()
-            },
+        return self._snapshot_memory.snapshot(
+            self.state.step,
+            tensors={"model": _model_tensors(self.model), "optimizer": self._update.tensors()},
             values={
                 "optimizer": self._update.values(),
                 "metrics": dict(self.state.metrics),
-                "shape": self._shape_of_run(),
+                "run": self._kind_of_run(),
                 "tracking": dict(self.state.tracking),
             },
         )
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Go on from a snapshot; UsageError where it is of another model or cut of the data."""
-        found = differences(snapshot.values["shape"], self._shape_of_run())
+        """Go on from a snapshot; UsageError, with nothing changed, where it does not fit model, optimizer and data."""
+        tensors, saved = _model_tensors(self.model), snapshot.tensors["model"]
+        found = differences({**snapshot.values["run"], **_kinds(saved)}, {**self._kind_of_run(), **_kinds(tensors)})
+        found += self._update.misfits(snapshot.tensors["optimizer"])
         if found:
             raise UsageError("the checkpoint does not fit this run:\n" + "\n".join(f"  - {one}" for one in found))
-        tensors = _model_tensors(self.model)
         with torch.no_grad():
             for name, tensor in tensors.items():
-                tensor.copy_(snapshot.tensors["model"][name])
+                tensor.copy_(saved[name])
         self._update.restore(snapshot.tensors["optimizer"], snapshot.values["optimizer"])
         self.state.step, self.state.metrics = snapshot.step, dict(snapshot.values["metrics"])
         self.state.tracking = dict(snapshot.values.get("tracking", {}))
         self._last_logged = snapshot.step
 
-    def _shape_of_run(self) -> dict[str, Any]:
-        """What must be the same for the state of one run to mean anything in another."""
-        shapes = {f"shape of {name}": list(tensor.shape) for name, tensor in _model_tensors(self.model).items()}
+    def _kind_of_run(self) -> dict[str, Any]:
+        """What must be the same, beside the model, for the state of one run to mean anything in another."""
         return {
             "number of training examples": self.plan.num_examples,
             "batch.size": self.plan.minibatch_size,
             "optimizer": type(self.optimizer).__name__,
-            **shapes,
         }
 
     def train_step(self, shard: Shard) -> StepResult | None:
@@ -285,6 +281,11 @@ class Trainer:
         every = self.settings.evaluation.every_steps or self.plan.steps_per_epoch
         return num_steps % every == 0 or num_steps == self.num_steps
 
+    @property
+    def evaluation_names(self) -> list[str]:
+        """Names of what `evaluate` gives."""
+        return [] if self._evaluation is None else [f"eval/{name}" for name in ("loss", *self._findings.metric_names)]
+
     def evaluate(self) -> dict[str, float]:
         """Means over the evaluation examples by names such as eval/loss; empty without an evaluation dataset."""
         if self._evaluation is None:
@@ -295,6 +296,10 @@ class Trainer:
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters (tied ones once) and buffers, as they lie."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for name, t in tensors.items()}
 
 
 def make_plan(settings: Settings, num_examples: int, num_workers: int) -> Plan:

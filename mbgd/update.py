@@ -36,6 +36,7 @@ class Update:
             # torch's usual first scale is for a mean loss; ours is a sum over up to the whole minibatch.
             first_scale = 2.0 ** (16 - (settings.batch.size - 1).bit_length())
             self._scaler = torch.amp.GradScaler(device.type, init_scale=max(first_scale, 1.0))
+        self._is_fused = all(group.get("fused") for group in optimizer.param_groups)
         # A fused optimizer divides by its `grad_scale` as it reads the gradients, which costs nothing. That is the
         # hook of torch.amp.GradScaler, whose scales are float32: exact for whole numbers up to 2^24.
         self._divides_in_kernel = (
@@ -43,7 +44,7 @@ class Update:
             and self._clip_norm is None
             and settings.batch.size <= 2**24
             and getattr(optimizer, "_step_supports_amp_scaling", False)
-            and all(group.get("fused") for group in optimizer.param_groups)
+            and self._is_fused
         )
         self._ones: dict[int, Tensor] = {}
         self._scales: dict[int, Tensor] = {}
@@ -83,6 +84,25 @@ class Update:
         if self._scaler is not None:
             values["scaler"] = self._scaler.state_dict()
         return values
+
+    def misfits(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        """What in another run's `tensors` cannot be state of this optimizer; fused kernels would read past its end."""
+        parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        found = []
+        for key, value in tensors.items():
+            number = key.partition(".")[0]
+            if not number.isdecimal() or int(number) >= len(parameters):
+                found.append(f"optimizer state {key}: there are {len(parameters)} parameters")
+                continue
+            shape = parameters[int(number)].shape
+            # A number for the whole parameter, or as the parameter; some optimizers keep sums over dimensions.
+            fits = value.dim() == 0 or (
+                value.dim() == len(shape)
+                and all(have in (1, want) for have, want in zip(value.shape, shape, strict=True))
+            )
+            if not fits or (self._is_fused and value.dim() and value.shape != shape):
+                found.append(f"optimizer state {key}: shape {tuple(value.shape)}, of a parameter {tuple(shape)}")
+        return found
 
     def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Take over what `tensors` and `values` of another run's gave."""

@@ -12,8 +12,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import mbgd
+from mbgd import saving
 from mbgd.build import build_trainer, typed
-from mbgd.checkpoint import CheckpointFolder
 from mbgd.config import identity
 from mbgd.resume import resume
 from mbgd.run_folder import open_run_folder
@@ -44,7 +44,7 @@ def run(
     assert resume(trainer, opened, config, plain)
     opened.write_config(yaml.safe_dump(plain))
     tracker = open_trackers(config, opened, trainer)
-    checkpoints = CheckpointFolder(opened.checkpoints_path, config.checkpoint, identity(plain))
+    checkpoints = saving.create(config.checkpoint, opened.path, opened.checkpoints_path, identity(plain), workers)
     if after_step is not None:
         tracker.progress = after_step  # type: ignore[method-assign]
     num_threads = torch.get_num_threads()

@@ -64,7 +64,8 @@ def history(folder: Path) -> list[dict[str, Any]]:
 
 def test_an_offline_run_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
-    run(folder, "tracking.wandb.tags=[a,b]", "tracking.wandb.group=sweep", "tracking.wandb.log_checkpoints=true")
+    kept = ["tracking.wandb.log_checkpoints=true", "checkpoint.best=eval/loss"]
+    run(folder, "tracking.wandb.tags=[a,b]", "tracking.wandb.group=sweep", *kept)
     [file] = offline_files(folder)
     assert file["history"] == merged(metrics(folder))
     assert file["metrics"] == {"step": "", "*": "step"}
@@ -76,9 +77,9 @@ def test_an_offline_run_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert file["summary"]["eval/accuracy"] == summary["metrics"]["eval/accuracy"]
     assert file["summary"]["weights_sha256"] == summary["weights_sha256"]
     assert (file["exit"], file["alerts"]) == (0, [])
-    assert file["artifacts"] == [(f"checkpoint-{file['id']}", ["last", "latest"])]
+    assert file["artifacts"] == [(f"checkpoint-{file['id']}", ["best", "last", "latest"])]
     # The run's id is with the folder and with its checkpoints.
-    [checkpoint] = folder.glob("checkpoints/step-*")
+    checkpoint = max(folder.glob("checkpoints/step-*"))
     assert read(checkpoint)[0].values["tracking"] == {"wandb": file["id"]}
     assert json.loads((folder / "wandb/state.json").read_text()) == {"id": file["id"], "sent_step": 46}
     assert f"offline; to upload it: wandb sync {folder}/wandb/offline-run-" in capsys.readouterr().out

@@ -6,8 +6,9 @@ from pathlib import Path
 from safetensors.torch import save
 
 from mbgd import checkpoint
+from mbgd.config import Best
 from mbgd.errors import UsageError
-from mbgd.run_folder import write_atomically
+from mbgd.run_folder import RunFolder, write_atomically
 
 DESCRIPTION = "list and verify the checkpoints of a run, or export a model from one"
 
@@ -15,28 +16,54 @@ DESCRIPTION = "list and verify the checkpoints of a run, or export a model from 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="the run's folder")
     parser.add_argument("--export", type=Path, metavar="FILE", help="write a model there, as .safetensors")
-    parser.add_argument("--step", type=int, help="the step to export; the newest whole checkpoint if left out")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--step", type=int, help="the step to export; the newest whole checkpoint if left out")
+    which.add_argument("--best", action="store_true", help="export the best by the run's checkpoint.best")
 
 
 def main(parsed: argparse.Namespace) -> int:
     """Print a line for each; 0 if all are whole, 1 if one is broken."""
-    paths = checkpoint.complete(parsed.run / "checkpoints")
-    if not paths:
+    folder = RunFolder(parsed.run)
+    problems = {path: checkpoint.verify(path) for path in checkpoint.complete(folder.checkpoints_path)}
+    if not problems:
         raise UsageError(f"{parsed.run} holds no checkpoints. Name the folder of a run, which train.py prints.")
-    problems = {path: checkpoint.verify(path) for path in paths}
+    best = _best(folder)
     if parsed.export is not None:
-        return _export(problems, parsed.step, parsed.export)
+        return _export(_choose(problems, parsed, best), parsed.export)
     for path, problem in problems.items():
         size = sum(file.stat().st_size for file in path.iterdir())
-        print(f"step {int(path.name[5:]):>9,}  {size / 2**20:>9,.1f} MiB  {problem or 'whole'}")
+        line = f"step {checkpoint.step_of(path):>9,}  {size / 2**20:>9,.1f} MiB  {problem or 'whole'}"
+        print(line + (f", the best: {best[1]} {best[2]:.6g}" if best is not None and path == best[0] else ""))
     return 1 if any(problems.values()) else 0
 
 
-def _export(problems: dict[Path, str | None], step: int | None, target: Path) -> int:
-    wanted = [path for path, problem in problems.items() if step in (None, int(path.name[5:])) and problem is None]
-    if not wanted:
-        raise UsageError(f"there is no whole checkpoint{'' if step is None else f' of step {step}'} to export.")
-    snapshot, _ = checkpoint.read(wanted[0])
+def _best(folder: RunFolder) -> tuple[Path, str, float] | None:
+    """(checkpoint, metric, its value), by what the run's configuration calls the best."""
+    settings = (folder.read_config() or {}).get("checkpoint", {})
+    if settings.get("best") is None:
+        return None
+    found = checkpoint.best(
+        folder.checkpoints_path, settings["best"], highest=settings["best_is"] == Best.highest.value
+    )
+    return None if found is None else (found[0], settings["best"], found[1])
+
+
+def _choose(problems: dict[Path, str | None], parsed: argparse.Namespace, best: tuple[Path, str, float] | None) -> Path:
+    whole = [path for path, problem in problems.items() if problem is None]
+    if parsed.best:
+        if best is None:
+            raise UsageError(f"{parsed.run} keeps no best checkpoint: it was not trained with checkpoint.best=METRIC.")
+        whole = [path for path in whole if path == best[0]]
+    elif parsed.step is not None:
+        whole = [path for path in whole if checkpoint.step_of(path) == parsed.step]
+    if not whole:
+        which = "best" if parsed.best else f"step {parsed.step}" if parsed.step is not None else "any step"
+        raise UsageError(f"there is no whole checkpoint of {which} to export.")
+    return whole[0]
+
+
+def _export(path: Path, target: Path) -> int:
+    snapshot, _ = checkpoint.read(path)
     write_atomically(target, save(dict(snapshot.tensors["model"])))
     print(f"the model after step {snapshot.step} is in {target}")
     return 0

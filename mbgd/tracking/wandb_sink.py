@@ -37,9 +37,9 @@ def remember_run_id(folder: Path, known: str | None) -> str:
 class WandbSink:
     """One W&B run; raises where it cannot go on, and the next process then goes on offline."""
 
-    def __init__(self, run: "wandb.Run", folder: Path, sent_step: int, *, log_checkpoints: bool) -> None:
-        """sent_step: the last step that needs no sending."""
-        self._run, self._folder, self._log_checkpoints = run, folder, log_checkpoints
+    def __init__(self, run: "wandb.Run", folder: Path, sent_step: int, config: Mapping[str, Any]) -> None:
+        """sent_step: the last step that needs no sending; config: the whole configuration."""
+        self._run, self._folder, self._config = run, folder, config
         self._sent_step = self._saved_step = sent_step
         self._newest_step = sent_step
 
@@ -59,8 +59,9 @@ class WandbSink:
     def close(self, ending: Ending) -> None:
         summary = _read_json(self._folder / "summary.json")
         self._run.summary.update(_without(summary, "metrics"))
-        if self._log_checkpoints:
-            self._log_artifacts()
+        if self._config["tracking"]["wandb"]["log_checkpoints"]:
+            kept = self._config["checkpoint"]
+            self._log_artifacts(kept["best"], highest=kept["best_is"] == "highest")
         if ending.outcome is Outcome.preempted:
             self._run.alert("preempted", ending.message, level="WARN")
             self._run.mark_preempting()
@@ -72,16 +73,19 @@ class WandbSink:
             say(f"not everything is uploaded; later: wandb sync {self._run.settings.sync_dir}")
         _write_state(self._folder, self._run.id, self._newest_step)
 
-    def _log_artifacts(self) -> None:
+    def _log_artifacts(self, best: str | None, *, highest: bool) -> None:
         import wandb
 
-        checkpoints = self._folder / "checkpoints"
-        last = max((path for path in checkpoints.glob("step-*") if path.name[5:].isdigit()), default=None)
-        for alias, path in (("last", last), ("best", checkpoints / "best")):
-            if path is not None and path.exists():
-                artifact = wandb.Artifact(f"checkpoint-{self._run.id}", type="checkpoint")
-                artifact.add_dir(str(path))
-                self._run.log_artifact(artifact, aliases=[alias])
+        from mbgd import checkpoint
+
+        folder = self._folder / "checkpoints"
+        aliases: dict[Path, list[str]] = {path: ["last"] for path in checkpoint.complete(folder)[:1]}
+        if best is not None and (found := checkpoint.best(folder, best, highest=highest)) is not None:
+            aliases.setdefault(found[0], []).append("best")
+        for path, names in aliases.items():
+            artifact = wandb.Artifact(f"checkpoint-{self._run.id}", type="checkpoint")
+            artifact.add_dir(str(path))
+            self._run.log_artifact(artifact, aliases=names)
 
 
 def open_sink(folder: Path, start: int) -> WandbSink:
@@ -121,9 +125,9 @@ def open_sink(folder: Path, start: int) -> WandbSink:
     run.define_metric("*", step_metric=STEP)
     if mode == "online":
         say(f"{run.url}")
-        return WandbSink(run, folder, run.starting_step - 1, log_checkpoints=settings["log_checkpoints"])
+        return WandbSink(run, folder, run.starting_step - 1, config)
     say(f"offline; to upload it: wandb sync {run.settings.sync_dir}")
-    return WandbSink(run, folder, state["sent_step"], log_checkpoints=settings["log_checkpoints"])
+    return WandbSink(run, folder, state["sent_step"], config)
 
 
 def _mode(wanted: str) -> Any:

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Train on several hosts: the same command on each of them. All arguments go to train.py.
+#
+#   HOSTS=1:2 MAIN_HOST=10.0.0.1 RUN_ID=mine launch/multinode.sh run.dir=/shared/runs/mine averaging=reproducible
+#
+# A host that is lost makes the others start again from the newest checkpoint, with as many hosts as there are, down to
+# MIN; one that comes (back) is taken in, up to MAX. The loss of MAIN_HOST ends the run; the same command goes on.
+#
+# HOSTS      MIN:MAX hosts, or their number
+# MAIN_HOST  the host that keeps the list of workers, as all can reach it; with :PORT if 29400 is taken
+# RUN_ID     a name that only the hosts of this run share
+# WORKERS    workers of this host; default: the number of its GPUs, or 2 where there is none
+# RESTARTS   how often workers may be started again; default: 3
+# INTERFACE  the network interface between the hosts; default: the one that leads to MAIN_HOST
+set -euo pipefail
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+for name in HOSTS MAIN_HOST RUN_ID; do
+    if [ -z "${!name:-}" ]; then
+        echo "error: $name is not set; $0 needs HOSTS, MAIN_HOST and RUN_ID (see the comment at its top)" >&2
+        exit 2
+    fi
+done
+if [ -z "${WORKERS:-}" ]; then
+    gpus="$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)"
+    WORKERS="$(( gpus > 0 ? gpus : 2 ))"
+fi
+cores="$(getconf _NPROCESSORS_ONLN)"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( cores / WORKERS > 0 ? cores / WORKERS : 1 ))}"
+# gloo and nccl guess an interface, and torchrun an address and whether this is MAIN_HOST; often wrong ones on hosts
+# with several.
+known=()
+if command -v ip >/dev/null; then
+    main_address="$(getent ahostsv4 "${MAIN_HOST%%:*}" | awk 'NR == 1 { print $1 }')"
+    on_main_host="$(ip -o addr show to "$main_address" | awk 'NR == 1 { print $2 }')"
+    INTERFACE="${INTERFACE:-${on_main_host:-$(ip -o route get "$main_address" | sed -n 's/.* dev \([^ ]*\).*/\1/p')}}"
+    address="$(ip -o -4 addr show dev "$INTERFACE" | awk 'NR == 1 { sub("/.*", "", $4); print $4 }')"
+    known=(--local-addr "$address" --rdzv-conf "last_call_timeout=10,is_host=$([ -n "$on_main_host" ] && echo 1 || echo 0)")
+fi
+if [ -n "${INTERFACE:-}" ]; then
+    export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-$INTERFACE}" NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-$INTERFACE}"
+fi
+exec torchrun --nnodes "$HOSTS" --nproc-per-node "$WORKERS" --max-restarts "${RESTARTS:-3}" \
+    --rdzv-backend c10d --rdzv-endpoint "$MAIN_HOST" --rdzv-id "$RUN_ID" \
+    --signals-to-handle SIGTERM,SIGINT,SIGUSR1 "${known[@]}" \
+    "$here/train.py" "$@"

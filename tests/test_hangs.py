@@ -1,0 +1,83 @@
+"""A worker that stops answering ends the others in time, with an error that names it."""
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import mbgd
+from mbgd.data import digits
+from mbgd.errors import WorkersLost
+from mbgd.workers import start_workers
+
+from processes import environment, free_port
+
+TIMEOUT_SECONDS = 5.0
+
+
+def train_until_lost(rank: int, num_workers: int, port: int, averaging: str, folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ |= environment(rank, num_workers, port)
+    try:
+        with start_workers("gloo", TIMEOUT_SECONDS) as workers:
+            torch.manual_seed(0)
+            model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+            settings = mbgd.Settings(
+                steps=10**9,
+                averaging=mbgd.Averaging(mbgd.AveragingName(averaging)),
+                log_every_steps=10**9,
+                evaluation=mbgd.Evaluation(every_steps=10**9),
+            )
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+            trainer = mbgd.Trainer(
+                model, mbgd.CrossEntropy(), optimizer, mbgd.Data(train=digits("test")), settings, workers
+            )
+            (folder / f"ready-{rank}").touch()
+            trainer.fit()
+    except WorkersLost as error:
+        (folder / f"error-{rank}").write_text(str(error))
+        os._exit(1)  # as torchrun would end them, without waiting for the rest
+
+
+@pytest.mark.parametrize(
+    ("how", "averaging", "lost"),
+    [
+        (signal.SIGSTOP, "reproducible", 2),
+        (signal.SIGSTOP, "ddp", 0),  # which keeps the store, where torchrun does not
+        (signal.SIGKILL, "ddp", 2),
+    ],
+)
+def test_the_missing_worker_is_named_in_time(tmp_path: Path, how: signal.Signals, averaging: str, lost: int) -> None:
+    context = multiprocessing.get_context("forkserver")
+    port, num_workers = free_port(), 3
+    processes = [
+        context.Process(target=train_until_lost, args=(rank, num_workers, port, averaging, tmp_path))
+        for rank in range(num_workers)
+    ]
+    try:
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.glob("ready-*"))) < num_workers:
+            assert time.monotonic() < deadline, "the workers did not start"
+            time.sleep(0.02)
+        time.sleep(0.3)
+        pid = processes[lost].pid
+        assert pid is not None
+        os.kill(pid, how)
+        begin = time.monotonic()
+        survivors = [rank for rank in range(num_workers) if rank != lost]
+        for rank in survivors:
+            processes[rank].join(timeout=TIMEOUT_SECONDS + 10)
+            assert processes[rank].exitcode == 1
+        # A little more than the timeout is allowed for ending the processes on a loaded machine.
+        assert time.monotonic() - begin <= TIMEOUT_SECONDS + 2
+        for rank in survivors:
+            assert f"worker {lost} does not answer" in (tmp_path / f"error-{rank}").read_text()
+    finally:
+        for process in processes:
+            process.kill()
