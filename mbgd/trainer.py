@@ -40,6 +40,8 @@ class State:
     """Optimizer steps completed."""
     metrics: dict[str, float] = field(default_factory=dict)
     """The last value of each."""
+    tracking: dict[str, str] = field(default_factory=dict)
+    """By what trackers know the run, so that one that goes on is the same to them."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,7 @@ class Trainer:
                 "optimizer": self._update.values(),
                 "metrics": dict(self.state.metrics),
                 "run": self._kind_of_run(),
+                "tracking": dict(self.state.tracking),
             },
         )
 
@@ -177,6 +180,7 @@ class Trainer:
                 tensor.copy_(saved[name])
         self._update.restore(snapshot.tensors["optimizer"], snapshot.values["optimizer"])
         self.state.step, self.state.metrics = snapshot.step, dict(snapshot.values["metrics"])
+        self.state.tracking = dict(snapshot.values.get("tracking", {}))
         self._last_logged = snapshot.step
 
     def _kind_of_run(self) -> dict[str, Any]:
