@@ -28,7 +28,7 @@ from mbgd.saving import Checkpoints, NoCheckpoints
 from mbgd.snapshot import Snapshot, SnapshotMemory
 from mbgd.task import Task
 from mbgd.tracking import NoTracker, Tracker
-from mbgd.update import Update
+from mbgd.update import Norms, Update
 from mbgd.workers import Workers
 
 
@@ -47,7 +47,7 @@ class StepResult:
     """What a logged step came to, on the device."""
 
     totals: Totals
-    gradient_norm: Tensor | None
+    norms: Norms
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,8 @@ class Trainer:
         )
         self.num_evaluation_examples = 0 if data.evaluation is None else len(data.evaluation)
         self._snapshot_memory = SnapshotMemory(pinned=workers.device.type == "cuda")
+        self._clock = Clock(workers.device)
+        self._num_tokens = torch.zeros((), dtype=torch.float64, device=workers.device)  # since the last logged step
         self._last_logged = 0
 
     def fit(
@@ -125,16 +127,16 @@ class Trainer:
             tracker.log(self.state.step, {**metrics, **self._fingerprints(metrics)})
 
         evaluation: dict[str, float] = {}
-        clock = Clock(self.plan, self.state.step)
-        for shard in self._loader.shards(self.state.step, self.num_steps):
+        first_step, self._clock = self.state.step, Clock(self.workers.device)
+        for shard in self._clock.laps(self._loader.shards(first_step, self.num_steps)):
             result = self.train_step(shard)
             self.state.step = shard.step + 1
             tracker.progress(self.state.step)
             if result is not None:
-                log(self._train_metrics(result, clock))
+                log(self._train_metrics(result))
             evaluation = {}
             if self._evaluates_after(self.state.step):
-                with clock.paused():
+                with self._clock.paused():
                     log(evaluation := self.evaluate())
             checkpoints.after_step(self.state.step, evaluation, self.snapshot)
             if stop.agreed(self.state.step):
@@ -145,11 +147,12 @@ class Trainer:
             log(self.evaluate())
         else:
             checkpoints.at_end(self.state.step, evaluation, self.snapshot)
+        examples_seen = self.plan.examples_seen(self.state.step)
         return Result(
             metrics=self.state.metrics,
             steps=self.state.step,
-            examples_seen=self.plan.examples_seen(self.state.step),
-            examples_per_second=clock.examples_per_second(self.state.step),
+            examples_seen=examples_seen,
+            examples_per_second=(examples_seen - self.plan.examples_seen(first_step)) / self._clock.seconds(),
             num_skipped_steps=self._update.num_skipped,
         )
 
@@ -192,7 +195,7 @@ class Trainer:
 
         Returns what is logged, at the steps that are logged.
         """
-        step = shard.step
+        step, lap = shard.step, self._clock.lap
         log = self._logs(step)
         want_sums = log or self._findings.has_weights or bool(self._buffers)
         sums = []
@@ -202,14 +205,17 @@ class Trainer:
             terms = self._forward_backward(step, examples, is_last=examples is shard.micro_batches[-1])
             if want_sums and examples.micro_batch.counts:
                 sums.append((examples.micro_batch.number, self._sums(terms)))
+        lap("forward_backward")
         self._averaging.finish()  # every gradient is now the sum over every example of every worker
         totals = self._totals(shard.minibatch, sums) if want_sums else None
+        lap("averaging")
         if log:
             assert totals is not None
             self._check(step, totals)
         weight = totals.weight if totals is not None and self._findings.has_weights else shard.minibatch.size
-        norm = self._update(step, weight, want_norm=log)
-        return StepResult(totals, norm) if log and totals is not None else None
+        norms = self._update(step, weight, want_norms=log)
+        lap("optimizer")
+        return StepResult(totals, norms) if totals is not None and norms is not None else None
 
     def _forward_backward(self, step: int, examples: Examples, *, is_last: bool) -> PerExample:
         """Add Σ w_i ∇L_i over this micro-batch to the parameters' gradients."""
@@ -234,7 +240,10 @@ class Trainer:
         total = self._averaging.sum(sums, num_leaves=num_leaves, num_values=num_sums + self._buffers.num_values)
         if self._buffers:
             self._buffers.set_to(total[num_sums:] / num_leaves)
-        return Totals(total[:num_sums], self._findings.metric_names)
+        totals = Totals(total[:num_sums], self._findings.metric_names)
+        if self._findings.has_tokens:
+            self._num_tokens += totals.count
+        return totals
 
     def _check(self, step: int, totals: Totals) -> None:
         """Stop, on every worker alike and before the update, where weights or losses make no mean."""
@@ -246,19 +255,28 @@ class Trainer:
                 f"in steps {self._last_logged + 1} to {step + 1}. Usual remedies: a smaller optimizer.lr, clip_norm=1, "
                 "precision=fp32, or a look at the examples of these steps."
             )
-        self._last_logged = step + 1
 
-    def _train_metrics(self, result: StepResult, clock: Clock) -> dict[str, float]:
+    def _train_metrics(self, result: StepResult) -> dict[str, float]:
         """What is logged of a step; this waits for the device."""
         metrics = {f"train/{name}": value for name, value in result.totals.means().items()}
         metrics["train/learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
-        if result.gradient_norm is not None:
-            metrics["train/gradient_norm"] = float(result.gradient_norm)
+        metrics |= {f"train/{name}": value for name, value in result.norms.values().items()}
         if self.settings.precision is Precision.fp16:
             metrics["train/skipped_steps"] = self._update.num_skipped
         metrics["train/epoch"] = self.plan.examples_seen(self.state.step) / self.plan.examples_per_epoch
-        metrics["train/examples_per_second"] = clock.examples_per_second(self.state.step)
-        return metrics
+        return metrics | {f"time/{name}": value for name, value in self._times().items()}
+
+    def _times(self) -> dict[str, float]:
+        """How fast training went since the last logged step."""
+        step, last = self.state.step, self._last_logged
+        times = self._clock.read(
+            num_steps=step - last,
+            num_examples=self.plan.examples_seen(step) - self.plan.examples_seen(last),
+            num_tokens=int(self._num_tokens.item()) if self._findings.has_tokens else None,
+        )
+        self._num_tokens.zero_()
+        self._last_logged = step
+        return {**times, "num_workers": self.workers.num_workers}
 
     def _fingerprints(self, metrics: Mapping[str, float]) -> dict[str, str]:
         """With reproducible averaging, hashes by which two runs can be compared line by line."""

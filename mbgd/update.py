@@ -1,6 +1,7 @@
 """From the gradients' sum to the optimizer's step. The one division of the program is here."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,6 +10,24 @@ from torch.optim import Optimizer
 
 from mbgd.config import Precision, Settings
 from mbgd.objective import PerExample
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Euclidean norms in one step, each of shape (), on the device."""
+
+    gradient: Tensor
+    """Of the mean gradient, before clipping."""
+    parameters: Tensor
+    """Before the update."""
+    update: Tensor
+    """Of what the step added to the parameters."""
+
+    def values(self) -> dict[str, float]:
+        """What is logged of them; this waits for the device."""
+        gradient, parameters, update = torch.stack([self.gradient, self.parameters, self.update]).tolist()
+        values = {"gradient_norm": gradient, "parameter_norm": parameters}
+        return {**values, "update_ratio": update / parameters} if parameters else values
 
 
 class Update:
@@ -135,12 +154,22 @@ class Update:
             self._ones[losses.shape[0]] = torch.ones_like(losses)
         return self._ones[losses.shape[0]]
 
-    def __call__(self, step: int, weight: int | Tensor, *, want_norm: bool) -> Tensor | None:
+    def __call__(self, step: int, weight: int | Tensor, *, want_norms: bool) -> Norms | None:
         """Make step number `step` with gradients that are sums over a minibatch of this weight.
 
         weight: an int where the plan knows it, otherwise a tensor of shape () on the device.
-        Returns the mean gradient's norm before clipping, if wanted or needed.
+        Returns the norms, if wanted, which takes a copy of the parameters.
         """
+        before = [parameter.detach().clone() for parameter in self._parameters] if want_norms else []
+        gradient_norm = self._step(step, weight, want_norm=want_norms)
+        if gradient_norm is None or not want_norms:
+            return None
+        parameter_norm = torch.nn.utils.get_total_norm(before)
+        torch._foreach_sub_(before, [parameter.detach() for parameter in self._parameters])
+        return Norms(gradient_norm, parameter_norm, torch.nn.utils.get_total_norm(before))
+
+    def _step(self, step: int, weight: int | Tensor, *, want_norm: bool) -> Tensor | None:
+        """Returns the mean gradient's norm before clipping, if wanted or needed."""
         if self._scaler is not None:
             self._scaler.unscale_(self._optimizer)
         if self._divides_in_kernel and isinstance(weight, int):

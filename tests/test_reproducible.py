@@ -214,7 +214,7 @@ def train(
             records.append((digest(model.state_dict().values()), digest(moments), {}))
 
         def log(self, step: int, metrics: dict[str, float]) -> None:
-            records[-1][2].update({k: v for k, v in metrics.items() if k != "train/examples_per_second"})
+            records[-1][2].update({k: v for k, v in metrics.items() if not k.startswith("time/")})
 
         def close(self) -> None:
             pass

@@ -12,6 +12,8 @@ from mbgd.tracking.base import Metrics, Tracker
 from mbgd.trainer import Result, Trainer
 
 SECONDS_BETWEEN_LINES = 2.0
+DETAILS = ("epoch", "parameter_norm", "update_ratio", "noise_scale", "gradient_variance", "skipped_steps")
+"""Metrics that would only make a line long."""
 
 
 def describe(metrics: Metrics) -> str:
@@ -19,12 +21,12 @@ def describe(metrics: Metrics) -> str:
     parts = []
     for name, value in metrics.items():
         group, _, short = name.partition("/")
-        if short in ("epoch", "examples_per_second") or isinstance(value, str):
+        if short in DETAILS or group == "time" or isinstance(value, str):
             continue
         label = f"eval {short}" if group == "eval" else short
         parts.append(f"{label.replace('_', ' ')} {value:.4g}")
-    if "train/examples_per_second" in metrics:
-        parts.append(f"{metrics['train/examples_per_second']:,.0f} examples/s")
+    if "time/examples_per_second" in metrics:
+        parts.append(f"{metrics['time/examples_per_second']:,.0f} examples/s")
     return " · ".join(parts)
 
 

@@ -39,7 +39,7 @@ class ProgressBar:
         if any(name.startswith("eval/") for name in metrics):
             self._bar.console.print(f"step {step}/{self._num_steps} · {describe(metrics)}")
         elif metrics:
-            shown = {k: v for k, v in metrics.items() if k in ("train/loss", "train/examples_per_second")}
+            shown = {k: v for k, v in metrics.items() if k in ("train/loss", "time/examples_per_second")}
             self._bar.update(self._task, completed=step, metrics=describe(shown))
 
     def close(self) -> None:
