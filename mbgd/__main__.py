@@ -4,9 +4,9 @@ import argparse
 import sys
 
 from mbgd.errors import UsageError
-from mbgd.tools import checkpoints, compare
+from mbgd.tools import checkpoints, compare, sweep
 
-TOOLS = {"checkpoints": checkpoints, "compare": compare}
+TOOLS = {"checkpoints": checkpoints, "compare": compare, "sweep": sweep}
 
 
 def main() -> int:

@@ -90,16 +90,27 @@ class Backend:
 class Run:
     dir: str | None = None
     """The run's folder; None: a new one under `root`."""
+    name: str | None = None
+    """What the name of a new folder contains; None: the experiment, or model and data."""
     id: str | None = None
-    """The run's name; None: torchrun's id, or one made from the time."""
+    """Names the folder; None: made from the time and the id of torchrun or SLURM."""
     root: str = "runs"
 
 
-class Best(Enum):
-    """Which value of a metric is the best."""
+class Direction(Enum):
+    """Which values of a metric are better."""
 
-    lowest = "lowest"
-    highest = "highest"
+    minimize = "minimize"
+    maximize = "maximize"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    metric: str = "eval/loss"
+    """What a sweep's jobs are ranked by."""
+    direction: Direction = Direction.minimize
+    target: float | None = None
+    """Value of the metric whose steps and examples the result tells; None: it does not."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +123,8 @@ class Checkpoint:
     """How many of the newest are kept."""
     best: str | None = None
     """A metric of the evaluation whose best checkpoint is kept too, such as eval/accuracy; None: the newest alone."""
-    best_is: Best = Best.lowest
+    direction: Direction = Direction.minimize
+    """Which of its values are better."""
     memory_every: int | None = None
     """Optimizer steps between snapshots in the host's memory, for workers that restart there; None: none."""
     required: bool = False
@@ -125,6 +137,7 @@ class Config(Settings):
 
     backend: Backend = field(default_factory=Backend)
     run: Run = field(default_factory=Run)
+    sweep: Sweep = field(default_factory=Sweep)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     resume: str = "auto"
     """auto: go on where the run's own folder ends; never; or the path of another run or checkpoint to go on from."""

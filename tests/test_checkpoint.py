@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch import nn
 import mbgd
 from mbgd import checkpoint, saving
 from mbgd.__main__ import main as mbgd_main
-from mbgd.config import Best, Checkpoint
+from mbgd.config import Checkpoint, Direction
 from mbgd.data import digits
 from mbgd.errors import Preempted
 from mbgd.fingerprint import weights_sha256
@@ -315,11 +316,9 @@ def test_so_many_are_kept(tmp_path: Path) -> None:
     assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-000000008", "step-000000006"]
 
 
-@pytest.mark.parametrize(
-    ("best_is", "kept"), [("lowest", [9, 8, 3]), ("highest", [9, 8, 5])], ids=["lowest", "highest"]
-)
-def test_the_best_is_kept_too(tmp_path: Path, best_is: str, kept: list[int]) -> None:
-    settings = Checkpoint(every_steps=4, every_seconds=None, keep=2, best="eval/loss", best_is=Best(best_is))
+@pytest.mark.parametrize(("direction", "kept"), [("minimize", [9, 8, 3]), ("maximize", [9, 8, 5])])
+def test_the_best_is_kept_too(tmp_path: Path, direction: str, kept: list[int]) -> None:
+    settings = Checkpoint(every_steps=4, every_seconds=None, keep=2, best="eval/loss", direction=Direction(direction))
     losses = {1: 0.5, 3: 0.2, 5: 0.9, 6: float("nan"), 7: 0.9, 9: 0.3}
     for steps in (range(1, 6), range(6, 10)):  # the second as a run that goes on
         folder = CheckpointFolder(tmp_path, settings, {})
@@ -476,6 +475,52 @@ def test_any_schedule_of_stops_and_workers_ends_alike(
     assert lines == wanted[1]
 
 
+NUM_EXAMPLES = 23
+
+
+def go_on_with_ddp(workers: mbgd.Workers, folder: str, stop_after: int | None) -> tuple[list[float], torch.Tensor]:
+    """From the newest checkpoint to `stop_after` or the end: (numbers of the examples that were used, weights)."""
+    numbers = torch.arange(NUM_EXAMPLES, dtype=torch.float64)
+    inputs = torch.stack([numbers, numbers.sin(), numbers.cos()], dim=1)
+    used: list[float] = []
+
+    def objective(model: nn.Module, batch: Any) -> mbgd.PerExample:
+        inputs, targets = batch
+        used.extend(inputs[:, 0].tolist())
+        return mbgd.PerExample((model(inputs).squeeze(1) - targets) ** 2)
+
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+    trainer = mbgd.Trainer(
+        model,
+        objective,
+        torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9),
+        mbgd.Data(train=mbgd.InMemory(inputs, numbers.sqrt())),
+        mbgd.Settings(epochs=3, batch=mbgd.Batch(5), precision=mbgd.Precision.fp64),
+        workers,
+    )
+    path = checkpoint.newest(Path(folder))
+    if path is not None:
+        trainer.restore(checkpoint.read(path)[0])
+    workers.barrier()
+    used.clear()  # of the trial run
+    checkpoints = CheckpointFolder(Path(folder), Checkpoint(), {}) if workers.is_main else None
+    with suppress(Preempted):
+        trainer.fit(checkpoints=checkpoints, stop=None if stop_after is None else StopAt(stop_after))
+    return used, model.weight.detach().clone()
+
+
+def test_with_ddp_every_example_is_used_once_an_epoch_whatever_the_stops(tmp_path: Path) -> None:
+    """15 steps of at most 5 of 23 examples; stops in the middle of an epoch, twice in one, and at its end."""
+    used: list[float] = []
+    for num_workers, stop_after in ((3, 2), (2, 4), (1, 5), (2, 12), (3, None)):
+        results = run_workers(go_on_with_ddp, num_workers, str(tmp_path / "stopped"), stop_after)
+        used += [number for of_worker, _ in results for number in of_worker]
+    assert sorted(used) == sorted(3 * list(range(NUM_EXAMPLES)))
+    (_, wanted), *_ = run_workers(go_on_with_ddp, 1, str(tmp_path / "whole"), None)
+    torch.testing.assert_close(results[0][1], wanted, rtol=1e-12, atol=0)
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     def trainer(width: int) -> mbgd.Trainer:
         model = nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.Linear(width, 10))
@@ -546,7 +591,7 @@ OVERRIDES = [
     "model.dropout=0.2",
     "averaging=reproducible",
     "batch.size=40",
-    "epochs=10",  # 9 steps of 8 micro-batches each: 90 steps of 80 ms on one worker
+    "epochs=8",  # 9 steps of 8 micro-batches each: 72 steps of 80 ms on one worker
     "log_every_steps=1",
     "checkpoint.every_steps=5",
 ]
@@ -559,6 +604,14 @@ def start(folder: Path, num_workers: int, *more: str, torchrun: tuple[str, ...] 
     return subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
+
+
+def alone(folder: Path, *more: str) -> tuple[int, str]:
+    """One worker without torchrun; (exit code, what it printed)."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
+    command = [sys.executable, str(ROOT / "train.py"), *OVERRIDES, *more]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stdout + done.stderr
 
 
 def finish(process: subprocess.Popen[str]) -> str:
@@ -589,7 +642,9 @@ def workers_of(process: subprocess.Popen[str]) -> list[int]:
 
 def test_killed_and_preempted_runs_end_as_if_nothing_had_happened(tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    finish(start(tmp_path, 1, f"run.dir={whole}"))
+    (tmp_path / "slow.py").write_text(SLOW)
+    code, out = alone(tmp_path, f"run.dir={whole}")
+    assert code == 0, out
 
     killed = start(tmp_path, 2, f"run.dir={broken}")  # torchrun dies; the workers notice, save and end
     wait_for_step(broken, 23)
@@ -603,32 +658,32 @@ def test_killed_and_preempted_runs_end_as_if_nothing_had_happened(tmp_path: Path
         file.write('{"step": 99, "train/lo')  # as a crash may leave it
 
     restarted = start(tmp_path, 3, f"run.dir={broken}", torchrun=("--max-restarts", "1"))  # a worker dies
-    wait_for_step(broken, 43)
+    wait_for_step(broken, 38)
     os.kill(workers_of(restarted)[1], signal.SIGKILL)
-    wait_for_step(broken, 60)
+    wait_for_step(broken, 50)
     os.kill(workers_of(restarted)[0], signal.SIGUSR1)  # one worker is told; all save and stop, and torchrun gives up
     out, _ = restarted.communicate(timeout=120)
     assert restarted.returncode != 0
     assert "stopped by a signal after step" in out
     saved = max(int(path.name[5:]) for path in (broken / "checkpoints").glob("step-*"))
-    assert saved >= 60
+    assert saved >= 50
 
-    out = finish(start(tmp_path, 1, f"run.dir={broken}"))
+    code, out = alone(tmp_path, f"run.dir={broken}")
+    assert code == 0, out
     assert f"resume      step {saved}" in out
     assert history(broken) == history(whole)
     summaries = [json.loads((run / "summary.json").read_text()) for run in (whole, broken)]
     assert summaries[0]["weights_sha256"] == summaries[1]["weights_sha256"]
 
     (broken / "summary.json").unlink()  # as if it had died between its last checkpoint and its results
-    finish(start(tmp_path, 1, f"run.dir={broken}"))
+    assert alone(tmp_path, f"run.dir={broken}")[0] == 0
     assert json.loads((broken / "summary.json").read_text())["weights_sha256"] == summaries[0]["weights_sha256"]
     assert not list(broken.glob("checkpoints/*broken*"))
 
     assert "holds this run already, complete" in finish(start(tmp_path, 2, f"run.dir={broken}"))
 
-    refused = start(tmp_path, 2, f"run.dir={broken}", "optimizer.lr=0.5", "seed=3")
-    out, _ = refused.communicate(timeout=120)
-    assert refused.returncode != 0
+    code, out = alone(tmp_path, f"run.dir={broken}", "optimizer.lr=0.5", "seed=3")
+    assert code != 0
     assert "optimizer.lr: 0.01 before, 0.5 now" in out
     assert "seed: 0 before, 3 now" in out
     assert history(broken) == history(whole)

@@ -28,7 +28,7 @@ NEEDED = {
 }
 """What a group's member needs beside itself: values that only the user knows, or parts that fit."""
 
-MEMBERS = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.glob("**/*.yaml") if path.parent != CONF)
+MEMBERS = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.glob("*/*.yaml"))  # not Hydra's own
 
 
 def composed(*overrides: str) -> DictConfig:
