@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mbgd import averaging as averagings
+from mbgd.averaging.norms import MicroBatchNorms
 from mbgd.buffers import MovingBuffers
 from mbgd.checkpoint import differences
 from mbgd.clock import Clock
@@ -18,8 +19,9 @@ from mbgd.errors import Preempted, UsageError
 from mbgd.evaluation import Evaluation
 from mbgd.fingerprint import examples_sha256, weights_sha256
 from mbgd.loader import Data, Examples, Loader, Shard
+from mbgd.noise_scale import NUM_NOISE_SUMS, NoiseScale, noise_sums
 from mbgd.objective import NUM_SUMS, Objective, PerExample, Totals
-from mbgd.plan import Minibatch, Plan
+from mbgd.plan import MicroBatch, Minibatch, Plan
 from mbgd.precision import autocast, parameter_dtype
 from mbgd.preemption import NoStop, Stop
 from mbgd.preflight import try_out
@@ -101,6 +103,7 @@ class Trainer:
         self._autocast = autocast(settings.precision, workers.device)
         self._buffers = MovingBuffers(model, findings.moving_buffers)
         self._update = Update(list(model.parameters()), optimizer, settings, workers.device)
+        self.noise_scale = NoiseScale(settings.noise_scale, self.plan, workers.device)
         self._evaluation = (
             Evaluation(task, data, findings.metric_names, settings, workers, self._averaging)
             if data.evaluation is not None
@@ -164,6 +167,7 @@ class Trainer:
             values={
                 "optimizer": self._update.values(),
                 "metrics": dict(self.state.metrics),
+                "noise_scale": self.noise_scale.values(),
                 "run": self._kind_of_run(),
             },
         )
@@ -180,6 +184,7 @@ class Trainer:
                 tensor.copy_(saved[name])
         self._update.restore(snapshot.tensors["optimizer"], snapshot.values["optimizer"])
         self.state.step, self.state.metrics = snapshot.step, dict(snapshot.values["metrics"])
+        self.noise_scale.restore(snapshot.values["noise_scale"])
         self._last_logged = snapshot.step
 
     def _kind_of_run(self) -> dict[str, Any]:
@@ -197,25 +202,29 @@ class Trainer:
         """
         step, lap = shard.step, self._clock.lap
         log = self._logs(step)
-        want_sums = log or self._findings.has_weights or bool(self._buffers)
+        measure_noise = self.noise_scale.measures(step)
+        want_sums = log or measure_noise or self._findings.has_weights or bool(self._buffers)
         sums = []
+        self._averaging.norms = MicroBatchNorms(self._update.parameters) if measure_noise else None
         self._update.clear_gradients()
         self._buffers.start_step()
         for examples in shard.micro_batches:
             terms = self._forward_backward(step, examples, is_last=examples is shard.micro_batches[-1])
             if want_sums and examples.micro_batch.counts:
-                sums.append((examples.micro_batch.number, self._sums(terms)))
+                sums.append((examples.micro_batch.number, self._sums(terms, examples.micro_batch)))
         lap("forward_backward")
         self._averaging.finish()  # every gradient is now the sum over every example of every worker
-        totals = self._totals(shard.minibatch, sums) if want_sums else None
+        totals, noise = self._totals(shard.minibatch, sums) if want_sums else (None, None)
         lap("averaging")
         if log:
             assert totals is not None
             self._check(step, totals)
         weight = totals.weight if totals is not None and self._findings.has_weights else shard.minibatch.size
-        norms = self._update(step, weight, want_norms=log)
+        norms = self._update(step, weight, want_norm=measure_noise, want_change=log)
+        if noise is not None and norms is not None:
+            self.noise_scale.add(noise, weight=weight, size=shard.minibatch.size, gradient_norm=norms.gradient)
         lap("optimizer")
-        return StepResult(totals, norms) if totals is not None and norms is not None else None
+        return StepResult(totals, norms) if log and totals is not None and norms is not None else None
 
     def _forward_backward(self, step: int, examples: Examples, *, is_last: bool) -> PerExample:
         """Add Σ w_i ∇L_i over this micro-batch to the parameters' gradients."""
@@ -229,21 +238,30 @@ class Trainer:
             torch.autograd.backward(terms.losses, self._update.backward_weights(terms, counts=micro_batch.counts))
         return terms
 
-    def _sums(self, terms: PerExample) -> Tensor:
-        sums = terms.sums()
-        return torch.cat([sums, self._buffers.values()]) if self._buffers else sums
-
-    def _totals(self, minibatch: Minibatch, sums: Sequence[tuple[int, Tensor]]) -> Totals:
-        """Add up over micro-batches and workers; the moving buffers become their means."""
-        num_sums = NUM_SUMS + len(self._findings.metric_names)
-        num_leaves = self.plan.num_micro_batches(minibatch.size)
-        total = self._averaging.sum(sums, num_leaves=num_leaves, num_values=num_sums + self._buffers.num_values)
+    def _sums(self, terms: PerExample, micro_batch: MicroBatch) -> Tensor:
+        """What of a micro-batch is added up beside gradients: for the means, the moving buffers, and the noise."""
+        parts = [terms.sums()]
         if self._buffers:
-            self._buffers.set_to(total[num_sums:] / num_leaves)
-        totals = Totals(total[:num_sums], self._findings.metric_names)
+            parts.append(self._buffers.values())
+        if self._averaging.norms is not None:
+            squared_norm = self._averaging.norms.squared(micro_batch.number) / self._update.loss_scale().square()
+            parts.append(noise_sums(squared_norm, weight=parts[0][1]))
+        return torch.cat(parts)
+
+    def _totals(self, minibatch: Minibatch, sums: Sequence[tuple[int, Tensor]]) -> tuple[Totals, Tensor | None]:
+        """Add up `_sums` over micro-batches and workers; the moving buffers become their means."""
+        num_leaves = self.plan.num_micro_batches(minibatch.size)
+        sizes = [NUM_SUMS + len(self._findings.metric_names), self._buffers.num_values]
+        if self._averaging.norms is not None:
+            sizes.append(NUM_NOISE_SUMS)
+        total = self._averaging.sum(sums, num_leaves=num_leaves, num_values=sum(sizes))
+        means, buffers, *noise = torch.split(total, sizes)
+        if self._buffers:
+            self._buffers.set_to(buffers / num_leaves)
+        totals = Totals(means, self._findings.metric_names)
         if self._findings.has_tokens:
             self._num_tokens += totals.count
-        return totals
+        return totals, noise[0] if noise else None
 
     def _check(self, step: int, totals: Totals) -> None:
         """Stop, on every worker alike and before the update, where weights or losses make no mean."""
@@ -261,6 +279,7 @@ class Trainer:
         metrics = {f"train/{name}": value for name, value in result.totals.means().items()}
         metrics["train/learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
         metrics |= {f"train/{name}": value for name, value in result.norms.values().items()}
+        metrics |= {f"train/{name}": value for name, value in self.noise_scale.metrics().items()}
         if self.settings.precision is Precision.fp16:
             metrics["train/skipped_steps"] = self._update.num_skipped
         metrics["train/epoch"] = self.plan.examples_seen(self.state.step) / self.plan.examples_per_epoch
