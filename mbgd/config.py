@@ -62,9 +62,9 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class NoiseScale:
-    every_steps: int | None = 10
+    every_steps: int | None = 50
     """Optimizer steps between measurements of the gradient's noise; None: not measured."""
-    smoothing: int = 50
+    smoothing: int = 20
     """Measurements over which it is averaged: the weight of older ones falls exponentially."""
 
 

@@ -1,6 +1,7 @@
 """The gradient noise scale, against every example's own gradient."""
 
 import math
+from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -21,6 +22,15 @@ from processes import run_workers
 NUM_EXAMPLES = 120
 AS_GOOD_AS_A_MEAN = mbgd.NoiseScale(every_steps=1, smoothing=10_000)
 EVERY_STEP = mbgd.NoiseScale(every_steps=1, smoothing=1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As workers have it: bits depend on it, and so does how long many small steps take on a busy machine."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 @cache
@@ -134,7 +144,7 @@ def train_cases(workers: mbgd.Workers) -> list[Any]:
 
 @pytest.fixture(scope="module", params=[1, 2, 3], ids=lambda n: f"{n} workers")
 def trained(request: pytest.FixtureRequest) -> list[Any]:
-    return run_workers(train_cases, request.param) if request.param > 1 else [train_cases(mbgd.Workers())]
+    return run_workers(train_cases, request.param)
 
 
 def test_with_micro_batches_of_one_example_it_is_the_variance_of_the_examples(trained: list[Any]) -> None:
@@ -172,7 +182,7 @@ def test_uneven_micro_batches_with_weights(trained: list[Any]) -> None:
 
 
 def test_reproducible_averaging_gives_the_same_bits_on_any_number_of_workers(trained: list[Any]) -> None:
-    [wanted] = run_workers(train_cases, 1)
+    wanted = train_cases(mbgd.Workers())
     for ones, uneven in trained:
         assert ones[1] == wanted[0][1]
         assert uneven[2:] == wanted[1][2:]

@@ -28,4 +28,4 @@ class MicroBatchNorms:
         """Of micro-batch `number`, whose gradients have all been taken: float64, shape ()."""
         norms = self._norms.get(number, {})
         zero = torch.zeros((), device=self._parameters[0].device)
-        return torch.stack([norms.get(parameter, zero).double() for parameter in self._parameters]).square().sum()
+        return torch.stack([norms.get(parameter, zero) for parameter in self._parameters]).double().square().sum()
