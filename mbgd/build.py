@@ -32,9 +32,7 @@ def typed(composed: DictConfig) -> Config:
         found.append(f"{key} has no value. Give it one: {key}=…")
         OmegaConf.update(composed, key, None)  # so that what refers to it resolves, and other mistakes show too
     schema = values = OmegaConf.structured(Config)
-    for section in schema.values():  # frozen classes make read-only sections, into which nothing can be merged
-        if isinstance(section, DictConfig):
-            OmegaConf.set_readonly(section, False)
+    _make_writable(schema)  # frozen classes make read-only sections, into which nothing can be merged
     for path, part in _parts(OmegaConf.to_container(composed, resolve=True), schema):
         try:
             values = OmegaConf.merge(values, part)
@@ -61,6 +59,13 @@ def _mistyped(path: str, reason: str, part: Any, schema: DictConfig) -> tuple[st
     return path, keys if reason.startswith("Key ") else []
 
 
+def _make_writable(section: DictConfig) -> None:
+    OmegaConf.set_readonly(section, False)
+    for value in section.values():
+        if isinstance(value, DictConfig):
+            _make_writable(value)
+
+
 def _missing_keys(node: Any, prefix: str = "") -> Iterator[str]:
     """Keys whose value is ???. (OmegaConf.missing_keys stops at interpolations that lead to one.)"""
     if node == "???":
@@ -78,6 +83,11 @@ def _parts(values: Any, schema: DictConfig) -> Iterator[tuple[str, dict[str, Any
                 yield f"{key}.{inner_key}", {key: {inner_key: inner_value}}
         else:
             yield str(key), {key: value}
+
+
+def resolved_yaml(composed: DictConfig) -> str:
+    """The whole configuration as text, with every reference resolved."""
+    return OmegaConf.to_yaml(composed, resolve=True)
 
 
 def run_name(run: Run, choices: Mapping[str, Any]) -> str:

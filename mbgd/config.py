@@ -140,6 +140,42 @@ class Checkpoint:
     """End the run where a checkpoint cannot be written."""
 
 
+class WandbMode(Enum):
+    auto = "auto"  # online where there is a key, offline elsewhere; WANDB_MODE decides where it is set
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+@dataclass(frozen=True)
+class Wandb:
+    mode: WandbMode = WandbMode.disabled
+    project: str = "mbgd"
+    entity: str | None = None
+    """The user or team; None: the key's own."""
+    group: str | None = None
+    """Runs of one name are shown together, such as a sweep's."""
+    name: str | None = None
+    """What the run is called; None: as its folder."""
+    tags: list[str] = field(default_factory=list)
+    log_checkpoints: bool = False
+    """Upload the last and the best checkpoint at the end."""
+    init_timeout_seconds: float = 30.0
+    """How long a server may take to answer at the start before the run goes on offline."""
+    finish_seconds: float = 20.0
+    """How long the end of training waits for uploads."""
+
+
+@dataclass(frozen=True)
+class Tracking:
+    quiet: bool = False
+    """Print nothing but warnings and errors."""
+    report: bool = True
+    """Write `report.html` at the end."""
+    tensorboard: bool = False
+    wandb: Wandb = field(default_factory=Wandb)
+
+
 @dataclass(frozen=True)
 class Config(Settings):
     """The whole configuration of `train.py`. Fields of type Any are nodes with a `_target_` of the user's choice."""
@@ -148,6 +184,7 @@ class Config(Settings):
     run: Run = field(default_factory=Run)
     sweep: Sweep = field(default_factory=Sweep)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    tracking: Tracking = field(default_factory=Tracking)
     resume: str = "auto"
     """auto: go on where the run's own folder ends; never; or the path of another run or checkpoint to go on from."""
     resume_force: bool = False
@@ -216,6 +253,7 @@ def problems(settings: Settings) -> list[str]:
         found.append(f"evaluation.batch_size={settings.evaluation.batch_size}; it must be ≥ 1.")
     if isinstance(settings, Config):
         found += _checkpoint_problems(settings.checkpoint)
+        found += _tracking_problems(settings.tracking)
     return found
 
 
@@ -230,3 +268,15 @@ def _checkpoint_problems(checkpoint: Checkpoint) -> list[str]:
     if checkpoint.keep < 1:
         found.append(f"checkpoint.keep={checkpoint.keep}; at least the newest checkpoint is kept.")
     return found
+
+
+def _tracking_problems(tracking: Tracking) -> list[str]:
+    wandb = tracking.wandb
+    return [
+        f"tracking.wandb.{name}={value}; it must be > 0."
+        for name, value in (
+            ("init_timeout_seconds", wandb.init_timeout_seconds),
+            ("finish_seconds", wandb.finish_seconds),
+        )
+        if not value > 0
+    ]

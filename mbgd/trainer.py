@@ -42,6 +42,8 @@ class State:
     """Optimizer steps completed."""
     metrics: dict[str, float] = field(default_factory=dict)
     """The last value of each."""
+    tracking: dict[str, str] = field(default_factory=dict)
+    """By what trackers know the run, so that one that goes on is the same to them."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,7 @@ class Trainer:
                 "metrics": dict(self.state.metrics),
                 "noise_scale": self.noise_scale.values(),
                 "run": self._kind_of_run(),
+                "tracking": dict(self.state.tracking),
             },
         )
 
@@ -185,6 +188,7 @@ class Trainer:
         self._update.restore(snapshot.tensors["optimizer"], snapshot.values["optimizer"])
         self.state.step, self.state.metrics = snapshot.step, dict(snapshot.values["metrics"])
         self.noise_scale.restore(snapshot.values["noise_scale"])
+        self.state.tracking = dict(snapshot.values.get("tracking", {}))
         self._last_logged = snapshot.step
 
     def _kind_of_run(self) -> dict[str, Any]:

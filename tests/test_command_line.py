@@ -41,6 +41,8 @@ def test_a_run_leaves_its_folder_and_says_where(tmp_path: Path, num_workers: int
         "logs",
         "metrics.jsonl",
         "model.safetensors",
+        "report.html",
+        "run.json",
         "summary.json",
     ]
     logs = [(out / f"logs/worker-{rank}.log").read_text() for rank in range(max(1, num_workers))]
@@ -137,8 +139,15 @@ def test_a_loss_that_is_not_finite_keeps_the_runs_files(tmp_path: Path) -> None:
     done = train(tmp_path, "optimizer=sgd", "optimizer.lr=1e30", "epochs=1", "run.dir=out")
     assert done.returncode == 1
     assert "it was finite at step 1, so it went wrong in steps 2 to 23" in done.stderr
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.yaml", "logs", "metrics.jsonl"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "config.yaml",
+        "logs",
+        "metrics.jsonl",
+        "report.html",
+        "run.json",
+    ]
     assert "it was finite at step 1" in (tmp_path / "out/logs/worker-0.log").read_text()
+    assert "failed: UsageError: the loss is" in (tmp_path / "out/report.html").read_text()
 
 
 OWN = """

@@ -118,7 +118,12 @@ class TorchrunLauncher(Launcher):
 
     def _command(self, job: Job, gpus: str | None) -> Command:
         threads = max(1, num_cores() // (self.max_parallel * self.num_workers))
-        environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONUNBUFFERED": "1"}
+        environment = {
+            "OMP_NUM_THREADS": str(threads),
+            "MBGD_SWEEP": job.folder.parent.name,  # by which trackers group the jobs
+            **os.environ,
+            "PYTHONUNBUFFERED": "1",
+        }
         if gpus is not None:
             environment["CUDA_VISIBLE_DEVICES"] = gpus
         environment |= {key: str(value) for key, value in job.config.hydra.job.env_set.items()}
