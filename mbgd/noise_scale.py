@@ -86,8 +86,8 @@ class NoiseScale:
         if self._every_steps is None:
             return "not measured"
         if self._num_parts < 2:
-            remedy = f"; batch.micro_batch_size={self._size // 2} makes parts of it" if self._size > 1 else ""
-            return f"not measured: one micro-batch has none to be compared with{remedy}"
+            remedy = f" (batch.micro_batch_size={self._size // 2})" if self._size > 1 else ""
+            return f"not measured: needs 2 micro-batches{remedy}"
         return f"every {self._every_steps} steps, from {self._num_parts} micro-batches"
 
     def values(self) -> list[float]:
