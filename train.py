@@ -2,61 +2,22 @@
 
 import os
 import sys
-from contextlib import closing
+from pathlib import Path
 
 import hydra
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from torch.distributed.elastic.multiprocessing.errors import record
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
 
-from mbgd import saving
-from mbgd.build import build_trainer, typed
-from mbgd.config import identity
-from mbgd.errors import Preempted, UsageError, WorkersLost
-from mbgd.preemption import EXIT_CODE, StopOnSignal
-from mbgd.resume import resume
-from mbgd.run_folder import open_run_folder
-from mbgd.tracking import NoTracker, Tracker, Trackers, console
-from mbgd.tracking.json_lines import JsonLines
-from mbgd.workers import start_workers
-
-
-def run(composed: DictConfig) -> None:
-    """Compose → workers → build → fit → results."""
-    config = typed(composed)
-    with start_workers(config.backend.name.value, config.backend.timeout_seconds) as workers:
-        trainer = build_trainer(config, workers)
-        folder = open_run_folder(config.run, workers, may_hold_a_run=config.resume != "never")
-        text = OmegaConf.to_yaml(composed, resolve=True)
-        plain = yaml.safe_load(text)
-        if not resume(trainer, folder, config, plain):
-            if workers.is_main:
-                print(f"{folder.path} holds this run already, complete; give another run.dir for a new one.")
-            return
-        tracker: Tracker = NoTracker()
-        checkpoints = saving.create(config.checkpoint, folder.path, folder.checkpoints_path, identity(plain), workers)
-        if workers.is_main:
-            folder.write_config(text)
-            print(console.describe_start(trainer), flush=True)
-            tracker = Trackers([JsonLines(folder.metrics_path), console.tracker(trainer.num_steps)])
-        with closing(tracker):
-            result = trainer.fit(tracker, checkpoints, StopOnSignal(workers))
-        if workers.is_main:
-            folder.write_results(result, trainer)
-            print(console.describe_end(result, folder.path))
+from mbgd import command_line
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
-@record
 def main(composed: DictConfig) -> None:
-    try:
-        run(composed)
-    except (UsageError, WorkersLost) as error:
-        rank = os.environ.get("RANK")
-        sys.exit(f"error{f' on worker {rank}' if rank else ''}: {error}")
-    except Preempted as stopped:
-        print(f"{stopped}; the same command goes on from there if it names the run (run.dir or run.id)", flush=True)
-        sys.exit(EXIT_CODE)
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    from mbgd.run import run_or_explain
+
+    record(run_or_explain)(composed, HydraConfig.get().runtime.choices)
 
 
 if __name__ == "__main__":
@@ -65,4 +26,4 @@ if __name__ == "__main__":
             "error: --multirun inside torchrun would start the sweep once in every worker. Start one process that "
             "sweeps: python train.py --multirun …"
         )
-    main()
+    command_line.call(main, Path(__file__).parent / "conf" / "train.yaml")

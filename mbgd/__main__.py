@@ -4,9 +4,9 @@ import argparse
 import sys
 
 from mbgd.errors import UsageError
-from mbgd.tools import checkpoints, compare
+from mbgd.tools import checkpoints, compare, report, sweep
 
-TOOLS = {"checkpoints": checkpoints, "compare": compare}
+TOOLS = {"checkpoints": checkpoints, "compare": compare, "report": report, "sweep": sweep}
 
 
 def main() -> int:

@@ -1,7 +1,8 @@
 """Configuration → objects. The only module that knows Hydra and OmegaConf."""
 
 import dataclasses
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -12,9 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mbgd import saving
-from mbgd.config import Config, problems
+from mbgd.config import Config, Run, problems
 from mbgd.errors import UsageError
 from mbgd.loader import Data
+from mbgd.suggestions import did_you_mean
 from mbgd.trainer import Trainer, count_steps, make_plan
 from mbgd.workers import Workers
 
@@ -30,21 +32,38 @@ def typed(composed: DictConfig) -> Config:
         found.append(f"{key} has no value. Give it one: {key}=…")
         OmegaConf.update(composed, key, None)  # so that what refers to it resolves, and other mistakes show too
     schema = values = OmegaConf.structured(Config)
-    for section in schema.values():  # frozen classes make read-only sections, into which nothing can be merged
-        if isinstance(section, DictConfig):
-            OmegaConf.set_readonly(section, False)
+    _make_writable(schema)  # frozen classes make read-only sections, into which nothing can be merged
     for path, part in _parts(OmegaConf.to_container(composed, resolve=True), schema):
         try:
             values = OmegaConf.merge(values, part)
         except OmegaConfBaseException as error:
             reason = str(error.msg or error).splitlines()[0]
-            found.append(f"{path}: {reason}. `python train.py --cfg job` shows every key and its value.")
+            meant = did_you_mean(*_mistyped(path, reason, part, schema))
+            found.append(f"{path}: {reason}.{meant} `python train.py --cfg job` shows every key and its value.")
     config = OmegaConf.to_object(values)
     assert isinstance(config, Config)
     found += problems(config)
     if found:
         raise UsageError("the configuration has mistakes:\n" + "\n".join(f"  - {problem}" for problem in found))
     return config
+
+
+def _mistyped(path: str, reason: str, part: Any, schema: DictConfig) -> tuple[str, list[str]]:
+    """The key or value that is refused, and the valid ones where there is a choice."""
+    if choices := re.search(r"expected one of \[(.*)\]", reason):
+        for key in path.split("."):
+            part = part[key]
+        return str(part), choices[1].split(", ")
+    sections = {str(key): node for key, node in schema.items() if isinstance(node, DictConfig)}
+    keys = [str(key) for key in schema] + [f"{key}.{inner!s}" for key, node in sections.items() for inner in node]
+    return path, keys if reason.startswith("Key ") else []
+
+
+def _make_writable(section: DictConfig) -> None:
+    OmegaConf.set_readonly(section, False)
+    for value in section.values():
+        if isinstance(value, DictConfig):
+            _make_writable(value)
 
 
 def _missing_keys(node: Any, prefix: str = "") -> Iterator[str]:
@@ -64,6 +83,18 @@ def _parts(values: Any, schema: DictConfig) -> Iterator[tuple[str, dict[str, Any
                 yield f"{key}.{inner_key}", {key: {inner_key: inner_value}}
         else:
             yield str(key), {key: value}
+
+
+def resolved_yaml(composed: DictConfig) -> str:
+    """The whole configuration as text, with every reference resolved."""
+    return OmegaConf.to_yaml(composed, resolve=True)
+
+
+def run_name(run: Run, choices: Mapping[str, Any]) -> str:
+    """What the run is called where it has no name: its experiment, or its model and data, as chosen of the groups."""
+    experiment = choices.get("experiment")
+    chosen = [experiment] if experiment not in (None, "null") else [choices.get("model"), choices.get("data")]
+    return run.name or "-".join(str(one).replace("/", "-") for one in chosen)
 
 
 def build_trainer(config: Config, workers: Workers) -> Trainer:

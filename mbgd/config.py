@@ -63,6 +63,14 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class NoiseScale:
+    every_steps: int | None = 50
+    """Optimizer steps between measurements of the gradient's noise; None: not measured."""
+    smoothing: int = 20
+    """Measurements over which it is averaged: the weight of older ones falls exponentially."""
+
+
+@dataclass(frozen=True)
 class Settings:
     """What training depends on beside the model, the data, the objective and the optimizer."""
 
@@ -79,6 +87,7 @@ class Settings:
     """A function of the step (counted from 0) that gives a factor for the learning rate; None: 1."""
     evaluation: Evaluation = field(default_factory=Evaluation)
     log_every_steps: int = 50
+    noise_scale: NoiseScale = field(default_factory=NoiseScale)
 
 
 @dataclass(frozen=True)
@@ -92,16 +101,27 @@ class Backend:
 class Run:
     dir: str | None = None
     """The run's folder; None: a new one under `root`."""
+    name: str | None = None
+    """What the name of a new folder contains; None: the experiment, or model and data."""
     id: str | None = None
-    """The run's name; None: torchrun's id, or one made from the time."""
+    """Names the folder; None: made from the time and the id of torchrun or SLURM."""
     root: str = "runs"
 
 
-class Best(Enum):
-    """Which value of a metric is the best."""
+class Direction(Enum):
+    """Which values of a metric are better."""
 
-    lowest = "lowest"
-    highest = "highest"
+    minimize = "minimize"
+    maximize = "maximize"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    metric: str = "eval/loss"
+    """What a sweep's jobs are ranked by."""
+    direction: Direction = Direction.minimize
+    target: float | None = None
+    """Value of the metric whose steps and examples the result tells; None: it does not."""
 
 
 @dataclass(frozen=True)
@@ -114,11 +134,48 @@ class Checkpoint:
     """How many of the newest are kept."""
     best: str | None = None
     """A metric of the evaluation whose best checkpoint is kept too, such as eval/accuracy; None: the newest alone."""
-    best_is: Best = Best.lowest
+    direction: Direction = Direction.minimize
+    """Which of its values are better."""
     memory_every: int | None = None
     """Optimizer steps between snapshots in the host's memory, for workers that restart there; None: none."""
     required: bool = False
     """End the run where a checkpoint cannot be written."""
+
+
+class WandbMode(Enum):
+    auto = "auto"  # online where there is a key, offline elsewhere; WANDB_MODE decides where it is set
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+@dataclass(frozen=True)
+class Wandb:
+    mode: WandbMode = WandbMode.disabled
+    project: str = "mbgd"
+    entity: str | None = None
+    """The user or team; None: the key's own."""
+    group: str | None = None
+    """Runs of one name are shown together, such as a sweep's."""
+    name: str | None = None
+    """What the run is called; None: as its folder."""
+    tags: list[str] = field(default_factory=list)
+    log_checkpoints: bool = False
+    """Upload the last and the best checkpoint at the end."""
+    init_timeout_seconds: float = 30.0
+    """How long a server may take to answer at the start before the run goes on offline."""
+    finish_seconds: float = 20.0
+    """How long the end of training waits for uploads."""
+
+
+@dataclass(frozen=True)
+class Tracking:
+    quiet: bool = False
+    """Print nothing but warnings and errors."""
+    report: bool = True
+    """Write `report.html` at the end."""
+    tensorboard: bool = False
+    wandb: Wandb = field(default_factory=Wandb)
 
 
 @dataclass(frozen=True)
@@ -127,7 +184,9 @@ class Config(Settings):
 
     backend: Backend = field(default_factory=Backend)
     run: Run = field(default_factory=Run)
+    sweep: Sweep = field(default_factory=Sweep)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    tracking: Tracking = field(default_factory=Tracking)
     resume: str = "auto"
     """auto: go on where the run's own folder ends; never; or the path of another run or checkpoint to go on from."""
     resume_force: bool = False
@@ -187,10 +246,16 @@ def problems(settings: Settings) -> list[str]:
     every = settings.evaluation.every_steps
     if every is not None and every < 1:
         found.append(f"evaluation.every_steps={every}; it must be ≥ 1, or null to evaluate after each epoch.")
+    noise = settings.noise_scale
+    if noise.every_steps is not None and noise.every_steps < 1:
+        found.append(f"noise_scale.every_steps={noise.every_steps}; it must be ≥ 1, or null not to measure it.")
+    if noise.smoothing < 1:
+        found.append(f"noise_scale.smoothing={noise.smoothing}; it must be ≥ 1 (1: each measurement by itself).")
     if settings.evaluation.batch_size < 1:
         found.append(f"evaluation.batch_size={settings.evaluation.batch_size}; it must be ≥ 1.")
     if isinstance(settings, Config):
         found += _checkpoint_problems(settings.checkpoint)
+        found += _tracking_problems(settings.tracking)
     return found
 
 
@@ -205,3 +270,15 @@ def _checkpoint_problems(checkpoint: Checkpoint) -> list[str]:
     if checkpoint.keep < 1:
         found.append(f"checkpoint.keep={checkpoint.keep}; at least the newest checkpoint is kept.")
     return found
+
+
+def _tracking_problems(tracking: Tracking) -> list[str]:
+    wandb = tracking.wandb
+    return [
+        f"tracking.wandb.{name}={value}; it must be > 0."
+        for name, value in (
+            ("init_timeout_seconds", wandb.init_timeout_seconds),
+            ("finish_seconds", wandb.finish_seconds),
+        )
+        if not value > 0
+    ]

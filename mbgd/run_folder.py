@@ -1,9 +1,12 @@
 """A run's folder: what the main worker leaves on disk."""
 
+import glob
 import json
 import os
 import platform
+import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from mbgd.workers import Workers
 
 
 class RunFolder:
-    """`config.yaml`, `metrics.jsonl`, `summary.json` and `model.safetensors` of one run."""
+    """`config.yaml`, `metrics.jsonl`, `summary.json`, `model.safetensors` and `logs/` of one run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -33,6 +36,9 @@ class RunFolder:
     @property
     def checkpoints_path(self) -> Path:
         return self.path / "checkpoints"
+
+    def log_path(self, rank: int) -> Path:
+        return self.path / "logs" / f"worker-{rank}.log"
 
     @property
     def summary_path(self) -> Path:
@@ -88,14 +94,15 @@ class RunFolder:
         write_atomically(self.summary_path, (json.dumps(summary, indent=2) + "\n").encode())
 
 
-def open_run_folder(run: Run, workers: Workers, *, may_hold_a_run: bool) -> RunFolder:
+def open_run_folder(run: Run, name: str, workers: Workers, *, may_hold_a_run: bool) -> RunFolder:
     """The run's folder, made by the main worker and the same on every worker; UsageError on all if it can't be.
 
-    may_hold_a_run: a run that has begun there goes on; otherwise it is left alone.
+    name: what a new folder's name contains. may_hold_a_run: a run that has begun there goes on; otherwise it is
+    left alone.
     """
     path, problem = "", ""
     if workers.is_main:
-        folder = _choose(run)
+        folder = _choose(run, name)
         path, problem = str(folder), _make(folder, may_hold_a_run=may_hold_a_run)
     path, problem = workers.broadcast((path, problem))
     if problem:
@@ -103,15 +110,31 @@ def open_run_folder(run: Run, workers: Workers, *, may_hold_a_run: bool) -> RunF
     return RunFolder(Path(path))
 
 
-def _choose(run: Run) -> Path:
+def _choose(run: Run, name: str) -> Path:
     if run.dir is not None:
         return Path(run.dir)
     if run.id is not None:
         return Path(run.root, run.id)
-    torchrun_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    short = os.urandom(4).hex() if torchrun_id == "none" else torchrun_id[:8]
-    begun = sorted(Path(run.root).glob(f"*-{short}"))  # by a torchrun that has restarted its workers
-    return begun[-1] if begun else Path(run.root, f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{short}")
+    shared_id = id_of_restarts(os.environ)
+    end = f"{name}-{shared_id or os.urandom(3).hex()}"
+    begun = sorted(Path(run.root).glob(f"*_{glob.escape(end)}")) if shared_id else []
+    return begun[-1] if begun else Path(run.root, f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{end}")
+
+
+def id_of_restarts(environment: Mapping[str, str]) -> str:
+    """What stays the same when the run's workers are started again: SLURM's or torchrun's id; empty if nothing does.
+
+    SLURM's job keeps its number when it is queued again; in an interactive allocation (no SLURM_PROCID) it says nothing
+    about a run. A job's steps are runs of their own.
+    """
+    if "SLURM_PROCID" in environment and "SLURM_JOB_ID" in environment:
+        step = environment.get("SLURM_STEP_ID", "")
+        return f"slurm{environment['SLURM_JOB_ID']}" + (f".{step}" if step.isdigit() else "")
+    torchrun_id = environment.get("TORCHELASTIC_RUN_ID", "none")
+    if torchrun_id == "none":
+        return ""
+    is_random = re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", torchrun_id)  # --standalone makes a UUID
+    return torchrun_id[:8] if is_random else re.sub(r"[^\w.-]", "-", torchrun_id)
 
 
 def _make(folder: Path, *, may_hold_a_run: bool) -> str:

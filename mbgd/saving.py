@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from safetensors import SafetensorError
 
 from mbgd import checkpoint
-from mbgd.config import Best, Checkpoint
+from mbgd.config import Checkpoint, Direction
 from mbgd.errors import UsageError
 from mbgd.snapshot import Snapshot
 from mbgd.workers import Workers
@@ -89,7 +89,7 @@ class CheckpointFolder:
 
     @property
     def _highest(self) -> bool:
-        return self._settings.best_is is Best.highest
+        return self._settings.direction is Direction.maximize
 
     def _find_best(self) -> tuple[Path, float] | None:
         if self._settings.best is None:

@@ -139,7 +139,7 @@ def train(workers: mbgd.Workers, folder: Path, memory_every: int | None, blow: B
     keep = Checkpoint(every_steps=3, every_seconds=None, memory_every=memory_every)
     config = Config(steps=NUM_STEPS, checkpoint=keep)
     plain = dict.fromkeys(SAME_COURSE) | {"data": {}, "batch": {"size": 97, "last": "keep"}, "epochs": 1, "steps": 1}
-    run = open_run_folder(Run(dir=str(folder / "run")), workers, may_hold_a_run=True)
+    run = open_run_folder(Run(dir=str(folder / "run")), "", workers, may_hold_a_run=True)
     assert resume(trainer, run, config, plain)
     checkpoints = saving.create(keep, run.path, run.checkpoints_path, identity(plain), workers)
     tracker = None
@@ -202,7 +202,7 @@ def play(folder: Path, round_: Round) -> None:
 
 def history(folder: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "train/examples_per_second"} for line in lines]
+    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
 
 
 @cache

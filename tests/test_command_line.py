@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,10 +38,16 @@ def test_a_run_leaves_its_folder_and_says_where(tmp_path: Path, num_workers: int
     assert sorted(p.name for p in out.iterdir()) == [
         "checkpoints",
         "config.yaml",
+        "logs",
         "metrics.jsonl",
         "model.safetensors",
+        "report.html",
+        "run.json",
         "summary.json",
     ]
+    logs = [(out / f"logs/worker-{rank}.log").read_text() for rank in range(max(1, num_workers))]
+    assert "minibatch   64 = " in logs[0]
+    assert all(f"worker {rank} of {max(1, num_workers)}" in log for rank, log in enumerate(logs))
 
     summary = json.loads((out / "summary.json").read_text())
     assert summary["steps"] == 6 * 23
@@ -132,7 +139,15 @@ def test_a_loss_that_is_not_finite_keeps_the_runs_files(tmp_path: Path) -> None:
     done = train(tmp_path, "optimizer=sgd", "optimizer.lr=1e30", "epochs=1", "run.dir=out")
     assert done.returncode == 1
     assert "it was finite at step 1, so it went wrong in steps 2 to 23" in done.stderr
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.yaml", "metrics.jsonl"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "config.yaml",
+        "logs",
+        "metrics.jsonl",
+        "report.html",
+        "run.json",
+    ]
+    assert "it was finite at step 1" in (tmp_path / "out/logs/worker-0.log").read_text()
+    assert "failed: UsageError: the loss is" in (tmp_path / "out/report.html").read_text()
 
 
 OWN = """
@@ -154,6 +169,14 @@ def scalar(model, batch):
 
 MISTAKES = [
     (["batch.sise=3"], "Key 'sise' is not in struct"),
+    (["batch.micro_size=3"], "Did you mean batch.micro_batch_size or batch.size?"),
+    (["lr=0.1"], "Did you mean optimizer.lr?"),
+    (["modle=cnn"], "Did you mean model?"),
+    (["model=cnn", "model.chanels=[8]"], "Did you mean model.channels?"),
+    (["model=cnnn"], "Did you mean cnn?"),
+    (["hydra.launcher.nproc=2"], "Did you mean hydra.launcher.nproc_per_node"),
+    (["precision=fp31", "+batch.sise=3"], "Did you mean batch.size?"),
+    (["precision=fp31", "+batch.sise=3"], "Did you mean fp32 or fp16?"),
     (["+batch.sise=3", "batch.size=0", "seed=abc"], "Key 'sise' not in 'Batch'"),
     (["+batch.sise=3", "batch.size=0", "seed=abc"], "a minibatch has at least 1 example"),
     (["+batch.sise=3", "batch.size=0", "seed=abc"], "Value 'abc' of type 'str' could not be converted"),
@@ -201,6 +224,7 @@ def test_mistakes_are_explained_before_training(tmp_path: Path, overrides: list[
         (["objective=own", "objective._target_=own.scalar"], "reduction='none'"),
         (["data=tensors", "data.path=targets.npz", "model.num_outputs=3"], "lie outside the classes"),
         (["backend=nccl"], "Use backend=gloo"),
+        (["batch.micro_size=3"], "Did you mean batch.micro_batch_size"),
         (["--multirun", "batch.size=32,64"], "python train.py --multirun"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -213,3 +237,22 @@ def test_mistakes_end_every_worker(tmp_path: Path, overrides: list[str], message
     assert done.returncode != 0
     assert message in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_tab_completion_knows_groups_choices_and_keys(tmp_path: Path) -> None:
+    for line, expected in (
+        ("model=", "model=mlp"),
+        ("model=cnn model.ch", "model.channels."),
+        ("batch.s", "batch.size="),
+    ):
+        environment = os.environ | {"COMP_LINE": f"python train.py {line}"}
+        command = [sys.executable, str(ROOT / "train.py"), "-sc", "query=bash"]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+        assert expected in done.stdout.split()
+
+
+def test_help_completion_and_sweeps_do_not_wait_for_torch(tmp_path: Path) -> None:
+    command = [sys.executable, "-X", "importtime", str(ROOT / "train.py"), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert "model: cnn, linear, mlp, own" in done.stdout
+    assert not re.search(r"\| +(torch|matplotlib|rich|optuna)$", done.stderr, re.MULTILINE)

@@ -28,7 +28,7 @@ NEEDED = {
 }
 """What a group's member needs beside itself: values that only the user knows, or parts that fit."""
 
-MEMBERS = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.glob("**/*.yaml") if path.parent != CONF)
+MEMBERS = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.glob("*/*.yaml"))  # not Hydra's own
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -109,6 +109,8 @@ def test_rules_between_settings() -> None:
         (Settings(clip_norm=math.nan), "clip_norm=nan"),
         (Settings(evaluation=mbgd.Evaluation(every_steps=0)), "evaluation.every_steps=0"),
         (Settings(evaluation=mbgd.Evaluation(batch_size=0)), "evaluation.batch_size=0"),
+        (Settings(noise_scale=mbgd.NoiseScale(every_steps=0)), "noise_scale.every_steps=0"),
+        (Settings(noise_scale=mbgd.NoiseScale(smoothing=0)), "noise_scale.smoothing=0"),
     ):
         [problem] = problems(settings)
         assert word in problem

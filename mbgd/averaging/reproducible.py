@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mbgd.averaging.ddp import check_exchanged, later, wrap
 from mbgd.averaging.exchange import Exchange, start_alike
 from mbgd.averaging.memory import HostMemory
+from mbgd.averaging.norms import MicroBatchNorms
 from mbgd.averaging.tree import Counter, Node, fold, worker_nodes
 from mbgd.errors import UsageError
 from mbgd.objective import PerExample
@@ -44,6 +45,7 @@ class Reproducible:
         self._parameters_vary = find_unused_parameters
         self._parameters = [p for p in task.parameters() if p.requires_grad]
         self._ddp: DistributedDataParallel | None = None
+        self.norms: MicroBatchNorms | None = None
         if memory is not None:
             start_alike(task, workers)
         elif workers.num_workers > 1:
@@ -76,6 +78,8 @@ class Reproducible:
             with self._ddp.no_sync():
                 yield
         gradients = self._take_gradients()
+        if self.norms is not None:
+            self.norms.take(micro_batch.number, gradients)
         if micro_batch.counts:
             self._counter.push(micro_batch.number, gradients)
 
@@ -98,11 +102,14 @@ class Reproducible:
         buffer = bucket.buffer()
         if self._parameters_vary:
             buffer += 0.0
+        gradients: Gradients = dict(zip(bucket.parameters(), bucket.gradients(), strict=True))
+        if self.norms is not None:
+            self.norms.take(self._last.number, gradients)
         counter = Counter[Gradients](_add_into_right)
         counter.nodes = list(self._counter.nodes)
         if self._last.counts:
             # Folded into the bucket itself, which the gradients are views of.
-            counter.push(self._last.number, dict(zip(bucket.parameters(), bucket.gradients(), strict=True)))
+            counter.push(self._last.number, gradients)
         nodes: list[Tensor] = [_flat(gradients, bucket.parameters()) for _, gradients in counter.nodes[:-1]]
         if counter.nodes:
             nodes.append(buffer)

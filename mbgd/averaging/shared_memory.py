@@ -1,7 +1,7 @@
 """Averaging of CPU workers of one host, through memory that all of them read and write."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial, reduce
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mbgd.averaging.exchange import Exchange, start_alike
 from mbgd.averaging.memory import HostMemory
+from mbgd.averaging.norms import MicroBatchNorms
 from mbgd.objective import PerExample
 from mbgd.plan import MicroBatch
 from mbgd.task import Task
@@ -31,6 +32,7 @@ class SharedMemory:
 
     def __init__(self, task: Task, workers: Workers, memory: HostMemory) -> None:
         self._task, self._memory = task, memory
+        self.norms: MicroBatchNorms | None = None
         start_alike(task, workers)
         self._parameters = [p for p in task.parameters() if p.requires_grad]
         self._exchange = Exchange(self._parameters, 1, memory, rank=workers.rank)
@@ -43,7 +45,15 @@ class SharedMemory:
         return self._task.forward(batch, num_examples)
 
     def micro_batch(self, micro_batch: MicroBatch, *, is_last: bool) -> AbstractContextManager[object]:
-        return _NOTHING  # gradients add up until the end
+        # Gradients add up until the end.
+        return _NOTHING if self.norms is None else self._measured(self.norms, micro_batch.number)
+
+    @contextmanager
+    def _measured(self, norms: MicroBatchNorms, number: int) -> Iterator[None]:
+        before = {p: p.grad.clone() for p in self._parameters if p.grad is not None}
+        yield
+        gradients = {p: p.grad for p in self._parameters if p.grad is not None}
+        norms.take(number, {p: grad - before[p] if p in before else grad for p, grad in gradients.items()})
 
     def finish(self) -> None:
         self._exchange([[p.grad for p in self._parameters]], self._num_rows, in_order)

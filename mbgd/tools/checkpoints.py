@@ -6,7 +6,7 @@ from pathlib import Path
 from safetensors.torch import save
 
 from mbgd import checkpoint
-from mbgd.config import Best
+from mbgd.config import Direction
 from mbgd.errors import UsageError
 from mbgd.run_folder import RunFolder, write_atomically
 
@@ -43,7 +43,7 @@ def _best(folder: RunFolder) -> tuple[Path, str, float] | None:
     if settings.get("best") is None:
         return None
     found = checkpoint.best(
-        folder.checkpoints_path, settings["best"], highest=settings["best_is"] == Best.highest.value
+        folder.checkpoints_path, settings["best"], highest=settings["direction"] == Direction.maximize.value
     )
     return None if found is None else (found[0], settings["best"], found[1])
 

@@ -1,10 +1,30 @@
 """The interface of everything that is told how a run goes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
+
+from mbgd.errors import Preempted
 
 Metrics = Mapping[str, float | str]
 """Values by names such as train/loss; texts are fingerprints."""
+
+
+class Outcome(Enum):
+    finished = "finished"
+    failed = "failed"
+    preempted = "preempted"
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a run ended."""
+
+    outcome: Outcome
+    message: str = ""
+    """Why, where it is not finished."""
 
 
 class Tracker(Protocol):
@@ -16,8 +36,8 @@ class Tracker(Protocol):
     def log(self, step: int, metrics: Metrics) -> None:
         """Metrics by names such as train/loss, after so many optimizer steps."""
 
-    def close(self) -> None:
-        """Nothing more will come."""
+    def close(self, ending: Ending) -> None:
+        """Nothing more will come; this may take a while, but not for ever."""
 
 
 class NoTracker:
@@ -29,24 +49,49 @@ class NoTracker:
     def log(self, step: int, metrics: Metrics) -> None:
         pass
 
-    def close(self) -> None:
+    def close(self, ending: Ending) -> None:
         pass
 
 
 class Trackers:
-    """Tells several trackers."""
+    """Tells several trackers. One that fails is left out from then on, with a warning: training goes on."""
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
-        self._trackers = trackers
+        self._trackers = list(trackers)
 
     def progress(self, step: int) -> None:
-        for tracker in self._trackers:
-            tracker.progress(step)
+        self._tell(lambda tracker: tracker.progress(step))
 
     def log(self, step: int, metrics: Metrics) -> None:
-        for tracker in self._trackers:
-            tracker.log(step, metrics)
+        self._tell(lambda tracker: tracker.log(step, metrics))
 
-    def close(self) -> None:
-        for tracker in self._trackers:
-            tracker.close()
+    def close(self, ending: Ending) -> None:
+        self._tell(lambda tracker: tracker.close(ending))
+
+    def _tell(self, call: Callable[[Tracker], None]) -> None:
+        for tracker in tuple(self._trackers):
+            try:
+                call(tracker)
+            except Exception as error:
+                self._trackers.remove(tracker)
+                print(
+                    f"warning: {type(tracker).__name__} failed ({type(error).__name__}: {error}) and is left out from "
+                    "now on. Training goes on.",
+                    flush=True,
+                )
+
+
+@contextmanager
+def told_of_its_end(tracker: Tracker) -> Iterator[None]:
+    """Tell the tracker how what is inside has ended, whichever way it does."""
+    ending = Ending(Outcome.finished)
+    try:
+        yield
+    except Preempted as stopped:
+        ending = Ending(Outcome.preempted, str(stopped))
+        raise
+    except BaseException as error:
+        ending = Ending(Outcome.failed, f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        tracker.close(ending)

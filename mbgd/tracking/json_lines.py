@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from mbgd.tracking.base import Metrics
+from mbgd.tracking.base import Ending, Metrics
 
 
 class JsonLines:
@@ -19,5 +19,5 @@ class JsonLines:
         if metrics:
             self._file.write(json.dumps({"step": step, **metrics}) + "\n")
 
-    def close(self) -> None:
+    def close(self, ending: Ending) -> None:
         self._file.close()

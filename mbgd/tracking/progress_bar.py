@@ -5,42 +5,47 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mbgd.tracking.base import Metrics
-from mbgd.tracking.console import describe
+from mbgd.tracking.base import Ending, Metrics
+from mbgd.tracking.console import describe, is_evaluation
 
-SECONDS_BETWEEN_UPDATES = 0.1
+SECONDS_BETWEEN_UPDATES = 0.25
+BAR_WIDTH = 16
+"""With a million steps and a loss, the line still fits 80 columns."""
 
 
 class ProgressBar:
-    """A bar with the steps done, the time left and the newest training metrics; evaluations stay above it."""
+    """A bar with the steps done, the time left, the newest loss and speed; evaluations stay above it.
 
-    def __init__(self, num_steps: int) -> None:
+    Drawn by the training thread, a few times a second; a thread of its own would take the interpreter from it.
+    """
+
+    def __init__(self, num_steps: int, first_step: int = 0) -> None:
         self._num_steps = num_steps
         self._bar = Progress(
-            TextColumn("training"),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=BAR_WIDTH),
             MofNCompleteColumn(),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(compact=True),
             TextColumn("{task.fields[metrics]}"),
             console=Console(highlight=False),
             transient=True,
+            auto_refresh=False,
         )
-        self._task = self._bar.add_task("", total=num_steps, metrics="")
+        self._task = self._bar.add_task("", total=num_steps, completed=first_step, metrics="")
         self._bar.start()
         self._next_update = 0.0
 
     def progress(self, step: int) -> None:
         now = time.monotonic()
         if now >= self._next_update:
-            self._next_update = now + SECONDS_BETWEEN_UPDATES
-            self._bar.update(self._task, completed=step)
+            self._bar.update(self._task, completed=step, refresh=True)
+            self._next_update = time.monotonic() + SECONDS_BETWEEN_UPDATES
 
     def log(self, step: int, metrics: Metrics) -> None:
-        if any(name.startswith("eval/") for name in metrics):
-            self._bar.console.print(f"step {step}/{self._num_steps} · {describe(metrics)}")
+        if is_evaluation(metrics):
+            self._bar.console.print(f"step {step}/{self._num_steps} · {describe(metrics)}", markup=False)
         elif metrics:
-            shown = {k: v for k, v in metrics.items() if k in ("train/loss", "train/examples_per_second")}
+            shown = {k: v for k, v in metrics.items() if k == "train/loss" or k.endswith("/examples_per_second")}
             self._bar.update(self._task, completed=step, metrics=describe(shown))
 
-    def close(self) -> None:
+    def close(self, ending: Ending) -> None:
         self._bar.stop()

@@ -1,0 +1,1 @@
+"""Hydra's launcher for sweeps over runs of several workers. Found by Hydra because of the folder's name."""

@@ -1,0 +1,75 @@
+"""What stands around Hydra's `main()`: hints where names are mistyped, and the result at the end of a sweep."""
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mbgd import sweep
+from mbgd.errors import UsageError
+from mbgd.suggestions import did_you_mean
+
+
+def call(main: Callable[[], None], configuration: Path) -> None:
+    """Call what `@hydra.main` has made.
+
+    configuration: the file that it composes, from which valid names are taken.
+    """
+    try:
+        main()
+    except SystemExit as stop:
+        # Hydra has printed its error and ends the process; the error is what it was handling.
+        if found := hint(stop.__context__, configuration):
+            print(found, file=sys.stderr)
+        _show_sweep()
+        raise
+    _show_sweep()
+
+
+def _show_sweep() -> None:
+    for folder in sweep.to_show:
+        from mbgd.tools.sweep import show
+
+        try:
+            show(folder)
+        except UsageError as error:
+            sys.exit(f"error: {error}")
+
+
+def hint(error: BaseException | None, configuration: Path) -> str:
+    """The names that may have been meant where Hydra knows no such key or choice; otherwise nothing."""
+    from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+
+    if isinstance(error, MissingConfigException):
+        return did_you_mean(Path(error.missing_cfg_file or "").name, error.options or []).lstrip()
+    if isinstance(error, ConfigCompositionException) and (named := re.search("'([^']+)'", str(error))):
+        name = named[1]
+        return did_you_mean(name, (key for key in _keys(configuration, name) if key != name)).lstrip()
+    if isinstance(error, HydraException) and "does not support sweep type" in str(error):
+        return "A sweep over an interval needs a sweeper that searches: hydra/sweeper=optuna (docs/sweeps.md)."
+    return ""
+
+
+def _keys(configuration: Path, unknown: str) -> Iterator[str]:
+    """Every key and group of the configuration, with those choices of the command line that are valid."""
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+
+    choices = [one for one in sys.argv[1:] if re.fullmatch(r"\+?[\w/]+=[\w-]+", one)]
+    choices = [one for one in choices if one.lstrip("+").split("=")[0] != unknown]
+    with initialize_config_dir(str(configuration.parent), version_base="1.3"):
+        try:
+            composed = compose(configuration.stem, choices, return_hydra_config=True)
+        except HydraException:
+            composed = compose(configuration.stem, return_hydra_config=True)
+    keys = [*(str(group) for group in composed.hydra.runtime.choices), *_paths(OmegaConf.to_container(composed))]
+    yield from (key for key in keys if key.startswith("hydra") == unknown.startswith("hydra"))
+
+
+def _paths(node: Any, prefix: str = "") -> Iterator[str]:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield f"{prefix}{key}"
+            yield from _paths(value, f"{prefix}{key}.")

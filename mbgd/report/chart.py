@@ -1,0 +1,131 @@
+"""Line charts as SVG, by hand: a library for plots would take longer to import than all of them to draw."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from mbgd.report.history import Curve
+from mbgd.report.numbers import short, whole
+
+WIDTH, HEIGHT = 520, 230
+LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 26
+MOST_POINTS = 600
+"""Of one curve; beyond, only the least and the greatest value of each stretch are drawn."""
+LOG_FROM = 30.0
+"""Ratio of the greatest to the least value from which the axis is logarithmic."""
+
+
+@dataclass(frozen=True)
+class Series:
+    label: str
+    colour: int
+    dashed: bool
+    points: Curve
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """Maps values to pixels."""
+
+    low: float
+    high: float
+    first_pixel: float
+    last_pixel: float
+    is_log: bool = False
+
+    def __call__(self, value: float) -> float:
+        low, high, value = (self._scale(each) for each in (self.low, self.high, value))
+        return self.first_pixel + (value - low) / (high - low) * (self.last_pixel - self.first_pixel)
+
+    def _scale(self, value: float) -> float:
+        return math.log10(value) if self.is_log else value
+
+    def ticks(self, number: int) -> list[float]:
+        """About so many round values."""
+        if self.is_log:
+            exponents = range(math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9) + 1)
+            powers = [10.0**exponent for exponent in exponents][:: max(1, len(exponents) // number)]
+            if len(powers) > 1:
+                return powers
+            between = [factor * 10.0**power for power in range(-12, 13) for factor in (1, 2, 5)]
+            return [value for value in between if self.low <= value <= self.high]
+        rough = (self.high - self.low) / number
+        magnitude = 10.0 ** math.floor(math.log10(rough))
+        distance = next(factor * magnitude for factor in (1, 2, 2.5, 5, 10) if factor * magnitude >= rough * 0.999)
+        first, last = math.ceil(self.low / distance - 1e-9), math.floor(self.high / distance + 1e-9)
+        return [number * distance for number in range(first, last + 1)]
+
+
+def draw(
+    title: str, series: Sequence[Series], *, unit: str = "", may_be_log: bool = True
+) -> tuple[str, dict[str, Any]]:
+    """(SVG, what the page needs to show values under the pointer)."""
+    series = [Series(one.label, one.colour, one.dashed, thinned(one.points)) for one in series]
+    steps = [step for one in series for step, _ in one.points]
+    values = [value for one in series for _, value in one.points]
+    x, y = _x_axis(steps), _y_axis(values, may_be_log=may_be_log)
+    parts = [_grid(x, y, unit)]
+    for one in series:
+        path = "M" + "L".join(f"{x(step):.1f},{y(value):.1f}" for step, value in one.points)
+        style = f'class="curve{" dashed" if one.dashed else ""}" stroke="var(--c{one.colour})"'
+        parts.append(f'<path d="{path}" {style}/>')
+        if len(one.points) <= 40:
+            parts += [
+                f'<circle cx="{x(step):.1f}" cy="{y(value):.1f}" r="2.5" fill="var(--c{one.colour})"/>'
+                for step, value in one.points
+            ]
+    parts.append(f'<line class="pointer" x1="0" x2="0" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+    log = ' <span class="hint">log</span>' if y.is_log else ""
+    svg = (
+        f'<figure><figcaption>{escape(title)}{log}</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="{escape(title)}">{"".join(parts)}</svg></figure>'
+    )
+    data = {
+        "x": [x.low, x.high, x.first_pixel, x.last_pixel],
+        "width": WIDTH,
+        "series": [
+            {"label": one.label, "colour": one.colour, "points": [(s, short(v, unit)) for s, v in one.points]}
+            for one in series
+        ],
+    }
+    return svg, data
+
+
+def thinned(points: Curve) -> Curve:
+    """The least and the greatest value of each of so many stretches that the picture stays the same."""
+    if len(points) <= MOST_POINTS:
+        return points
+    num_stretches = MOST_POINTS // 2
+    kept: Curve = []
+    for number in range(num_stretches):
+        stretch = points[number * len(points) // num_stretches : (number + 1) * len(points) // num_stretches]
+        kept += sorted({min(stretch, key=lambda point: point[1]), max(stretch, key=lambda point: point[1])})
+    return kept
+
+
+def _x_axis(steps: Sequence[int]) -> _Axis:
+    low, high = min(steps), max(steps)
+    return _Axis(low, high if high > low else low + 1, LEFT, WIDTH - RIGHT)
+
+
+def _y_axis(values: Sequence[float], *, may_be_log: bool) -> _Axis:
+    low, high = min(values), max(values)
+    if may_be_log and low > 0 and high / low >= LOG_FROM:
+        return _Axis(low / 1.1, high * 1.1, HEIGHT - BOTTOM, TOP, is_log=True)
+    space = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
+    bottom = low - space
+    return _Axis(0.0 if low >= 0 > bottom else bottom, high + space, HEIGHT - BOTTOM, TOP)
+
+
+def _grid(x: _Axis, y: _Axis, unit: str) -> str:
+    parts = []
+    for value in y.ticks(5):
+        height = y(value)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{height:.1f}" y2="{height:.1f}"/>')
+        parts.append(f'<text class="y" x="{LEFT - 7}" y="{height + 4:.1f}">{escape(short(value, unit))}</text>')
+    for step in x.ticks(5):
+        if step == int(step):
+            parts.append(f'<text class="x" x="{x(step):.1f}" y="{HEIGHT - 8}">{escape(whole(step))}</text>')
+    return "".join(parts)

@@ -1,0 +1,28 @@
+"""Numbers as people read them."""
+
+BYTES = ("B", "KiB", "MiB", "GiB", "TiB")
+SECONDS = ("s", "ms", "µs", "ns")
+
+
+def short(value: float, unit: str = "") -> str:
+    """Three or four digits that count: 0.0123, 4.56e-07, 12,300, 1.5 GiB, 12 ms."""
+    if unit == "bytes":
+        power = 0
+        while abs(value) >= 1024 and power < len(BYTES) - 1:
+            value, power = value / 1024, power + 1
+        return f"{value:.4g} {BYTES[power]}"
+    if unit == "seconds":
+        power = 0
+        while value != 0 and abs(value) < 1 and power < len(SECONDS) - 1:
+            value, power = value * 1000, power + 1
+        return f"{value:.3g} {SECONDS[power]}"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}" if abs(value) < 1e9 else f"{value:.3g}"
+    return f"{value:.4g}"
+
+
+def whole(value: float) -> str:
+    """A step's number: 1,500 as it is, 20,000 as 20k."""
+    if abs(value) >= 10_000 and value % 100 == 0:
+        return f"{value / 1000:g}k" if abs(value) < 1_000_000 else f"{value / 1_000_000:g}M"
+    return f"{value:,.0f}"

@@ -1,0 +1,23 @@
+"""The nearest valid name: what somebody who mistyped a key or a value probably meant."""
+
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(name: str, valid: Iterable[str], most: int = 2) -> list[str]:
+    """Valid names that are spelled alike, best first; keys of sections may lack their section or the end."""
+    valid = list(dict.fromkeys(valid))
+    section, _, last = name.rpartition(".")
+    last_parts = {one: one.rpartition(".")[2] for one in valid}
+    same_last = [one for one in valid if last_parts[one] == last]
+    siblings = {last_parts[one]: one for one in valid if one.rpartition(".")[0] == section}
+    begun = [one for part, one in siblings.items() if len(last) > 2 and part.startswith(last)]
+    misspelled = [siblings[one] for one in difflib.get_close_matches(last, siblings, n=most, cutoff=0.65)]
+    elsewhere = difflib.get_close_matches(name, valid, n=most, cutoff=0.75)
+    return list(dict.fromkeys([*same_last, *misspelled, *begun, *elsewhere]))[:most]
+
+
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
+    """' Did you mean batch.micro_batch_size?', or nothing where no valid name is near."""
+    found = nearest(name, valid)
+    return f" Did you mean {' or '.join(found)}?" if found else ""

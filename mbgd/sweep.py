@@ -1,0 +1,142 @@
+"""A sweep on disk: a folder for each job, which is the job's run folder with a record of the job in it."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mbgd.config import Direction
+from mbgd.errors import UsageError
+from mbgd.suggestions import did_you_mean
+
+RECORD = "job.json"
+LOG = "job.log"
+
+to_show: list[Path] = []
+"""Folders of the sweeps that this process has run, whose results are to be shown at its end."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the launcher knows of a job."""
+
+    number: int
+    swept: dict[str, str]
+    """The values that this job was given by the sweep, by key."""
+    overrides: list[str]
+    exit_code: int | None = None
+    """None: it has not ended, or was stopped."""
+
+    def write(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / (RECORD + ".tmp")
+        temporary.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        temporary.replace(folder / RECORD)
+
+    @staticmethod
+    def read(folder: Path) -> "Record | None":
+        """The record of the job that was started there; None if none was."""
+        try:
+            return Record(**json.loads((folder / RECORD).read_text()))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"{folder / RECORD} is not the record of a job ({error}).") from error
+
+
+@dataclass(frozen=True)
+class Job:
+    """What became of a job, read from its folder."""
+
+    folder: Path
+    record: Record
+    config: Mapping[str, Any]
+    """Empty if it ended before its configuration was settled."""
+    summary: Mapping[str, Any]
+    """Empty unless the run is complete."""
+    history: list[Mapping[str, Any]] = field(repr=False)
+    """The lines of metrics.jsonl."""
+
+    @property
+    def state(self) -> str:
+        if self.record.exit_code:
+            return f"failed ({self.record.exit_code})"
+        return "complete" if self.summary else "not ended"
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The last value of each, of a complete run."""
+        return dict(self.summary.get("metrics", {}))
+
+    def steps_to(self, metric: str, target: float, direction: Direction) -> int | None:
+        """Optimizer steps until the metric was first logged at the target or better; None if it never was."""
+        sign = 1 if direction is Direction.minimize else -1
+        reached: Iterator[int] = (
+            line["step"] for line in self.history if sign * line.get(metric, math.nan) <= sign * target
+        )
+        return next(reached, None)
+
+    def examples_after(self, steps: int) -> int:
+        """Examples seen after so many of this run's steps."""
+        last = next(line for line in reversed(self.history) if "train/epoch" in line)
+        per_epoch: int = round(self.summary["examples_seen"] / last["train/epoch"])
+        size: int = self.config["batch"]["size"]
+        epochs, more_steps = divmod(steps, math.ceil(per_epoch / size))
+        return epochs * per_epoch + more_steps * size
+
+
+def read_job(folder: Path) -> Job | None:
+    """The job that was started in this folder; None if none was."""
+    record = Record.read(folder)
+    if record is None:
+        return None
+    return Job(
+        folder=folder,
+        record=record,
+        config=yaml.safe_load(_text(folder / "config.yaml")) or {},
+        summary=json.loads(_text(folder / "summary.json") or "{}"),
+        history=list(_lines(_text(folder / "metrics.jsonl"))),
+    )
+
+
+def read_jobs(sweep: Path) -> list[Job]:
+    """The jobs of a sweep, by number; UsageError where there are none."""
+    found = [read_job(path.parent) for path in sweep.glob(f"**/{RECORD}")]
+    jobs = sorted((job for job in found if job is not None), key=lambda job: job.record.number)
+    if not jobs:
+        raise UsageError(f"{sweep} holds no jobs of a sweep. Name the folder that `python train.py -m …` printed.")
+    return jobs
+
+
+def metric_value(folder: Path, metric: str) -> float:
+    """The metric of the job in this folder; UsageError where it has none, naming those that it has."""
+    job = read_job(folder)
+    if job is None or not job.summary:
+        raise UsageError("ended without a summary")
+    if metric not in job.metrics:
+        raise UsageError(unknown_metric(metric, job.metrics))
+    return job.metrics[metric]
+
+
+def unknown_metric(metric: str, metrics: Mapping[str, float]) -> str:
+    """What is wrong with a metric that is not among those of a run."""
+    names = ", ".join(sorted(metrics)) or "none"
+    return f"sweep.metric={metric}, but the metrics are {names}.{did_you_mean(metric, metrics)}"
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        return ""
+
+
+def _lines(text: str) -> Iterator[Mapping[str, Any]]:
+    for line in text.splitlines():
+        with suppress(ValueError):  # cut off by a crash
+            yield json.loads(line)

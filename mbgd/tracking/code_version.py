@@ -1,0 +1,19 @@
+"""Which code a run was made with, as far as git knows."""
+
+import subprocess
+from pathlib import Path
+
+SECONDS = 2.0
+
+
+def code_version(script: str) -> dict[str, str | bool]:
+    """The commit of the repository that holds the script, and whether tracked files differ from it; {} without git."""
+    folder = Path(script).resolve().parent
+    command = ["git", "-C", str(folder), "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    lines = done.stdout.splitlines()
+    commits = [line.removeprefix("# branch.oid ") for line in lines if line.startswith("# branch.oid ")]
+    return {"commit": commits[0] if commits else "", "dirty": any(not line.startswith("#") for line in lines)}

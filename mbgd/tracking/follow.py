@@ -1,0 +1,92 @@
+"""The process behind a `Follower`: `python -m mbgd.tracking.follow SINK FOLDER START`.
+
+It sends the lines of the run's `metrics.jsonl` as they come, until it reads from standard input how the run ended. If
+standard input closes without a word, the training process is dead. What it prints is shown by the training process.
+"""
+
+import fcntl
+import json
+import os
+import select
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from mbgd.tracking.base import Ending, Metrics, Outcome
+
+SINKS = {"wandb": "mbgd.tracking.wandb_sink", "tensorboard": "mbgd.tracking.tensorboard_sink"}
+"""Modules with a function `open_sink(folder, start)`."""
+
+SECONDS_BETWEEN_LOOKS = 0.5
+NICENESS = 10
+
+
+class Sink(Protocol):
+    """Takes a run's whole history, line by line."""
+
+    def log(self, step: int, metrics: Metrics) -> None: ...
+
+    def flush(self) -> None:
+        """There are no more lines for now."""
+
+    def close(self, ending: Ending) -> None: ...
+
+
+def main(name: str, folder: Path, start: int) -> None:
+    """start: 1, and more where earlier processes of this run have failed."""
+    with suppress(OSError):
+        os.nice(NICENESS)  # training goes first
+    lock = (folder / name / "lock").open("w")
+    with suppress(OSError):
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the process of a training that was killed may still be sending
+    sink: Sink = import_module(SINKS[name]).open_sink(folder, start)
+    with (folder / "metrics.jsonl").open("rb") as file:
+        ending = None
+        while ending is None:
+            ending = _ending(SECONDS_BETWEEN_LOOKS)
+            for line in _whole_lines(file):
+                sink.log(int(line.pop("step")), line)
+            sink.flush()
+    sink.close(ending)
+
+
+def say(message: str) -> None:
+    """Have the training process print a message, if it is still there."""
+    with suppress(OSError):
+        print(message, flush=True)
+
+
+def _ending(seconds: float) -> Ending | None:
+    """How the run ended, if that comes within so many seconds."""
+    readable, _, _ = select.select([sys.stdin], [], [], seconds)
+    if not readable:
+        return None
+    order = sys.stdin.readline()
+    if not order:
+        return Ending(Outcome.failed, "the training process died")
+    told = json.loads(order)
+    return Ending(Outcome(told["outcome"]), told["message"])
+
+
+def _whole_lines(file: BinaryIO) -> Iterator[dict[str, float | str]]:
+    """The lines that have been written since the last call."""
+    while True:
+        position = file.tell()
+        line = file.readline()
+        if not line.endswith(b"\n"):
+            file.seek(position)  # the rest of it is still to come
+            return
+        yield json.loads(line)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)  # without a library's own endings, which may wait: everything is written

@@ -1,0 +1,86 @@
+"""Tracking from a process of its own, which reads what it sends from the run's folder.
+
+The file `metrics.jsonl` is the queue: it has room for any delay, and nothing in it is lost. So a slow disk, a silent
+server, a library's import or crash costs training nothing: no thread of theirs runs beside it, and no call of theirs is
+waited for. The process is in a session of its own; it outlives a training process that is killed, and says so.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from mbgd.tracking.base import Ending, Metrics
+
+MOST_STARTS = 3
+SECONDS_FOR_ANOTHER_START = 10.0
+
+
+class Follower:
+    """Starts `mbgd.tracking.follow`, shows what it says, and starts it again where it has died, twice at most."""
+
+    def __init__(self, sink: str, folder: Path, *, finish_seconds: float, quiet: bool = False) -> None:
+        """sink: one of follow.py's; finish_seconds: how long the end of training waits for it; quiet: only warn."""
+        self._sink, self._folder, self._finish_seconds, self._quiet = sink, folder, finish_seconds, quiet
+        self._num_starts = 0
+        (folder / sink).mkdir(exist_ok=True)
+        self._start()
+
+    def progress(self, step: int) -> None:
+        pass
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        self._show_messages()
+        if self._num_starts < MOST_STARTS and self._process.poll() is not None:
+            self._start()
+
+    def close(self, ending: Ending) -> None:
+        deadline = time.monotonic() + self._finish_seconds
+        while not self._ends_well(ending, deadline):
+            if self._num_starts == MOST_STARTS:
+                print(
+                    f"warning: {self._sink} failed; the metrics are whole in {self._folder}/metrics.jsonl, and the "
+                    f"reason is in {self._folder}/{self._sink}/output.log.",
+                    flush=True,
+                )
+                return
+            self._start()
+            deadline = time.monotonic() + SECONDS_FOR_ANOTHER_START
+
+    def _start(self) -> None:
+        self._num_starts += 1
+        path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
+        with (self._folder / self._sink / "output.log").open("ab") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "mbgd.tracking.follow", self._sink, str(self._folder), str(self._num_starts)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=output,
+                env=os.environ | {"PYTHONPATH": path},
+                start_new_session=True,  # Ctrl-C is for training alone, which then tells how it ended
+            )
+        assert self._process.stdout is not None
+        os.set_blocking(self._process.stdout.fileno(), False)
+
+    def _ends_well(self, ending: Ending, deadline: float) -> bool:
+        """Tell the process of the end and wait for it until the deadline."""
+        assert self._process.stdin is not None
+        order = json.dumps({"outcome": ending.outcome.value, "message": ending.message})
+        try:
+            with self._process.stdin as orders:
+                orders.write(order.encode() + b"\n")
+            self._process.wait(max(0.0, deadline - time.monotonic()))
+        except OSError:
+            pass  # it has died, which its exit code says
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+        self._show_messages()
+        return self._process.wait() == 0
+
+    def _show_messages(self) -> None:
+        assert self._process.stdout is not None
+        said = self._process.stdout.read()  # None: nothing new
+        for line in [] if self._quiet else (said or b"").decode(errors="replace").splitlines():
+            print(f"{self._sink:<11} {line}", flush=True)

@@ -1,0 +1,38 @@
+"""Events for TensorBoard, in a process of its own: see follower.py.
+
+torch.utils.tensorboard writes with the same parts; it takes seconds to import, and one event for each value.
+"""
+
+import time
+from pathlib import Path
+
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from mbgd.tracking.base import Ending, Metrics
+
+
+class TensorboardSink:
+    """The whole history from the first line on; what earlier processes of the run have written no longer counts."""
+
+    def __init__(self, folder: Path) -> None:
+        self._writer = EventFileWriter(str(folder / "tensorboard"))
+        started_over = SessionLog(status=SessionLog.START)
+        self._writer.add_event(Event(wall_time=time.time(), step=0, session_log=started_over))
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        values = [
+            Summary.Value(tag=name, simple_value=value) for name, value in metrics.items() if not isinstance(value, str)
+        ]
+        self._writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self, ending: Ending) -> None:
+        self._writer.close()
+
+
+def open_sink(folder: Path, start: int) -> TensorboardSink:
+    return TensorboardSink(folder)

@@ -1,0 +1,291 @@
+"""Sweeps as a user runs them: real jobs on real workers, what is left of them, and what ends them."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from hydra_plugins.mbgd_torchrun import processes
+from hydra_plugins.mbgd_torchrun.launcher import Job, end_of, hand_out_gpus, num_cores, quoted, refuse_another_sweeps
+from hydra_plugins.mbgd_torchrun.processes import Command, marked, run_all
+from mbgd.config import Direction
+from mbgd.errors import UsageError
+from mbgd.sweep import Record, read_jobs
+from mbgd.tools.sweep import read_result, show
+from mbgd.tools.sweep_plot import is_geometric
+
+ROOT = Path(__file__).parent.parent
+PNG = b"\x89PNG\r\n"
+
+
+def start(folder: Path, *overrides: str, gpus: str = "") -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / "train.py"), "-m", *overrides]
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    environment |= {"CUDA_VISIBLE_DEVICES": gpus}
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str]:
+    """A sweep of two jobs on two workers and one that fails: its folder, exit code and output."""
+    folder = tmp_path_factory.mktemp("sweep")
+    process = start(
+        folder,
+        "hydra.launcher.nproc_per_node=2",
+        "hydra.launcher.max_parallel=2",
+        "+hydra.job.env_set.TORCH_CPP_LOG_LEVEL=INFO",
+        "batch.size=32,64,2000",
+        "batch.last=drop",  # so that the third has no whole minibatch
+        "steps=30",
+        "evaluation.every_steps=10",
+        "sweep.target=1.9",
+    )
+    output, _ = process.communicate(timeout=300)
+    [made] = (folder / "runs/sweeps").iterdir()
+    return made, process.returncode, output
+
+
+def test_a_failed_job_is_reported_and_the_rest_go_on(sweep: tuple[Path, int, str]) -> None:
+    folder, exit_code, output = sweep
+    assert exit_code == 1
+    assert "3 jobs of 2 workers, 2 at once" in output
+    assert "job 2 · batch.size=2000 · failed with exit code 1" in output
+    assert "    error on worker 0: batch.last=drop with batch.size=2000 leaves none" in output
+    first, second, failed = read_jobs(folder)
+    assert [job.state for job in (first, second, failed)] == ["complete", "complete", "failed (1)"]
+    assert [job.folder.name for job in (first, second, failed)] == ["0", "1", "2"]
+    for job, size in ((first, 32), (second, 64)):
+        assert f"batch.size={size} · eval/loss {job.metrics['eval/loss']:.4g}" in output
+        assert job.config["batch"]["size"] == size
+        assert job.summary["num_workers"] == 2
+        assert job.summary["conditions"]["threads_per_worker"] == max(1, num_cores() // 4)
+        assert re.search(r"^\[I\d+ .*socket\.cpp", (job.folder / "job.log").read_text(), re.MULTILINE)  # env_set
+    assert all((job.folder / f"logs/worker-{rank}.log").exists() for job in (first, second) for rank in (0, 1))
+
+
+def test_the_result_is_ranked_and_remade_from_the_folders_alone(
+    sweep: tuple[Path, int, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _, output = sweep
+    written = (folder / "sweep.csv").read_text()
+    (folder / "sweep.csv").unlink()
+    (folder / "sweep.png").unlink()
+    show(folder)
+    assert (folder / "sweep.png").read_bytes().startswith(PNG)
+    table = capsys.readouterr().out
+    assert table.split("┏")[1].split("└")[0] in output
+
+    rows = list(csv.DictReader((folder / "sweep.csv").read_text().splitlines()))
+    before = list(csv.DictReader(written.splitlines()))
+    assert [{**row, "folder": ""} for row in rows] == [{**row, "folder": ""} for row in before]
+    by_loss = sorted(rows[:2], key=lambda row: float(row["eval/loss"]))
+    assert rows == [*by_loss, rows[2]]
+    assert rows[2]["job"] == "2"
+    assert rows[2]["eval/loss"] == ""
+    for row in rows[:2]:
+        history = [json.loads(line) for line in (folder / row["job"] / "metrics.jsonl").read_text().splitlines()]
+        reached = [line["step"] for line in history if line.get("eval/loss", 99) <= 1.9]
+        assert row["steps_to_target"] == str(min(reached))
+        assert row["examples_to_target"] == str(min(reached) * int(row["batch.size"]))  # less than an epoch
+
+    best = read_result(folder, "eval/accuracy", "maximize", None).jobs[0]
+    assert best.metrics["eval/accuracy"] == max(float(row["eval/accuracy"]) for row in rows[:2])
+
+
+def test_a_metric_that_no_job_has_is_refused_with_those_there_are(sweep: tuple[Path, int, str]) -> None:
+    with pytest.raises(UsageError, match=r"eval/loss.*Did you mean eval/accuracy"):
+        read_result(sweep[0], "eval/acuracy", None, None)
+
+
+def test_examples_are_counted_with_short_last_minibatches(sweep: tuple[Path, int, str]) -> None:
+    job = read_jobs(sweep[0])[0]
+    # 1437 examples in minibatches of 32: drop makes 44 of an epoch.
+    assert [job.examples_after(steps) for steps in (0, 1, 43, 44, 45)] == [0, 32, 43 * 32, 1408, 1440]
+    assert job.steps_to("eval/loss", -1.0, Direction.minimize) is None
+
+
+def test_ctrl_c_ends_every_process(tmp_path: Path) -> None:
+    process = start(
+        tmp_path,
+        "hydra.launcher.nproc_per_node=2",
+        "hydra.sweep.dir=made",
+        "seed=0,1",
+        "steps=1000000",
+        "backend=gloo",
+        gpus="6,7,8",
+    )
+    metrics = tmp_path / "made/0/metrics.jsonl"
+    deadline = time.monotonic() + 180
+    while not metrics.exists() or not metrics.stat().st_size:
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.1)
+    ours = [pid for pid in marked() if f"{process.pid}." in variable(pid, processes.MARK)]
+    assert len(ours) >= 3  # torchrun and its workers
+    assert {variable(pid, "CUDA_VISIBLE_DEVICES") for pid in ours} == {"6,7"}
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopped by SIGINT" in output
+    assert "hydra.sweep.dir=made goes on" in output
+    assert not [pid for pid in marked() if f"{process.pid}." in variable(pid, processes.MARK)]
+    assert [job.state for job in read_jobs(tmp_path / "made")] == ["not ended"]
+    assert list((tmp_path / "made/0/checkpoints").glob("step-*"))  # it has saved its state
+
+
+def variable(pid: int, name: str) -> str:
+    """What an environment variable of another process is."""
+    try:
+        entries = Path(f"/proc/{pid}/environ").read_text().split("\0")
+    except OSError:
+        return ""
+    return next((entry.partition("=")[2] for entry in entries if entry.startswith(f"{name}=")), "")
+
+
+def test_an_optimising_sweeper_is_told_what_each_job_came_to(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="the extra 'optuna' is not installed")
+    process = start(
+        tmp_path,
+        "hydra/sweeper=optuna",
+        "hydra.sweeper.n_trials=3",
+        "hydra.sweeper.n_jobs=1",
+        "hydra.sweeper.sampler.seed=1",
+        "hydra.sweep.dir=made",
+        "optimizer.lr=tag(log,interval(0.001,0.1))",
+        "steps=5",
+    )
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    jobs = read_jobs(tmp_path / "made")
+    assert len({job.record.swept["optimizer.lr"] for job in jobs}) == 3
+    best = min(jobs, key=lambda job: job.metrics["eval/loss"])
+    found = (tmp_path / "made/optimization_results.yaml").read_text()
+    assert f"best_value: {best.metrics['eval/loss']}" in found
+    assert f"optimizer.lr: {best.record.swept['optimizer.lr']}" in found
+    assert (tmp_path / "made/sweep.png").read_bytes().startswith(PNG)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["batch.sizes=32,64"], "Did you mean batch.size"),
+        (["optimizer.lr=interval(0,1)"], "hydra/sweeper=optuna"),
+        (["run.dir=a,b"], "Set hydra.sweep.dir"),
+        (["hydra.launcher.max_parallel=0", "seed=0,1"], "must be a whole number ≥ 1"),
+        (["hydra.sweep.dir=taken", "seed=0,1"], "taken/0 holds a run that no sweep has started"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_mistakes_are_told_before_any_job_starts(tmp_path: Path, overrides: list[str], message: str) -> None:
+    (tmp_path / "taken/0").mkdir(parents=True)
+    (tmp_path / "taken/0/config.yaml").touch()
+    process = start(tmp_path, *overrides)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert message in output
+    assert not list(tmp_path.glob("**/job.log"))
+
+
+def test_a_folder_of_another_sweeps_job_is_refused(tmp_path: Path) -> None:
+    Record(0, {"seed": "1"}, ["seed=1"]).write(tmp_path)
+    refuse_another_sweeps(Job(Record(0, {"seed": "1"}, ["seed=1"]), None, tmp_path))  # type: ignore[arg-type]
+    with pytest.raises(SystemExit, match="holds the job seed=1, not seed=2"):
+        refuse_another_sweeps(Job(Record(0, {"seed": "2"}, ["seed=2"]), None, tmp_path))  # type: ignore[arg-type]
+
+
+def shell(folder: Path, script: str) -> Command:
+    return Command(["sh", "-c", script], folder / "log", dict(os.environ))
+
+
+def test_jobs_run_so_many_at_once_each_in_a_slot_of_its_own(tmp_path: Path) -> None:
+    busy: set[int] = set()
+    slot_of: dict[int, int] = {}
+    exit_codes: dict[int, int] = {}
+
+    def begin(index: int, slot: int) -> Command:
+        assert slot not in busy
+        busy.add(slot)
+        slot_of[index] = slot
+        return shell(tmp_path, f"sleep 0.{index % 3}; exit {index}")
+
+    def end(index: int, exit_code: int, seconds: float) -> None:
+        busy.remove(slot_of[index])
+        exit_codes[index] = exit_code
+
+    assert run_all(6, begin, end, max_parallel=2, timeout_seconds=None) is None
+    assert exit_codes == {index: index for index in range(6)}
+    assert set(slot_of.values()) == {0, 1}
+
+
+def test_a_job_that_takes_too_long_is_ended_with_all_its_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "SECONDS_TO_STOP", 0.3)
+    # Neither listens to SIGTERM, and the inner one is in a session of its own, as torchrun's workers are.
+    script = "trap '' TERM; setsid sh -c \"trap '' TERM; touch ready; while :; do sleep 0.1; done\" & wait"
+    ended = []
+    run_all(
+        1,
+        lambda index, slot: shell(tmp_path, f"cd {tmp_path}; {script}"),
+        lambda index, exit_code, seconds: ended.append(exit_code),
+        max_parallel=1,
+        timeout_seconds=1.5,
+    )
+    assert ended == [processes.TIMED_OUT]
+    assert (tmp_path / "ready").exists()
+    assert not [pid for pid in marked() if f"{os.getpid()}." in variable(pid, processes.MARK)]
+
+
+def test_sigterm_ends_the_jobs_and_the_handlers_are_put_back(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    stopped = run_all(
+        3, lambda index, slot: shell(tmp_path, "exec sleep 60"), lambda *_: None, max_parallel=2, timeout_seconds=None
+    )
+    assert stopped is signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert not [pid for pid in marked() if f"{os.getpid()}." in variable(pid, processes.MARK)]
+
+
+def test_gpus_are_handed_out_without_overlap() -> None:
+    assert hand_out_gpus(["0", "1", "2", "3", "4"], 2, 2) == ["0,1", "2,3"]
+    assert hand_out_gpus(["GPU-a", "GPU-b"], 1, 2) == ["GPU-a", "GPU-b"]
+    assert hand_out_gpus([], 2, 3) == [None, None, None]
+    assert hand_out_gpus(["0"], 2, 2) == [None, None]  # not one for each worker: they train on the CPU
+    with pytest.raises(SystemExit, match="max_parallel=3 jobs of 2 workers need 6 GPUs; there are 4"):
+        hand_out_gpus(["0", "1", "2", "3"], 2, 3)
+
+
+def test_the_end_of_a_log_leaves_out_what_torchrun_says(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text(
+        "ValueError: why\nE1123 15:41:00.5 57 torch/distributed/elastic/multiprocessing/api.py:1] failed\nx\n"
+    )
+    assert end_of(log) == "    ValueError: why"
+
+
+def test_values_spread_by_factors_get_a_logarithmic_axis() -> None:
+    assert is_geometric([32, 64, 128])
+    assert is_geometric([0.001, 0.0013, 0.02, 0.09])
+    assert is_geometric([0.1, 0.3])
+    assert not is_geometric([1, 2, 3, 4, 5])
+    assert not is_geometric([0, 1, 10])
+    assert not is_geometric([7])
+
+
+def test_a_folder_with_quotes_and_commas_is_taken_literally() -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    for name in ("it's, [odd] = {x}", "back\\slash", "ends with \\"):
+        [override] = OverridesParser.create().parse_overrides([f"run.dir={quoted(name)}"])
+        assert override.value() == name
