@@ -6,7 +6,7 @@ One process is a group of size 1: the same calls work and cost nothing.
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -69,6 +69,21 @@ class Workers:
             dist.all_gather_object(values, value)
             return values
         return [value]
+
+    def collect(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Every worker's tensors, on the host and of any shapes, by rank on the main worker; nothing on the others."""
+        kinds = self.gather([(tensor.shape, tensor.dtype) for tensor in tensors])
+        if not self.is_main:
+            for tensor in tensors:
+                dist.send(tensor.to(self.device).contiguous(), dst=0)
+            return []
+        collected = list(tensors)
+        for rank, of_worker in enumerate(kinds[1:], start=1):
+            for shape, dtype in of_worker:
+                received = torch.empty(shape, dtype=dtype, device=self.device)
+                dist.recv(received, src=rank)
+                collected.append(received.cpu())
+        return collected
 
     def barrier(self) -> None:
         if self.num_workers > 1:
