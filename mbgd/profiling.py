@@ -54,7 +54,7 @@ class TraceOfSteps:
                 trace = profile(activities=self._activities)
                 trace.start()
             with part(f"step {step}"):
-                with part("data"):
+                with part("data_wait"):
                     shard = next(rest, None)
                 if shard is None:
                     return
