@@ -267,8 +267,8 @@ def problems(settings: Settings) -> list[str]:
         found += _tracking_problems(settings.tracking)
         if settings.profile is not None and not profiled_steps(settings.profile):
             found.append(
-                f"profile={settings.profile}; it must name the first and the last of some optimizer steps, counted from "
-                "1, such as steps:10-20, or be null."
+                f"profile={settings.profile}; it must name the first and the last of some optimizer steps, counted "
+                "from 1, such as steps:10-20, or be null."
             )
     return found
 

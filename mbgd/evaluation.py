@@ -1,4 +1,4 @@
-"""Exact weighted means, and metrics of the whole set, over exactly the evaluation examples, on any number of workers."""
+"""Exact weighted means, and metrics of the whole set, over exactly the evaluation examples, by any workers."""
 
 from collections.abc import Iterator
 from typing import Any

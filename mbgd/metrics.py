@@ -63,8 +63,8 @@ def check(metrics: Mapping[str, Metric], terms: PerExample, *, has_evaluation: b
     """UsageError where a name is taken, or a metric cannot take what the objective gave for some examples."""
     if not has_evaluation:
         raise UsageError(
-            f"evaluation.metrics={', '.join(metrics)}, but there is no evaluation dataset. Give data.evaluation, or leave "
-            "them out."
+            f"evaluation.metrics={', '.join(metrics)}, but there is no evaluation dataset. Give data.evaluation, or "
+            "leave them out."
         )
     outputs, targets = (values.cpu() for values in terms.counted_predictions())
     for name, metric in metrics.items():

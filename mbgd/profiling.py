@@ -38,10 +38,10 @@ class NoProfiler:
 
 
 class TraceOfSteps:
-    """Writes a trace of the given steps, counted from 1, of those that still are to come."""
+    """Writes a trace of those of the given steps, counted from 1, that still are to come."""
 
-    def __init__(self, path: Path, steps: range, device: torch.device) -> None:
-        self._path, self._steps = path, steps
+    def __init__(self, path: Path, steps: range, device: torch.device, *, quiet: bool) -> None:
+        self._path, self._steps, self._quiet = path, steps, quiet
         self._activities = [ProfilerActivity.CPU]
         if device.type == "cuda":
             self._activities.append(ProfilerActivity.CUDA)
@@ -67,15 +67,19 @@ class TraceOfSteps:
         try:
             self._path.parent.mkdir(exist_ok=True)
             trace.export_chrome_trace(str(self._path))
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # torch's own writer gives the latter
             print(f"warning: the trace {self._path} could not be written: {error}. Training goes on.", flush=True)
+        else:
+            if not self._quiet:
+                print(f"profile     {self._path}, for ui.perfetto.dev", flush=True)
 
 
-def create(asked: str | None, run: Path, num_steps: int, workers: Workers) -> Profiler:
-    """The profiler of this worker, whose trace goes into the run's folder."""
+def create(asked: str | None, run: Path, num_steps: int, workers: Workers, *, quiet: bool) -> Profiler:
+    """The profiler of this worker, whose trace goes into the run's folder; quiet: it does not say where."""
     if asked is None:
         return NoProfiler()
     steps = profiled_steps(asked)
     if steps[-1] > num_steps:
         raise UsageError(f"profile={asked}, but the run has {num_steps} steps; name steps from 1 to {num_steps}.")
-    return TraceOfSteps(run / "profile" / f"worker-{workers.rank}.json.gz", steps, workers.device)
+    path = run / "profile" / f"worker-{workers.rank}.json.gz"
+    return TraceOfSteps(path, steps, workers.device, quiet=quiet or not workers.is_main)

@@ -39,7 +39,8 @@ def run(composed: Any, choices: Mapping[str, Any]) -> None:
             if workers.is_main:
                 print(f"{folder.path} holds this run already, complete; give another run.dir for a new one.")
             return
-        profiler = profiling.create(config.profile, folder.path, trainer.num_steps, workers)
+        quiet = config.tracking.quiet
+        profiler = profiling.create(config.profile, folder.path, trainer.num_steps, workers, quiet=quiet)
         tracker: Tracker = NoTracker()
         checkpoints = saving.create(config.checkpoint, folder.path, folder.checkpoints_path, identity(plain), workers)
         if workers.is_main:
@@ -49,7 +50,7 @@ def run(composed: Any, choices: Mapping[str, Any]) -> None:
             result = trainer.fit(tracker, checkpoints, StopOnSignal(workers), profiler)
             if workers.is_main:
                 folder.write_results(result, trainer)
-        if workers.is_main and not config.tracking.quiet:
+        if workers.is_main and not quiet:
             print(console.describe_end(result, folder.path))
 
 

@@ -335,7 +335,7 @@ class Trainer:
         return [f"eval/{name}" for name in names]
 
     def evaluate(self) -> dict[str, float]:
-        """Means and other metrics over the evaluation examples by names such as eval/loss; empty without an evaluation dataset."""
+        """Metrics of the evaluation examples by names such as eval/loss; empty without an evaluation dataset."""
         if self._evaluation is None:
             return {}
         return {f"eval/{name}": value for name, value in self._evaluation().items()}
