@@ -86,7 +86,7 @@ def _keep_alone(metric: Metric) -> None:
     """Keep torchmetrics from adding up over workers by itself: the others would not answer."""
     for part in metric.modules() if isinstance(metric, nn.Module) else ():
         if hasattr(part, "distributed_available_fn"):
-            part.distributed_available_fn = _never
+            part.distributed_available_fn = _never  # type: ignore[assignment]
 
 
 def _never() -> bool:

@@ -20,7 +20,7 @@ _NOTHING: AbstractContextManager[object] = nullcontext()
 
 def part(name: str) -> AbstractContextManager[object]:
     """Names what is done inside, in the trace of whichever torch profiler runs; otherwise it is nothing."""
-    return record_function(name) if torch.autograd._profiler_enabled() else _NOTHING
+    return record_function(name) if torch._C._autograd._profiler_enabled() else _NOTHING
 
 
 class Profiler(Protocol):
