@@ -65,7 +65,7 @@ class TraceOfSteps:
 
     def _write(self, trace: profile) -> None:
         try:
-            self._path.parent.mkdir(exist_ok=True)
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             trace.export_chrome_trace(str(self._path))
         except (OSError, RuntimeError) as error:  # torch's own writer gives the latter
             print(f"warning: the trace {self._path} could not be written: {error}. Training goes on.", flush=True)
