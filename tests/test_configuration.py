@@ -20,6 +20,8 @@ FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 NEEDED = {
     "model/own": ["model._target_=mbgd.models.Linear", "+model.input_shape=null", "+model.num_outputs=null"],
     "model/cnn": ["model=cnn"],
+    "model/gpt": ["data=text", "data.path=own.txt", "data.context=8"],
+    "data/text": ["data.path=own.txt", "data.context=8", "model=gpt", "model.num_layers=1"],
     "data/own": ["data.train._target_=mbgd.data.digits", "+data.train.split=train"],
     "data/tensors": ["data.path=own.npz", "model=linear"],
     "data/regression": ["objective=mse"],
@@ -45,7 +47,9 @@ def test_every_member_of_every_group_trains_a_step(
     if member == "data/fashion_mnist" and not FASHION_MNIST.is_dir():
         pytest.skip("Debian's package dataset-fashion-mnist is not installed")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     np.savez("own.npz", inputs=np.zeros((9, 3)), targets=np.arange(9) % 2)
+    Path("own.txt").write_text("to be or not to be " * 20)
     group, name = member.split("/")
     needed = [one for one in NEEDED.get(member, []) if one != f"{group}={name}"]
     config = typed(composed(f"{group}={name}", "steps=1", *needed))

@@ -5,5 +5,7 @@ from mbgd.data.fashion_mnist import fashion_mnist
 from mbgd.data.in_memory import InMemory
 from mbgd.data.regression import Regression
 from mbgd.data.tensors import tensors
+from mbgd.data.text import text
+from mbgd.data.windows import TokenWindows
 
-__all__ = ["InMemory", "Regression", "digits", "fashion_mnist", "tensors"]
+__all__ = ["InMemory", "Regression", "TokenWindows", "digits", "fashion_mnist", "tensors", "text"]
