@@ -22,6 +22,7 @@ NEEDED = {
     "model/cnn": ["model=cnn"],
     "model/gpt": ["data=text", "data.path=own.txt", "data.context=8"],
     "data/text": ["data.path=own.txt", "data.context=8", "model=gpt", "model.num_layers=1"],
+    "data/tokens": ["data.folder=.", "data.vocabulary=50", "data.context=8", "model=gpt", "model.num_layers=1"],
     "data/own": ["data.train._target_=mbgd.data.digits", "+data.train.split=train"],
     "data/tensors": ["data.path=own.npz", "model=linear"],
     "data/regression": ["objective=mse"],
@@ -49,6 +50,8 @@ def test_every_member_of_every_group_trains_a_step(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     np.savez("own.npz", inputs=np.zeros((9, 3)), targets=np.arange(9) % 2)
+    for split in ("train", "val"):
+        np.arange(50, dtype=np.uint16).tofile(f"{split}.bin")
     Path("own.txt").write_text("to be or not to be " * 20)
     group, name = member.split("/")
     needed = [one for one in NEEDED.get(member, []) if one != f"{group}={name}"]

@@ -6,6 +6,7 @@ from mbgd.data.in_memory import InMemory
 from mbgd.data.regression import Regression
 from mbgd.data.tensors import tensors
 from mbgd.data.text import text
+from mbgd.data.tokens import tokens
 from mbgd.data.windows import TokenWindows
 
-__all__ = ["InMemory", "Regression", "TokenWindows", "digits", "fashion_mnist", "tensors", "text"]
+__all__ = ["InMemory", "Regression", "TokenWindows", "digits", "fashion_mnist", "tensors", "text", "tokens"]
