@@ -9,6 +9,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
+from PIL import Image
 
 import mbgd
 from mbgd.build import build_trainer, typed
@@ -23,6 +24,7 @@ NEEDED = {
     "model/gpt": ["data=text", "data.path=own.txt", "data.context=8"],
     "data/text": ["data.path=own.txt", "data.context=8", "model=gpt", "model.num_layers=1"],
     "data/tokens": ["data.folder=.", "data.vocabulary=50", "data.context=8", "model=gpt", "model.num_layers=1"],
+    "data/image_folder": ["data.folder=images"],
     "data/own": ["data.train._target_=mbgd.data.digits", "+data.train.split=train"],
     "data/tensors": ["data.path=own.npz", "model=linear"],
     "data/regression": ["objective=mse"],
@@ -51,6 +53,9 @@ def test_every_member_of_every_group_trains_a_step(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     np.savez("own.npz", inputs=np.zeros((9, 3)), targets=np.arange(9) % 2)
     for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            Path("images", split, name).mkdir(parents=True)
+            Image.new("RGB", (40, 30)).save(Path("images", split, name, "1.png"))
         np.arange(50, dtype=np.uint16).tofile(f"{split}.bin")
     Path("own.txt").write_text("to be or not to be " * 20)
     group, name = member.split("/")

@@ -2,6 +2,7 @@
 
 from mbgd.data.digits import digits
 from mbgd.data.fashion_mnist import fashion_mnist
+from mbgd.data.image_folder import ImageFolder
 from mbgd.data.in_memory import InMemory
 from mbgd.data.regression import Regression
 from mbgd.data.tensors import tensors
@@ -9,4 +10,14 @@ from mbgd.data.text import text
 from mbgd.data.tokens import tokens
 from mbgd.data.windows import TokenWindows
 
-__all__ = ["InMemory", "Regression", "TokenWindows", "digits", "fashion_mnist", "tensors", "text", "tokens"]
+__all__ = [
+    "ImageFolder",
+    "InMemory",
+    "Regression",
+    "TokenWindows",
+    "digits",
+    "fashion_mnist",
+    "tensors",
+    "text",
+    "tokens",
+]
