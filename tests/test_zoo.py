@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import mbgd
 from mbgd.config import AveragingName
-from mbgd.data import ImageFolder, TokenWindows, text, tokens
+from mbgd.data import ImageFolder, TokenWindows, huggingface, text, tokens
 from mbgd.fingerprint import weights_sha256
 from mbgd.loader import Loader, augmentation_keys
 from mbgd.models import GPT
@@ -338,6 +338,74 @@ def test_folders_of_images_that_cannot_be_used(
 def empty(folder: Path) -> None:
     shutil.rmtree(folder)
     folder.mkdir()
+
+
+# huggingface
+
+
+ROWS = {
+    "a": [0.1, 2.0, 3.0, 4.0],
+    "b": [1, 2, 3, 4],
+    "pixels": [[[i, 1], [2, 3]] for i in range(4)],
+    "label": [0, 1, 2, 0],
+}
+
+
+@pytest.fixture
+def datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    module = pytest.importorskip("datasets", reason="the package datasets is not installed")
+    monkeypatch.setattr(module.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return module
+
+
+@pytest.mark.parametrize("kind", ["folder", "folder with splits", "parquet", "json", "csv"])
+def test_columns_of_what_datasets_reads(datasets: Any, tmp_path: Path, kind: str) -> None:
+    rows = {name: values for name, values in ROWS.items() if kind != "csv" or name != "pixels"}
+    table = datasets.Dataset.from_dict(rows)
+    path = tmp_path / "own"
+    if kind == "folder":
+        table.shuffle(seed=1).sort("b").save_to_disk(path)
+    elif kind == "folder with splits":
+        datasets.DatasetDict(train=table.select([0]), test=table).save_to_disk(path)
+    else:
+        path = path.with_suffix(f".{kind}")
+        getattr(table, f"to_{kind}")(path)
+    data = huggingface(str(path), "test", ["a", "b"], "label")
+    assert data is not None
+    inputs, targets = data.gather(torch.tensor([2, 0, 2]))
+    assert (inputs.dtype, targets.dtype, len(data), data.num_outputs) == (torch.float64, torch.int64, 4, 3)
+    assert (inputs.tolist(), targets.tolist()) == ([[3.0, 3.0], [0.1, 1.0], [3.0, 3.0]], [2, 0, 2])
+    assert torch.equal(data[2][0], inputs[0])
+    if kind != "csv":
+        images = huggingface(str(path), "test", "pixels", "a")
+        assert images is not None
+        assert (images.input_shape, images.num_outputs, images.targets.dtype) == ((2, 2), 1, torch.float64)
+        assert images[3][0].tolist() == [[3, 1], [2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        (ROWS, {"targets": "labels"}, r"no column 'labels'; it has a, b, pixels, label"),
+        (ROWS, {"inputs": ["a", "pixels"]}, r"'pixels' holds lists"),
+        (ROWS | {"a": ["x"] * 4}, {}, r"column 'a' is of type .*string; .*data=text"),
+        (ROWS | {"a": [[1], [1, 2], [], [3]]}, {}, r"lists of 0 to 2 values"),
+        (ROWS | {"a": [1.0, None, 2.0, 3.0]}, {}, r"1 missing values"),
+        (ROWS, {"path": "none.csv"}, r"none.csv: there is no such file.*not downloaded"),
+        (ROWS, {"path": "own.txt"}, r"must end in .parquet"),
+        (ROWS, {"path": "broken.parquet"}, r"broken.parquet cannot be read"),
+        (ROWS, {"path": "."}, r"cannot be read"),
+    ],
+)
+def test_columns_that_cannot_be_used(
+    datasets: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: Any, options: dict[str, Any], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    datasets.Dataset.from_dict(rows).to_parquet("own.parquet")
+    Path("broken.parquet").write_bytes(b"PAR1abc")
+    Path("own.txt").touch()
+    with pytest.raises(mbgd.UsageError, match=message):
+        huggingface(**{"path": "own.parquet", "split": "train", "inputs": "a", "targets": "label", **options})
 
 
 # gpt

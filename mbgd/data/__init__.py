@@ -2,6 +2,7 @@
 
 from mbgd.data.digits import digits
 from mbgd.data.fashion_mnist import fashion_mnist
+from mbgd.data.huggingface import HuggingFace, huggingface
 from mbgd.data.image_folder import ImageFolder
 from mbgd.data.in_memory import InMemory
 from mbgd.data.regression import Regression
@@ -11,12 +12,14 @@ from mbgd.data.tokens import tokens
 from mbgd.data.windows import TokenWindows
 
 __all__ = [
+    "HuggingFace",
     "ImageFolder",
     "InMemory",
     "Regression",
     "TokenWindows",
     "digits",
     "fashion_mnist",
+    "huggingface",
     "tensors",
     "text",
     "tokens",
