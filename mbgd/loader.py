@@ -103,6 +103,7 @@ class Loader:
             device=self._device,
             dtype=self._dtype,
             own_copies=self._own_copies,
+            augment=self._augments,
         )
         for batch in batches:
             step, minibatch, micro_batches = planned.popleft()
@@ -158,9 +159,13 @@ def read(
     device: torch.device,
     dtype: torch.dtype,
     own_copies: bool = True,
+    augment: bool = False,
 ) -> Iterator[Any]:
-    """The batch of each array of example indices, on the device; a view of a larger one unless `own_copies`."""
-    if hasattr(dataset, "gather"):
+    """The batch of each array of example indices, on the device; a view of a larger one unless `own_copies`.
+
+    augment: the arrays hold keys too, and examples come from `augmented`, even where the dataset has `gather`.
+    """
+    if hasattr(dataset, "gather") and not augment:
         for block in _blocks(indices, 0 if own_copies else BLOCK_EXAMPLES):
             gathered = dataset.gather(torch.from_numpy(np.concatenate(block)))
             gathered = move(gathered, device, dtype)
@@ -168,7 +173,7 @@ def read(
             yield from zip(*(tensor.split(sizes) for tensor in gathered), strict=True)
     else:
         loader: DataLoader[Any] = DataLoader(
-            _Fetched(dataset),
+            _Fetched(dataset, augment),
             batch_sampler=(part.tolist() for part in indices),
             num_workers=num_workers,
             collate_fn=_collate,
@@ -183,13 +188,13 @@ def read(
 class _Fetched(Dataset[Any]):
     """A dataset as loader processes see it: a mistake of the user's comes back as it is, not as a traceback in text."""
 
-    def __init__(self, dataset: Any) -> None:
-        self._dataset = dataset
+    def __init__(self, dataset: Any, augment: bool) -> None:
+        self._dataset, self._augment = dataset, augment
 
     def __getitems__(self, wanted: list[Any]) -> Any:
         dataset = self._dataset
         try:
-            if isinstance(wanted[0], list):
+            if self._augment:
                 return [dataset.augmented(index, key) for index, key in wanted]
             if hasattr(dataset, "__getitems__"):
                 return dataset.__getitems__(wanted)

@@ -1,9 +1,6 @@
 """The gpt and the data that need more than a table in memory: exact, and the same on any number of workers."""
 
-import hashlib
 import os
-import shutil
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 import mbgd
 from mbgd.config import AveragingName
-from mbgd.data import ImageFolder, TokenWindows, huggingface, text, tokens
+from mbgd.data import TokenWindows, text, tokens
 from mbgd.fingerprint import weights_sha256
-from mbgd.loader import Loader, augmentation_keys
 from mbgd.models import GPT
 from mbgd.order import Order
-from mbgd.plan import Plan
 
 import reference
 from processes import run_workers
@@ -197,215 +191,6 @@ def test_a_wrong_token_is_found_wherever_it_lies(tmp_path: Path, monkeypatch: py
     ids.tofile(tmp_path / "train.bin")
     with pytest.raises(mbgd.UsageError, match="token 51 at position 83"):
         tokens(str(tmp_path / "train.bin"), 8, 50)
-
-
-# image_folder
-
-
-CROP, IMAGE_SIZE = 2, 8
-
-
-@pytest.fixture
-def images(tmp_path: Path) -> Path:
-    random = np.random.default_rng(0)
-    for split, name, count in (("train", "cat", 11), ("train", "dog", 14), ("val", "dog", 3)):
-        folder = tmp_path / "images" / split / name
-        folder.mkdir(parents=True)
-        for number in range(count):
-            Image.fromarray(random.integers(0, 256, (9, 8 + number, 3), np.uint8)).save(folder / f"{number}.png")
-    return tmp_path / "images"
-
-
-def image_folder(folder: Path, split: str = "train", **options: Any) -> ImageFolder:
-    return ImageFolder(str(folder), split, **{"size": IMAGE_SIZE, **options})
-
-
-def test_images_are_decoded_and_classes_numbered_alike_in_every_split(images: Path) -> None:
-    train, val = image_folder(images), image_folder(images, "val", mean=0.0, std=1.0)
-    assert (len(train), len(val), train.input_shape, train.num_outputs, val.num_outputs) == (25, 3, (3, 8, 8), 2, 2)
-    assert train.targets.tolist() == [0] * 11 + [1] * 14
-    assert val.targets.tolist() == [1] * 3
-    with Image.open(images / "val/dog/0.png") as image:
-        wanted = np.asarray(ImageOps.fit(image, (8, 8))).transpose(2, 0, 1) / 255
-    assert torch.allclose(val[0][0], torch.from_numpy(wanted).float())
-    assert image_folder(images, channels=1)[0][0].shape == (1, 8, 8)
-
-
-def test_augmentation_is_a_crop_and_a_flip_that_follow_from_the_key(images: Path) -> None:
-    plain = image_folder(images)
-    assert torch.equal(plain.augmented(3, 7)[0], plain[3][0])
-    data = image_folder(images, crop_padding=CROP, flip=True, mean=0.0)
-    whole = F.pad(data[3][0], (CROP,) * 4)
-    crops = [whole[:, top : top + 8, left : left + 8] for top in range(5) for left in range(5)]
-    wanted = {crop.numpy().tobytes() for image in crops for crop in (image, image.flip(2).contiguous())}
-    got = [data.augmented(3, key)[0].contiguous().numpy().tobytes() for key in range(600)]
-    assert set(got) == wanted
-    assert len(wanted) == 50
-    assert max(got.count(one) for one in wanted) < 35  # 12 are expected
-
-
-def read_images(workers: mbgd.Workers, folder: Path, num_processes: int) -> list[Any]:
-    """Of every example of two epochs: epoch, position, target, and the hash of its pixels."""
-    data = mbgd.Data(train=image_folder(folder, crop_padding=CROP, flip=True), num_workers=num_processes)
-    plan = Plan(num_examples=25, minibatch_size=10, num_workers=workers.num_workers, micro_batch_size=3)
-    loader = Loader(data, plan, 3, workers, dtype=torch.float32, own_copies=True)
-    seen = []
-    for shard in loader.shards(0, 2 * plan.steps_per_epoch):
-        for micro_batch, (pixels, targets) in shard.micro_batches:
-            for row in range(micro_batch.size if micro_batch.counts else 0):
-                digest = hashlib.sha256(pixels[row].contiguous().numpy().tobytes()).hexdigest()
-                seen.append((shard.minibatch.epoch, micro_batch.start + row, int(targets[row]), digest))
-    return seen
-
-
-def read_images_twice(workers: mbgd.Workers, folder: Path) -> list[list[Any]]:
-    return [read_images(workers, folder, num_processes) for num_processes in (0, 2)]
-
-
-def test_order_and_pixels_are_the_same_on_any_number_of_workers_and_loader_processes(images: Path) -> None:
-    wanted = read_images(mbgd.Workers(), images, 0)
-    assert [row[:2] for row in wanted] == [(epoch, position) for epoch in (0, 1) for position in range(25)]
-    assert len({digest for *_, digest in wanted}) > 45
-    for num_workers in (1, 3):
-        of_workers = run_workers(read_images_twice, num_workers, images)
-        for got in zip(*of_workers, strict=True):
-            assert sorted(row for of_worker in got for row in of_worker) == wanted
-    data = image_folder(images, crop_padding=CROP, flip=True)
-    order = Order(25, 3).indices(1, 0, 25)
-    for (*_, target, digest), index, key in zip(wanted[25:], order, augmentation_keys(3, 1, order), strict=True):
-        pixels, label = data.augmented(int(index), int(key))
-        assert (target, digest) == (label, hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest())
-
-
-@pytest.mark.parametrize("num_processes", [0, 2])
-def test_a_broken_image_is_named_or_has_weight_0(images: Path, num_processes: int) -> None:
-    broken = images / "val/dog/1.png"
-    broken.write_bytes(broken.read_bytes()[:60])
-    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 2)).double()
-
-    def evaluate(on_error: str) -> dict[str, float]:
-        val = image_folder(images, "val", on_error=on_error)
-        data = mbgd.Data(train=image_folder(images), evaluation=val, num_workers=num_processes)
-        settings = mbgd.Settings(steps=0, precision=mbgd.Precision.fp64)
-        objective = mbgd.CrossEntropy(ignore_index=PADDING)
-        return mbgd.Trainer(model, objective, torch.optim.SGD(model.parameters()), data, settings).fit().metrics
-
-    with pytest.raises(mbgd.UsageError, match=r"data.on_error=skip") as caught:
-        evaluate("raise")
-    assert str(caught.value).startswith(f"{broken} is not an image that can be read")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        got = evaluate("skip")
-    val = image_folder(images, "val")
-    whole = torch.stack([val[0][0], val[2][0]]).double()
-    with torch.no_grad():
-        wanted = float(F.cross_entropy(model(whole), torch.tensor([1, 1])))
-    assert got["eval/loss"] == pytest.approx(wanted, rel=1e-12)
-
-
-def test_a_skipped_image_is_reported(images: Path) -> None:
-    (images / "train/cat/3.png").write_bytes(b"GIF89a")
-    data = image_folder(images, on_error="skip", crop_padding=CROP)
-    index = sorted(str(number) for number in range(11)).index("3")
-    with pytest.warns(UserWarning, match=r"left out: .*cat/3.png"):
-        pixels, target = data.augmented(index, 1)
-    assert (pixels.shape, target) == ((3, 8, 8), PADDING)
-
-
-@pytest.mark.parametrize(
-    ("damage", "options", "message"),
-    [
-        (lambda folder: folder.rename(folder.parent / "other"), {}, r"train: there is no such folder"),
-        (lambda folder: shutil.rmtree(folder / "val"), {"split": "val"}, r"data.evaluation=null"),
-        (lambda folder: empty(folder / "train/cat"), {}, r"train/cat holds no image"),
-        (lambda folder: empty(folder / "val/dog"), {"split": "val"}, r"val holds no image"),
-        (lambda folder: [shutil.rmtree(path) for path in (folder / "train").iterdir()], {}, r"train is empty"),
-        (lambda folder: (folder / "val/bird").mkdir(), {"split": "val"}, r"class bird, which the training"),
-        (lambda folder: None, {"channels": 4}, r"data.channels=4"),
-        (lambda folder: None, {"on_error": "ignore"}, r"data.on_error=ignore"),
-        (lambda folder: None, {"size": 0}, r"data.size=0"),
-        (lambda folder: None, {"crop_padding": -1}, r"data.crop_padding=-1"),
-    ],
-)
-def test_folders_of_images_that_cannot_be_used(
-    images: Path, damage: Callable[[Path], Any], options: dict[str, Any], message: str
-) -> None:
-    damage(images)
-    with pytest.raises(mbgd.UsageError, match=message):
-        image_folder(images, **options)
-
-
-def empty(folder: Path) -> None:
-    shutil.rmtree(folder)
-    folder.mkdir()
-
-
-# huggingface
-
-
-ROWS = {
-    "a": [0.1, 2.0, 3.0, 4.0],
-    "b": [1, 2, 3, 4],
-    "pixels": [[[i, 1], [2, 3]] for i in range(4)],
-    "label": [0, 1, 2, 0],
-}
-
-
-@pytest.fixture
-def datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    module = pytest.importorskip("datasets", reason="the package datasets is not installed")
-    monkeypatch.setattr(module.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    return module
-
-
-@pytest.mark.parametrize("kind", ["folder", "folder with splits", "parquet", "json", "csv"])
-def test_columns_of_what_datasets_reads(datasets: Any, tmp_path: Path, kind: str) -> None:
-    rows = {name: values for name, values in ROWS.items() if kind != "csv" or name != "pixels"}
-    table = datasets.Dataset.from_dict(rows)
-    path = tmp_path / "own"
-    if kind == "folder":
-        table.shuffle(seed=1).sort("b").save_to_disk(path)
-    elif kind == "folder with splits":
-        datasets.DatasetDict(train=table.select([0]), test=table).save_to_disk(path)
-    else:
-        path = path.with_suffix(f".{kind}")
-        getattr(table, f"to_{kind}")(path)
-    data = huggingface(str(path), "test", ["a", "b"], "label")
-    assert data is not None
-    inputs, targets = data.gather(torch.tensor([2, 0, 2]))
-    assert (inputs.dtype, targets.dtype, len(data), data.num_outputs) == (torch.float64, torch.int64, 4, 3)
-    assert (inputs.tolist(), targets.tolist()) == ([[3.0, 3.0], [0.1, 1.0], [3.0, 3.0]], [2, 0, 2])
-    assert torch.equal(data[2][0], inputs[0])
-    if kind != "csv":
-        images = huggingface(str(path), "test", "pixels", "a")
-        assert images is not None
-        assert (images.input_shape, images.num_outputs, images.targets.dtype) == ((2, 2), 1, torch.float64)
-        assert images[3][0].tolist() == [[3, 1], [2, 3]]
-
-
-@pytest.mark.parametrize(
-    ("rows", "options", "message"),
-    [
-        (ROWS, {"targets": "labels"}, r"no column 'labels'; it has a, b, pixels, label"),
-        (ROWS, {"inputs": ["a", "pixels"]}, r"'pixels' holds lists"),
-        (ROWS | {"a": ["x"] * 4}, {}, r"column 'a' is of type .*string; .*data=text"),
-        (ROWS | {"a": [[1], [1, 2], [], [3]]}, {}, r"lists of 0 to 2 values"),
-        (ROWS | {"a": [1.0, None, 2.0, 3.0]}, {}, r"1 missing values"),
-        (ROWS, {"path": "none.csv"}, r"none.csv: there is no such file.*not downloaded"),
-        (ROWS, {"path": "own.txt"}, r"must end in .parquet"),
-        (ROWS, {"path": "broken.parquet"}, r"broken.parquet cannot be read"),
-        (ROWS, {"path": "."}, r"cannot be read"),
-    ],
-)
-def test_columns_that_cannot_be_used(
-    datasets: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: Any, options: dict[str, Any], message: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    datasets.Dataset.from_dict(rows).to_parquet("own.parquet")
-    Path("broken.parquet").write_bytes(b"PAR1abc")
-    Path("own.txt").touch()
-    with pytest.raises(mbgd.UsageError, match=message):
-        huggingface(**{"path": "own.parquet", "split": "train", "inputs": "a", "targets": "label", **options})
 
 
 # gpt

@@ -1,8 +1,10 @@
-"""Columns of numbers from what Hugging Face's `datasets` reads: a folder it saved, or parquet, csv and json files."""
+"""Columns of numbers or images from what Hugging Face's `datasets` reads: a folder it saved, parquet, csv, json."""
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mbgd.data.images import Images
 from mbgd.errors import UsageError
 
 READERS = {".parquet": "from_parquet", ".csv": "from_csv", ".json": "from_json", ".jsonl": "from_json"}
@@ -26,12 +29,10 @@ class HuggingFace:
     def __init__(self, dataset: Any, inputs: str | Sequence[str], targets: str, *, name: str = "the dataset") -> None:
         """dataset: a `datasets.Dataset`; name: what errors call it."""
         inputs = [inputs] if isinstance(inputs, str) else list(inputs)
-        if missing := [column for column in (*inputs, targets) if column not in dataset.column_names]:
-            raise UsageError(f"{name} has no column {missing[0]!r}; it has {', '.join(dataset.column_names)}.")
         if len(dataset) == 0:
             raise UsageError(f"{name} has no rows; there must be at least 1.")
         for column in (*inputs, targets):
-            _check(dataset.data.column(column), f"{name}: column {column!r}")
+            _check(_column(dataset, column, name), f"{name}: column {column!r}")
         self._inputs, self._rows = inputs, dataset.select_columns(inputs).with_format("arrow")
         first = self._rows[[0]]
         if len(inputs) > 1 and (lists := [column for column in inputs if _array(first.column(column)).ndim > 1]):
@@ -69,16 +70,64 @@ class HuggingFace:
 
 
 def huggingface(path: str | None, split: str, inputs: str | Sequence[str], targets: str) -> HuggingFace | None:
-    """The dataset at `path`: a folder made by `save_to_disk`, or a .parquet, .csv, .json or .jsonl file.
+    """Columns of numbers of the dataset at `path`; None where the path is.
 
-    split: which one, where the folder holds several. None where the path is. Nothing is fetched from a network;
-    `datasets` keeps what it makes of files in a cache of its own. UsageError where `datasets` is not installed or the
-    path or its columns cannot be used.
+    path: a folder made by `save_to_disk`, or a .parquet, .csv, .json or .jsonl file. split: which one, where the folder
+    holds several. Nothing is fetched from a network; `datasets` keeps what it makes of files in a cache of its own.
+    UsageError where `datasets` is not installed or the path or its columns cannot be used.
+    """
+    return None if path is None else HuggingFace(_open(path, split), inputs, targets, name=path)
+
+
+def huggingface_images(path: str | None, split: str, inputs: str, targets: str, **options: Any) -> Images | None:
+    """A column of images, as `datasets` or other tools store their files' bytes, and one of class numbers.
+
+    The rest is as for `huggingface`. For further arguments see `Images`.
     """
     if path is None:
         return None
+    dataset = _open(path, split)
+    rows = HuggingFace(dataset, targets, targets, name=path)
+    if rows.targets.is_floating_point() or rows.targets.dim() > 1:
+        raise UsageError(f"{path}: column {targets!r} must hold a class number in each row.")
+    images = _column(dataset, inputs, path)
+    if not _holds_files(images.type):
+        raise UsageError(
+            f"{path}: column {inputs!r} is of type {images.type}; it must hold images: files' bytes, or the type Image "
+            "of `datasets`. Columns of numbers are read by data=huggingface."
+        )
+    source = partial(_image, dataset.select_columns([inputs]).with_format("arrow"), path)
+    return Images(source, rows.targets, rows.num_outputs, **options)
+
+
+def _image(rows: Any, path: str, index: int) -> tuple[str, str | BytesIO]:
+    """The name of a row's image, and its file."""
+    value = rows[[index]].column(0)[0].as_py()
+    if isinstance(value, dict):
+        value = value["bytes"] or value["path"]
+    return f"{path}: row {index}", BytesIO(value) if isinstance(value, bytes) else value
+
+
+def _holds_files(kind: Any) -> bool:
+    import pyarrow as pa
+
+    if pa.types.is_struct(kind):
+        return {"bytes", "path"} <= {field.name for field in kind}
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _column(dataset: Any, name: str, path: str) -> Any:
+    if name not in dataset.column_names:
+        raise UsageError(f"{path} has no column {name!r}; it has {', '.join(dataset.column_names)}.")
+    return dataset.data.column(name)
+
+
+def _open(path: str, split: str) -> Any:
+    """The `datasets.Dataset` at a path."""
     if find_spec("datasets") is None:
-        raise UsageError("data=huggingface needs the package datasets, which is not installed: pip install datasets")
+        raise UsageError(
+            "data=huggingface needs the package datasets, not installed here: pip install 'mbgd[huggingface]'"
+        )
     import datasets  # takes seconds
 
     place = Path(path).expanduser()
@@ -101,7 +150,7 @@ def huggingface(path: str | None, split: str, inputs: str | Sequence[str], targe
         if split not in dataset:
             raise UsageError(f"{path} has no split {split!r}; it has {', '.join(dataset)}.")
         dataset = dataset[split]
-    return HuggingFace(dataset, inputs, targets, name=path)
+    return dataset
 
 
 def _check(column: Any, name: str) -> None:
@@ -128,7 +177,7 @@ def _check(column: Any, name: str) -> None:
     if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
         raise UsageError(
             f"{name} is of type {kind}; it must hold numbers, or lists of numbers. Texts are read by data=text, images "
-            "by data=image_folder; datasets' `map` turns them into numbers."
+            "by data=huggingface_images; datasets' `map` turns them into numbers."
         )
 
 
