@@ -1,27 +1,137 @@
-"""Training speed: examples per second, without the time of evaluations."""
+"""How long training takes and what it spends its time on, measured without waiting for the device."""
 
+import resource
+import sys
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
+from typing import Protocol, TypeVar
 
-from mbgd.plan import Plan
+import torch
+
+T = TypeVar("T")
+
+PARTS = ("data_wait", "forward_backward", "averaging", "optimizer")
+"""Of a step; what else happens between two steps is none of them."""
+REST = "rest"
+
+MOST_EVENTS = 1024
+"""So many launches a GPU's queue holds: of events further back, the device is done."""
+
+
+class Stopwatch(Protocol):
+    """Adds up what passes between one lap and the next."""
+
+    def lap(self, part: str) -> None:
+        """What was done since the last lap was this part."""
+
+    def seconds(self) -> dict[str, float]:
+        """Of each part, since this was last asked; waits for the device."""
+
+
+class HostStopwatch:
+    """For work that the host does itself."""
+
+    def __init__(self) -> None:
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._last = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        now = time.perf_counter()
+        self._seconds[part] += now - self._last
+        self._last = now
+
+    def seconds(self) -> dict[str, float]:
+        seconds, self._seconds = self._seconds, defaultdict(float)
+        return seconds
+
+
+class StreamStopwatch:
+    """For work that the host queues on a CUDA stream, timed by events in the stream itself.
+
+    A part's time is the stream's: where the host runs ahead, waiting for data or for other workers counts only as far
+    as the device has nothing else to do.
+    """
+
+    def __init__(self) -> None:
+        self._laps: list[tuple[str, torch.cuda.Event]] = []
+        self._free: list[torch.cuda.Event] = []
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self.lap(REST)
+
+    def lap(self, part: str) -> None:
+        event = self._free.pop() if self._free else torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        self._laps.append((part, event))
+        if len(self._laps) > 2 * MOST_EVENTS:
+            self._add_up(MOST_EVENTS)
+
+    def seconds(self) -> dict[str, float]:
+        self._add_up(len(self._laps))
+        seconds, self._seconds = self._seconds, defaultdict(float)
+        return seconds
+
+    def _add_up(self, num_laps: int) -> None:
+        """Take the oldest laps into the sums, but for the last of them, where the next one begins."""
+        laps = self._laps[:num_laps]
+        laps[-1][1].synchronize()
+        for (_, begin), (part, end) in pairwise(laps):
+            self._seconds[part] += begin.elapsed_time(end) / 1000
+        self._free += [event for _, event in laps[:-1]]
+        del self._laps[: num_laps - 1]
 
 
 class Clock:
-    """Runs from step `first_step` on, and stands still while paused."""
+    """Measures training: speed, without the time of evaluations, and how each step's time is spent."""
 
-    def __init__(self, plan: Plan, first_step: int) -> None:
-        self._plan = plan
-        self._examples_before = plan.examples_seen(first_step)
-        self._started = time.perf_counter()
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stopwatch: Stopwatch = StreamStopwatch() if device.type == "cuda" else HostStopwatch()
+        self.lap = self._stopwatch.lap  # called several times a step
+        self._paused = 0.0
+        self._started = self._last_read = self._now()
 
-    def examples_per_second(self, step: int) -> float:
-        """Mean speed, all workers together, from the first step to the end of step number `step`."""
-        seconds = time.perf_counter() - self._started
-        return (self._plan.examples_seen(step) - self._examples_before) / seconds
+    def laps(self, shards: Iterable[T]) -> Iterator[T]:
+        """What `shards` gives; getting it is the wait for data, and what happens with it is measured by `lap`."""
+        self.lap(REST)
+        for shard in shards:
+            self.lap("data_wait")
+            yield shard
+            self.lap(REST)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         began = time.perf_counter()
         yield
-        self._started += time.perf_counter() - began
+        self._paused += time.perf_counter() - began
+
+    def read(self, *, num_steps: int, num_examples: int, num_tokens: int | None) -> dict[str, float]:
+        """What is logged after so many steps, examples and, where losses are per token, tokens since the last reading.
+
+        Speeds are those of all workers together, seconds those of a step on this worker. Waits for the device.
+        """
+        parts = self._stopwatch.seconds()
+        now = self._now()
+        elapsed, self._last_read = now - self._last_read, now
+        speeds = {"examples_per_second": num_examples / elapsed}
+        if num_tokens is not None:
+            speeds["tokens_per_second"] = num_tokens / elapsed
+        seconds = {f"{part}_seconds": parts.get(part, 0.0) / num_steps for part in PARTS}
+        return {**speeds, **seconds, "peak_memory_bytes": peak_memory_bytes(self._device)}
+
+    def seconds(self) -> float:
+        """Of training so far."""
+        return self._now() - self._started
+
+    def _now(self) -> float:
+        return time.perf_counter() - self._paused
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most that this process has held so far: of the GPU's memory by tensors, or of the host's in all."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

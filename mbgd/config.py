@@ -61,6 +61,14 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class NoiseScale:
+    every_steps: int | None = 50
+    """Optimizer steps between measurements of the gradient's noise; None: not measured."""
+    smoothing: int = 20
+    """Measurements over which it is averaged: the weight of older ones falls exponentially."""
+
+
+@dataclass(frozen=True)
 class Settings:
     """What training depends on beside the model, the data, the objective and the optimizer."""
 
@@ -77,6 +85,7 @@ class Settings:
     """A function of the step (counted from 0) that gives a factor for the learning rate; None: 1."""
     evaluation: Evaluation = field(default_factory=Evaluation)
     log_every_steps: int = 50
+    noise_scale: NoiseScale = field(default_factory=NoiseScale)
 
 
 @dataclass(frozen=True)
@@ -235,6 +244,11 @@ def problems(settings: Settings) -> list[str]:
     every = settings.evaluation.every_steps
     if every is not None and every < 1:
         found.append(f"evaluation.every_steps={every}; it must be ≥ 1, or null to evaluate after each epoch.")
+    noise = settings.noise_scale
+    if noise.every_steps is not None and noise.every_steps < 1:
+        found.append(f"noise_scale.every_steps={noise.every_steps}; it must be ≥ 1, or null not to measure it.")
+    if noise.smoothing < 1:
+        found.append(f"noise_scale.smoothing={noise.smoothing}; it must be ≥ 1 (1: each measurement by itself).")
     if settings.evaluation.batch_size < 1:
         found.append(f"evaluation.batch_size={settings.evaluation.batch_size}; it must be ≥ 1.")
     if isinstance(settings, Config):

@@ -87,6 +87,11 @@ class Totals:
         """Σ w_i, shape ()."""
         return self.sums[1]
 
+    @property
+    def count(self) -> Tensor:
+        """How many examples, or tokens, have a weight other than 0; shape ()."""
+        return self.sums[2]
+
     @cached_property
     def _values(self) -> list[float]:
         """The sums on the host, for which it waits."""

@@ -29,6 +29,8 @@ class Findings:
 
     has_weights: bool
     """The objective gives weights, or losses per token: the minibatch's weight is not known from the plan."""
+    has_tokens: bool
+    """The objective gives losses per token."""
     metric_names: tuple[str, ...]
     moving_buffers: tuple[str, ...]
     """Names of the model's buffers that a forward in training mode changes."""
@@ -65,7 +67,7 @@ def try_out(task: Task, dataset: Any, first_minibatch: Indices, settings: Settin
     targets = getattr(dataset, "targets", None)
     if check_targets is not None and targets is not None and widths:
         check_targets(targets, num_classes=widths[-1])
-    return Findings(_has_weights(terms), totals.metric_names, moving, unused)
+    return Findings(_has_weights(terms), terms.losses.dim() > 1, totals.metric_names, moving, unused)
 
 
 def _check_skipping(dataset: Any, objective: Any) -> None:

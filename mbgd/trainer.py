@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mbgd import averaging as averagings
+from mbgd.averaging.norms import MicroBatchNorms
 from mbgd.buffers import MovingBuffers
 from mbgd.checkpoint import differences
 from mbgd.clock import Clock
@@ -18,8 +19,9 @@ from mbgd.errors import Preempted, UsageError
 from mbgd.evaluation import Evaluation
 from mbgd.fingerprint import examples_sha256, weights_sha256
 from mbgd.loader import Data, Examples, Loader, Shard
+from mbgd.noise_scale import NUM_NOISE_SUMS, NoiseScale, noise_sums
 from mbgd.objective import NUM_SUMS, Objective, PerExample, Totals
-from mbgd.plan import Minibatch, Plan
+from mbgd.plan import MicroBatch, Minibatch, Plan
 from mbgd.precision import autocast, parameter_dtype
 from mbgd.preemption import NoStop, Stop
 from mbgd.preflight import try_out
@@ -28,7 +30,7 @@ from mbgd.saving import Checkpoints, NoCheckpoints
 from mbgd.snapshot import Snapshot, SnapshotMemory
 from mbgd.task import Task
 from mbgd.tracking import NoTracker, Tracker
-from mbgd.update import Update
+from mbgd.update import Norms, Update
 from mbgd.workers import Workers
 
 
@@ -49,7 +51,7 @@ class StepResult:
     """What a logged step came to, on the device."""
 
     totals: Totals
-    gradient_norm: Tensor | None
+    norms: Norms
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ class Trainer:
         self._autocast = autocast(settings.precision, workers.device)
         self._buffers = MovingBuffers(model, findings.moving_buffers)
         self._update = Update(list(model.parameters()), optimizer, settings, workers.device)
+        self.noise_scale = NoiseScale(settings.noise_scale, self.plan, workers.device)
         self._evaluation = (
             Evaluation(task, data, findings.metric_names, settings, workers, self._averaging)
             if data.evaluation is not None
@@ -110,6 +113,8 @@ class Trainer:
         )
         self.num_evaluation_examples = 0 if data.evaluation is None else len(data.evaluation)
         self._snapshot_memory = SnapshotMemory(pinned=workers.device.type == "cuda")
+        self._clock = Clock(workers.device)
+        self._num_tokens = torch.zeros((), dtype=torch.float64, device=workers.device)  # since the last logged step
         self._last_logged = 0
 
     def fit(
@@ -127,16 +132,16 @@ class Trainer:
             tracker.log(self.state.step, {**metrics, **self._fingerprints(metrics)})
 
         evaluation: dict[str, float] = {}
-        clock = Clock(self.plan, self.state.step)
-        for shard in self._loader.shards(self.state.step, self.num_steps):
+        first_step, self._clock = self.state.step, Clock(self.workers.device)
+        for shard in self._clock.laps(self._loader.shards(first_step, self.num_steps)):
             result = self.train_step(shard)
             self.state.step = shard.step + 1
             tracker.progress(self.state.step)
             if result is not None:
-                log(self._train_metrics(result, clock))
+                log(self._train_metrics(result))
             evaluation = {}
             if self._evaluates_after(self.state.step):
-                with clock.paused():
+                with self._clock.paused():
                     log(evaluation := self.evaluate())
             checkpoints.after_step(self.state.step, evaluation, self.snapshot)
             if stop.agreed(self.state.step):
@@ -147,11 +152,12 @@ class Trainer:
             log(self.evaluate())
         else:
             checkpoints.at_end(self.state.step, evaluation, self.snapshot)
+        examples_seen = self.plan.examples_seen(self.state.step)
         return Result(
             metrics=self.state.metrics,
             steps=self.state.step,
-            examples_seen=self.plan.examples_seen(self.state.step),
-            examples_per_second=clock.examples_per_second(self.state.step),
+            examples_seen=examples_seen,
+            examples_per_second=(examples_seen - self.plan.examples_seen(first_step)) / self._clock.seconds(),
             num_skipped_steps=self._update.num_skipped,
         )
 
@@ -163,6 +169,7 @@ class Trainer:
             values={
                 "optimizer": self._update.values(),
                 "metrics": dict(self.state.metrics),
+                "noise_scale": self.noise_scale.values(),
                 "run": self._kind_of_run(),
                 "tracking": dict(self.state.tracking),
             },
@@ -180,6 +187,7 @@ class Trainer:
                 tensor.copy_(saved[name])
         self._update.restore(snapshot.tensors["optimizer"], snapshot.values["optimizer"])
         self.state.step, self.state.metrics = snapshot.step, dict(snapshot.values["metrics"])
+        self.noise_scale.restore(snapshot.values["noise_scale"])
         self.state.tracking = dict(snapshot.values.get("tracking", {}))
         self._last_logged = snapshot.step
 
@@ -196,24 +204,31 @@ class Trainer:
 
         Returns what is logged, at the steps that are logged.
         """
-        step = shard.step
+        step, lap = shard.step, self._clock.lap
         log = self._logs(step)
-        want_sums = log or self._findings.has_weights or bool(self._buffers)
+        measure_noise = self.noise_scale.measures(step)
+        want_sums = log or measure_noise or self._findings.has_weights or bool(self._buffers)
         sums = []
+        self._averaging.norms = MicroBatchNorms(self._update.parameters) if measure_noise else None
         self._update.clear_gradients()
         self._buffers.start_step()
         for examples in shard.micro_batches:
             terms = self._forward_backward(step, examples, is_last=examples is shard.micro_batches[-1])
             if want_sums and examples.micro_batch.counts:
-                sums.append((examples.micro_batch.number, self._sums(terms)))
+                sums.append((examples.micro_batch.number, self._sums(terms, examples.micro_batch)))
+        lap("forward_backward")
         self._averaging.finish()  # every gradient is now the sum over every example of every worker
-        totals = self._totals(shard.minibatch, sums) if want_sums else None
+        totals, noise = self._totals(shard.minibatch, sums) if want_sums else (None, None)
+        lap("averaging")
         if log:
             assert totals is not None
             self._check(step, totals)
         weight = totals.weight if totals is not None and self._findings.has_weights else shard.minibatch.size
-        norm = self._update(step, weight, want_norm=log)
-        return StepResult(totals, norm) if log and totals is not None else None
+        norms = self._update(step, weight, want_norm=measure_noise, want_change=log)
+        if noise is not None and norms is not None:
+            self.noise_scale.add(noise, weight=weight, size=shard.minibatch.size, gradient_norm=norms.gradient)
+        lap("optimizer")
+        return StepResult(totals, norms) if log and totals is not None and norms is not None else None
 
     def _forward_backward(self, step: int, examples: Examples, *, is_last: bool) -> PerExample:
         """Add Σ w_i ∇L_i over this micro-batch to the parameters' gradients."""
@@ -227,18 +242,30 @@ class Trainer:
             torch.autograd.backward(terms.losses, self._update.backward_weights(terms, counts=micro_batch.counts))
         return terms
 
-    def _sums(self, terms: PerExample) -> Tensor:
-        sums = terms.sums()
-        return torch.cat([sums, self._buffers.values()]) if self._buffers else sums
-
-    def _totals(self, minibatch: Minibatch, sums: Sequence[tuple[int, Tensor]]) -> Totals:
-        """Add up over micro-batches and workers; the moving buffers become their means."""
-        num_sums = NUM_SUMS + len(self._findings.metric_names)
-        num_leaves = self.plan.num_micro_batches(minibatch.size)
-        total = self._averaging.sum(sums, num_leaves=num_leaves, num_values=num_sums + self._buffers.num_values)
+    def _sums(self, terms: PerExample, micro_batch: MicroBatch) -> Tensor:
+        """What of a micro-batch is added up beside gradients: for the means, the moving buffers, and the noise."""
+        parts = [terms.sums()]
         if self._buffers:
-            self._buffers.set_to(total[num_sums:] / num_leaves)
-        return Totals(total[:num_sums], self._findings.metric_names)
+            parts.append(self._buffers.values())
+        if self._averaging.norms is not None:
+            squared_norm = self._averaging.norms.squared(micro_batch.number) / self._update.loss_scale().square()
+            parts.append(noise_sums(squared_norm, weight=parts[0][1]))
+        return torch.cat(parts)
+
+    def _totals(self, minibatch: Minibatch, sums: Sequence[tuple[int, Tensor]]) -> tuple[Totals, Tensor | None]:
+        """Add up `_sums` over micro-batches and workers; the moving buffers become their means."""
+        num_leaves = self.plan.num_micro_batches(minibatch.size)
+        sizes = [NUM_SUMS + len(self._findings.metric_names), self._buffers.num_values]
+        if self._averaging.norms is not None:
+            sizes.append(NUM_NOISE_SUMS)
+        total = self._averaging.sum(sums, num_leaves=num_leaves, num_values=sum(sizes))
+        means, buffers, *noise = torch.split(total, sizes)
+        if self._buffers:
+            self._buffers.set_to(buffers / num_leaves)
+        totals = Totals(means, self._findings.metric_names)
+        if self._findings.has_tokens:
+            self._num_tokens += totals.count
+        return totals, noise[0] if noise else None
 
     def _check(self, step: int, totals: Totals) -> None:
         """Stop, on every worker alike and before the update, where weights or losses make no mean."""
@@ -250,19 +277,29 @@ class Trainer:
                 f"in steps {self._last_logged + 1} to {step + 1}. Usual remedies: a smaller optimizer.lr, clip_norm=1, "
                 "precision=fp32, or a look at the examples of these steps."
             )
-        self._last_logged = step + 1
 
-    def _train_metrics(self, result: StepResult, clock: Clock) -> dict[str, float]:
+    def _train_metrics(self, result: StepResult) -> dict[str, float]:
         """What is logged of a step; this waits for the device."""
         metrics = {f"train/{name}": value for name, value in result.totals.means().items()}
         metrics["train/learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
-        if result.gradient_norm is not None:
-            metrics["train/gradient_norm"] = float(result.gradient_norm)
+        metrics |= {f"train/{name}": value for name, value in result.norms.values().items()}
+        metrics |= {f"train/{name}": value for name, value in self.noise_scale.metrics().items()}
         if self.settings.precision is Precision.fp16:
             metrics["train/skipped_steps"] = self._update.num_skipped
         metrics["train/epoch"] = self.plan.examples_seen(self.state.step) / self.plan.examples_per_epoch
-        metrics["train/examples_per_second"] = clock.examples_per_second(self.state.step)
-        return metrics
+        return metrics | {f"time/{name}": value for name, value in self._times().items()}
+
+    def _times(self) -> dict[str, float]:
+        """How fast training went since the last logged step."""
+        step, last = self.state.step, self._last_logged
+        times = self._clock.read(
+            num_steps=step - last,
+            num_examples=self.plan.examples_seen(step) - self.plan.examples_seen(last),
+            num_tokens=int(self._num_tokens.item()) if self._findings.has_tokens else None,
+        )
+        self._num_tokens.zero_()
+        self._last_logged = step
+        return {**times, "num_workers": self.workers.num_workers}
 
     def _fingerprints(self, metrics: Mapping[str, float]) -> dict[str, str]:
         """With reproducible averaging, hashes by which two runs can be compared line by line."""

@@ -1,6 +1,7 @@
 """From the gradients' sum to the optimizer's step. The one division of the program is here."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,6 +10,23 @@ from torch.optim import Optimizer
 
 from mbgd.config import Precision, Settings
 from mbgd.objective import PerExample
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Euclidean norms in one step, each of shape (), on the device."""
+
+    gradient: Tensor
+    """Of the mean gradient, before clipping."""
+    change: tuple[Tensor, Tensor] | None
+    """Of the parameters before the update, and of what it added to them; known where it is wanted."""
+
+    def values(self) -> dict[str, float]:
+        """What is logged of them; this waits for the device."""
+        assert self.change is not None
+        gradient, parameters, update = torch.stack([self.gradient, *self.change]).tolist()
+        values = {"gradient_norm": gradient, "parameter_norm": parameters}
+        return {**values, "update_ratio": update / parameters} if parameters else values
 
 
 class Update:
@@ -25,7 +43,7 @@ class Update:
         settings: Settings,
         device: torch.device,
     ) -> None:
-        self._parameters = [p for p in parameters if p.requires_grad]
+        self.parameters = [p for p in parameters if p.requires_grad]
         self._optimizer = optimizer
         self._clip_norm = settings.clip_norm
         self._schedule = settings.schedule
@@ -118,7 +136,7 @@ class Update:
             self._scaler.load_state_dict(values["scaler"])
 
     def clear_gradients(self) -> None:
-        for parameter in self._parameters:
+        for parameter in self.parameters:
             parameter.grad = None
 
     def backward_weights(self, terms: PerExample, *, counts: bool) -> Tensor:
@@ -128,6 +146,11 @@ class Update:
             weights = torch.zeros_like(weights)
         return weights if self._scaler is None else self._scaler.scale(weights)
 
+    def loss_scale(self) -> Tensor:
+        """By how much too long the gradients are until they are unscaled: float64, shape ()."""
+        one = torch.ones((), dtype=torch.float64, device=self._device)
+        return one if self._scaler is None else self._scaler.scale(one)
+
     def _ones_like(self, losses: Tensor) -> Tensor:
         if losses.dim() > 1:
             return torch.ones_like(losses)
@@ -135,12 +158,24 @@ class Update:
             self._ones[losses.shape[0]] = torch.ones_like(losses)
         return self._ones[losses.shape[0]]
 
-    def __call__(self, step: int, weight: int | Tensor, *, want_norm: bool) -> Tensor | None:
+    def __call__(self, step: int, weight: int | Tensor, *, want_norm: bool, want_change: bool) -> Norms | None:
         """Make step number `step` with gradients that are sums over a minibatch of this weight.
 
         weight: an int where the plan knows it, otherwise a tensor of shape () on the device.
-        Returns the mean gradient's norm before clipping, if wanted or needed.
+        Returns the norms that are wanted or needed; that of the change takes a copy of the parameters.
         """
+        before = [parameter.detach().clone() for parameter in self.parameters] if want_change else []
+        gradient_norm = self._step(step, weight, want_norm=want_norm or want_change)
+        if gradient_norm is None:
+            return None
+        if not before:
+            return Norms(gradient_norm, None)
+        parameter_norm = torch.nn.utils.get_total_norm(before)
+        torch._foreach_sub_(before, [parameter.detach() for parameter in self.parameters])
+        return Norms(gradient_norm, (parameter_norm, torch.nn.utils.get_total_norm(before)))
+
+    def _step(self, step: int, weight: int | Tensor, *, want_norm: bool) -> Tensor | None:
+        """Returns the mean gradient's norm before clipping, if wanted or needed."""
         if self._scaler is not None:
             self._scaler.unscale_(self._optimizer)
         if self._divides_in_kernel and isinstance(weight, int):
@@ -159,7 +194,7 @@ class Update:
         return norm
 
     def _gradients(self) -> list[Tensor]:
-        return [p.grad for p in self._parameters if p.grad is not None]
+        return [p.grad for p in self.parameters if p.grad is not None]
 
     def _scale(self, weight: int) -> Tensor:
         if weight not in self._scales:
@@ -174,7 +209,7 @@ class Update:
             return None
         norm = torch.nn.utils.get_total_norm(gradients)
         if self._clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._clip_norm, norm)
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self._clip_norm, norm)
         return norm
 
     def _set_learning_rate(self, step: int) -> None:

@@ -202,7 +202,7 @@ def play(folder: Path, round_: Round) -> None:
 
 def history(folder: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "train/examples_per_second"} for line in lines]
+    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
 
 
 @cache

@@ -404,7 +404,7 @@ class Lines:
         pass
 
     def log(self, step: int, metrics: Any) -> None:
-        self.lines.append((step, {k: v for k, v in metrics.items() if k != "train/examples_per_second"}))
+        self.lines.append((step, {k: v for k, v in metrics.items() if not k.startswith("time/")}))
 
     def close(self) -> None:
         pass
@@ -632,7 +632,7 @@ def wait_for_step(run: Path, step: int) -> None:
 
 def history(run: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "train/examples_per_second"} for line in lines]
+    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
 
 
 def workers_of(process: subprocess.Popen[str]) -> list[int]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import mbgd
+from mbgd.clock import MOST_EVENTS, PARTS, StreamStopwatch
 from mbgd.data import digits
 from mbgd.models import MLP
 
@@ -47,3 +48,26 @@ def test_mixed_precision_learns(precision: mbgd.Precision) -> None:
     on_gpu = mbgd.Workers(device=torch.device("cuda", 0), backend="nccl")
     _, result = train(on_gpu, mbgd.AveragingName.ddp, precision)
     assert result.metrics["eval/accuracy"] > 0.8
+
+
+def test_where_the_time_of_a_step_goes() -> None:
+    _, result = train(
+        mbgd.Workers(device=torch.device("cuda", 0), backend="nccl"), mbgd.AveragingName.ddp, mbgd.Precision.fp32
+    )
+    metrics = result.metrics
+    seconds = {part: metrics[f"time/{part}_seconds"] for part in PARTS}
+    assert min(seconds.values()) >= 0
+    assert seconds["forward_backward"] > 0
+    assert sum(seconds.values()) <= 1.05 * 100 / metrics["time/examples_per_second"]
+    assert metrics["time/peak_memory_bytes"] > 0
+
+
+def test_more_laps_than_events_are_kept() -> None:
+    stopwatch = StreamStopwatch()
+    for _ in range(5 * MOST_EVENTS):
+        torch.cuda._sleep(1000)
+        stopwatch.lap("optimizer")
+        stopwatch.lap("rest")
+    seconds = stopwatch.seconds()
+    assert seconds["optimizer"] > seconds["rest"] > 0
+    assert stopwatch.seconds() == {}

@@ -203,6 +203,7 @@ def train(
             clip_norm=case.clip_norm,
             log_every_steps=1,
             evaluation=mbgd.Evaluation(every_steps=2, batch_size=50),
+            noise_scale=mbgd.NoiseScale(every_steps=1),
         ),
         workers,
     )
@@ -215,7 +216,7 @@ def train(
             records.append((digest(model.state_dict().values()), digest(moments), {}))
 
         def log(self, step: int, metrics: dict[str, float]) -> None:
-            records[-1][2].update({k: v for k, v in metrics.items() if k != "train/examples_per_second"})
+            records[-1][2].update({k: v for k, v in metrics.items() if not k.startswith("time/")})
 
         def close(self) -> None:
             pass
@@ -248,7 +249,7 @@ def test_the_same_bits_after_every_step(case: Case, num_workers: int) -> None:
     index = CASES.index(case)
     wanted = trained(1)[0][index]
     assert len({weights for weights, _, _ in wanted}) == NUM_STEPS
-    assert "eval/loss" in wanted[-1][2]
+    assert {"eval/loss", "train/gradient_variance", "train/update_ratio"} <= wanted[-1][2].keys()
     for rank, of_worker in enumerate(trained(num_workers)):
         for step, (got, expected) in enumerate(zip(of_worker[index], wanted, strict=True), 1):
             assert got == expected, f"worker {rank} of {num_workers}, step {step}"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mbgd.averaging.ddp import DDP
+from mbgd.averaging.norms import MicroBatchNorms
 from mbgd.averaging.reproducible import Reproducible
 from mbgd.config import Averaging as Settings
 from mbgd.config import AveragingName
@@ -25,6 +26,9 @@ from mbgd.workers import Workers
 
 class Averaging(Protocol):
     """One way to add up over micro-batches and workers."""
+
+    norms: MicroBatchNorms | None
+    """What takes each micro-batch's gradients before they are added up, in steps that measure them; None in others."""
 
     def task(self, batch: Any, num_examples: int) -> PerExample:
         """`Task.forward`, prepared so that the backward of its losses leads to an exchange of gradients."""

@@ -1,8 +1,8 @@
 """Averaging by torch's DistributedDataParallel, made to add up instead of averaging."""
 
 import inspect
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
+from mbgd.averaging.norms import MicroBatchNorms
 from mbgd.errors import UsageError
 from mbgd.objective import PerExample
 from mbgd.plan import MicroBatch
@@ -71,6 +72,7 @@ class DDP:
     def __init__(self, task: Task, workers: Workers, *, find_unused_parameters: bool) -> None:
         self._workers, self._task = workers, task
         self._ddp: DistributedDataParallel | None = None
+        self.norms: MicroBatchNorms | None = None
         self._exchanged = True
         self._works: list[dist.Work] = []
         if workers.num_workers > 1:
@@ -78,6 +80,8 @@ class DDP:
 
     def _sum_bucket(self, state: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         self._exchanged = bucket.is_last()
+        if self.norms is not None:
+            self._take(self.norms, dict(zip(bucket.parameters(), bucket.gradients(), strict=True)))
         self._works.append(dist.all_reduce(bucket.buffer(), async_op=True))
         return later(bucket.buffer())
 
@@ -88,12 +92,32 @@ class DDP:
         return terms
 
     def micro_batch(self, micro_batch: MicroBatch, *, is_last: bool) -> AbstractContextManager[object]:
+        if self.norms is not None:
+            return self._measured(self.norms, micro_batch, is_last=is_last)
+        return self._exchanging(is_last=is_last)
+
+    def _exchanging(self, *, is_last: bool) -> AbstractContextManager[object]:
         if self._ddp is None:
             return _NOTHING
         if is_last:
             self._exchanged = False
             return _NOTHING
         return self._ddp.no_sync()
+
+    @contextmanager
+    def _measured(self, norms: MicroBatchNorms, micro_batch: MicroBatch, *, is_last: bool) -> Iterator[None]:
+        self._number = micro_batch.number
+        self._before: dict[Tensor, Tensor] = {p: p.grad.clone() for p in self._task.parameters() if p.grad is not None}
+        with self._exchanging(is_last=is_last):
+            yield
+        if self._ddp is None or not is_last:
+            self._take(norms, {p: p.grad for p in self._task.parameters() if p.grad is not None})
+        self._before.clear()
+
+    def _take(self, norms: MicroBatchNorms, gradients: Mapping[Tensor, Tensor]) -> None:
+        """Gradients add up over the shard's micro-batches; the newest one's are what came since the one before."""
+        before = self._before
+        norms.take(self._number, {p: grad - before[p] if p in before else grad for p, grad in gradients.items()})
 
     def finish(self) -> None:
         check_exchanged(self._task, self._exchanged)

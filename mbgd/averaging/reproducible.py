@@ -13,6 +13,7 @@ from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 from mbgd.averaging.ddp import check_exchanged, later, wrap
+from mbgd.averaging.norms import MicroBatchNorms
 from mbgd.averaging.tree import Counter, Node, fold, worker_nodes
 from mbgd.objective import PerExample
 from mbgd.plan import MicroBatch, cut
@@ -38,6 +39,7 @@ class Reproducible:
         self._parameters_vary = find_unused_parameters
         self._parameters = [p for p in task.parameters() if p.requires_grad]
         self._ddp: DistributedDataParallel | None = None
+        self.norms: MicroBatchNorms | None = None
         if workers.num_workers > 1:
             self._ddp = wrap(task, self._send_bucket, find_unused_parameters=find_unused_parameters)
         self._counter = Counter[Gradients](_add_gradients)
@@ -66,7 +68,10 @@ class Reproducible:
         else:
             with self._ddp.no_sync():
                 yield
-        self._counter.push(micro_batch.number, self._take_gradients())
+        gradients = self._take_gradients()
+        if self.norms is not None:
+            self.norms.take(micro_batch.number, gradients)
+        self._counter.push(micro_batch.number, gradients)
 
     def _zero_gradients_of_used_parameters(self) -> None:
         """DDP wants a gradient of every parameter that took part in any micro-batch, if not in the last."""
@@ -87,11 +92,14 @@ class Reproducible:
         buffer = bucket.buffer()
         if self._parameters_vary:
             buffer += 0.0
+        gradients: Gradients = dict(zip(bucket.parameters(), bucket.gradients(), strict=True))
+        if self.norms is not None:
+            self.norms.take(self._last.number, gradients)
         counter = Counter[Gradients](_add_into_right)
         counter.nodes = list(self._counter.nodes)
         if self._last.counts:
             # Folded into the bucket itself, which the gradients are views of.
-            counter.push(self._last.number, dict(zip(bucket.parameters(), bucket.gradients(), strict=True)))
+            counter.push(self._last.number, gradients)
         nodes: list[Tensor] = [_flat(gradients, bucket.parameters()) for _, gradients in counter.nodes[:-1]]
         if counter.nodes:
             nodes.append(buffer)

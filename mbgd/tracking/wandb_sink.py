@@ -61,7 +61,7 @@ class WandbSink:
         self._run.summary.update(_without(summary, "metrics"))
         if self._config["tracking"]["wandb"]["log_checkpoints"]:
             kept = self._config["checkpoint"]
-            self._log_artifacts(kept["best"], highest=kept["best_is"] == "highest")
+            self._log_artifacts(kept["best"], highest=kept["direction"] == "maximize")
         if ending.outcome is Outcome.preempted:
             self._run.alert("preempted", ending.message, level="WARN")
             self._run.mark_preempting()
