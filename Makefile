@@ -24,6 +24,7 @@ bench: $(INSTALLED)
 	python benchmarks/step.py
 	python benchmarks/startup.py
 	python benchmarks/averaging.py
+	python benchmarks/experiments.py
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
