@@ -1,6 +1,8 @@
 """The gpt and the data that need more than a table in memory: exact, and the same on any number of workers."""
 
 import os
+import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hydra import compose, initialize_config_dir
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import mbgd
+from mbgd.build import build_trainer, typed
 from mbgd.config import AveragingName
 from mbgd.data import TokenWindows, text, tokens
 from mbgd.fingerprint import weights_sha256
@@ -21,8 +25,10 @@ from mbgd.models import GPT
 from mbgd.order import Order
 
 import reference
+from experiments import goal
 from processes import run_workers
 
+ROOT = Path(__file__).parent.parent
 DOCUMENTS = {
     "a.txt": b"one",
     "b/c.txt": bytes(range(256)) * 2,
@@ -314,3 +320,36 @@ def trained_by_the_reference(corpus: Path) -> tuple[nn.Module, dict[str, float]]
     with torch.no_grad():
         of_tokens, weights = next_tokens(model, evaluation.gather(torch.arange(len(evaluation))))
     return model, {"train/loss": losses[-1], "eval/loss": float((of_tokens * weights).sum() / weights.sum())}
+
+
+# experiments
+
+
+def reached() -> dict[str, float]:
+    """What each experiment of the committed benchmark came to, by name."""
+    lines = (ROOT / "benchmarks/results/experiments.txt").read_text().splitlines()
+    found = (re.match(r"(\w+(?:, minibatch of 64)?) +eval/\w+ [≥≤] [\d.]+ +([\d.]+) +\d+ s$", line) for line in lines)
+    return {match[1]: float(match[2]) for match in found if match}
+
+
+def keeps(experiment: str, got: float) -> bool:
+    _, relation, wanted = goal(experiment)
+    return got >= wanted if relation == "≥" else got <= wanted
+
+
+@pytest.mark.parametrize("experiment", sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml")))
+def test_the_committed_benchmark_reaches_what_the_experiment_states(experiment: str) -> None:
+    assert keeps(experiment, reached()[experiment])
+
+
+def test_a_large_minibatch_ends_within_half_a_point_of_a_small_one() -> None:
+    large, small = reached()["large_batch"], reached()["large_batch, minibatch of 64"]
+    assert abs(large - small) <= 0.005
+    assert keeps("large_batch", small)
+
+
+def test_digits_mlp_reaches_what_it_states() -> None:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = typed(compose("train", ["experiment=digits_mlp"]))
+    metrics = build_trainer(config, mbgd.Workers()).fit().metrics
+    assert keeps("digits_mlp", metrics[goal("digits_mlp")[0]])
