@@ -12,7 +12,7 @@ train: $(INSTALLED)
 	WORKERS=$(WORKERS) launch/local.sh $(ARGS)
 
 test: $(INSTALLED)
-	python -m pytest
+	python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 chaos: $(INSTALLED)
 	MBGD_CHAOS_RUNS=60 python -m pytest tests/test_chaos.py tests/test_hangs.py tests/test_multinode.py

@@ -111,7 +111,10 @@ def build_trainer(config: Config, workers: Workers) -> Trainer:
     schedule = None
     if config.schedule is not None:
         schedule = make("schedule", config.schedule, num_steps=count_steps(config, plan))
-    trainer = Trainer(model, objective, optimizer, data, dataclasses.replace(config, schedule=schedule), workers)
+    metrics = {name: make(f"evaluation.metrics.{name}", node) for name, node in config.evaluation.metrics.items()}
+    evaluation = dataclasses.replace(config.evaluation, metrics=metrics)
+    settings = dataclasses.replace(config, schedule=schedule, evaluation=evaluation)
+    trainer = Trainer(model, objective, optimizer, data, settings, workers)
     saving.check(config.checkpoint, trainer.evaluation_names)
     return trainer
 
@@ -146,7 +149,10 @@ def make(name: str, node: Any, *arguments: Any, **keywords: Any) -> Any:
         reason: BaseException = error  # Hydra's own message tells less than the exception at the bottom
         while reason.__cause__ is not None:
             reason = reason.__cause__
-        remedy = ". Is its folder on PYTHONPATH?" if isinstance(reason, ModuleNotFoundError) else ""
+        remedy = ""
+        if isinstance(reason, ModuleNotFoundError):
+            is_extra = reason.name == "torchmetrics"
+            remedy = ". Use pip install 'mbgd[metrics]'." if is_extra else ". Is its folder on PYTHONPATH?"
         raise UsageError(
             f"{name} ({node['_target_']}) cannot be made: {type(reason).__name__}: {reason}{remedy}"
         ) from error

@@ -3,6 +3,7 @@
 `conf/` gives the values and comments; these classes give types, units and rules.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -58,6 +59,8 @@ class Evaluation:
     """Optimizer steps between evaluations; None: at the end of each epoch. There is always one at the end."""
     batch_size: int = 256
     """Largest number of examples in one forward."""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    """Metrics of the whole evaluation set by name: what has update(outputs, targets), compute() and reset()."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +192,8 @@ class Config(Settings):
     """auto: go on where the run's own folder ends; never; or the path of another run or checkpoint to go on from."""
     resume_force: bool = False
     """Go on even if what alters the course of training has changed."""
+    profile: str | None = None
+    """steps:10-20: a trace of these optimizer steps, counted from 1; None: none."""
     data: Any = None
     model: Any = None
     objective: Any = None
@@ -211,6 +216,12 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     if not str((config["schedule"] or {}).get("_target_", "")).endswith(("Constant", "Step")):
         course |= {key: config[key] for key in ("epochs", "steps")}
     return dict(_flat(course))
+
+
+def profiled_steps(profile: str) -> range:
+    """The steps that `profile` names, the first of all being 1; empty where it names none."""
+    named = re.fullmatch(r"steps:([1-9]\d*)-(\d+)", profile)
+    return range(int(named[1]), int(named[2]) + 1) if named else range(0)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -254,6 +265,11 @@ def problems(settings: Settings) -> list[str]:
     if isinstance(settings, Config):
         found += _checkpoint_problems(settings.checkpoint)
         found += _tracking_problems(settings.tracking)
+        if settings.profile is not None and not profiled_steps(settings.profile):
+            found.append(
+                f"profile={settings.profile}; it must name the first and the last of some optimizer steps, counted "
+                "from 1, such as steps:10-20, or be null."
+            )
     return found
 
 

@@ -18,6 +18,9 @@ from mbgd.errors import UsageError
 
 Metric = Tensor | Callable[[], Tensor]
 
+Predictions = tuple[Tensor, Tensor]
+"""Outputs and targets."""
+
 
 @dataclass(frozen=True, slots=True)
 class PerExample:
@@ -30,6 +33,9 @@ class PerExample:
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     """Per-example values, same shape as `losses`, or functions that give them (called only where they are logged).
     A metric's mean is taken over the examples whose weight is not 0, each counted once."""
+    predictions: Predictions | Callable[[], Predictions] | None = None
+    """Outputs of shape (N, …), or (N, T, …) for T tokens each, and targets alike, or a function that gives both: what
+    the metrics of the whole evaluation set (`Evaluation.metrics`) are computed from. Used in evaluations alone."""
 
     def check(self, num_examples: int) -> None:
         """Raise UsageError unless the shapes keep the contract for a micro-batch of `num_examples`."""
@@ -55,6 +61,26 @@ class PerExample:
         values = metric if isinstance(metric, Tensor) else metric()
         self._check_shape(f"metric {name!r}", values)
         return values.detach().double()
+
+    def counted_predictions(self) -> Predictions:
+        """Outputs (n, …) and targets (n, …) of the n examples, or tokens, whose weight is not 0."""
+        if self.predictions is None:
+            raise UsageError(
+                "the objective gives no predictions, of which evaluation.metrics are computed. Let it return "
+                "PerExample(…, predictions=(outputs, targets)), or leave these metrics out."
+            )
+        outputs, targets = self.predictions() if callable(self.predictions) else self.predictions
+        num_dims = self.losses.dim()
+        for name, values in (("outputs", outputs), ("targets", targets)):
+            if values.shape[:num_dims] != self.losses.shape:
+                raise UsageError(
+                    f"objective returned predictions whose {name} have shape {tuple(values.shape)} beside losses of "
+                    f"shape {tuple(self.losses.shape)}; the first dimensions must be those of the losses."
+                )
+        if self.weights is None:
+            return outputs.detach().flatten(0, num_dims - 1), targets.flatten(0, num_dims - 1)
+        kept = self.weights != 0
+        return outputs.detach()[kept], targets[kept]
 
     def sums(self) -> Tensor:
         """The sums that make exact means: float64, shape (NUM_SUMS + number of metrics,)."""
@@ -175,7 +201,7 @@ class CrossEntropy:
             # torch's losses carry the class weight already; the trainer multiplies by it.
             losses = losses / weights.masked_fill(weights == 0, 1.0)
         accuracy = partial(_correct, logits, targets)
-        return PerExample(losses, weights, {"accuracy": accuracy})
+        return PerExample(losses, weights, {"accuracy": accuracy}, partial(_probabilities, logits, targets))
 
     def _weights(self, targets: Tensor, losses: Tensor) -> Tensor | None:
         if self.ignore_index is None:
@@ -211,6 +237,11 @@ def _correct(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.detach().argmax(-1) == targets
 
 
+def _probabilities(logits: Tensor, targets: Tensor) -> Predictions:
+    dtype = torch.promote_types(logits.dtype, torch.float32)  # bf16 would make ties
+    return logits.detach().softmax(1, dtype=dtype).movedim(1, -1), targets
+
+
 class MeanSquaredError:
     """Squared error of each example, averaged over the example's values.
 
@@ -228,4 +259,5 @@ class MeanSquaredError:
                 "mean squared error needs equal shapes."
             )
         squares = F.mse_loss(predictions, targets.to(predictions.dtype), reduction="none")
-        return PerExample(squares.flatten(1).mean(1) if squares.dim() > 1 else squares)
+        losses = squares.flatten(1).mean(1) if squares.dim() > 1 else squares
+        return PerExample(losses, predictions=(predictions, targets))

@@ -14,7 +14,8 @@ from torch import nn
 
 from mbgd.config import AveragingName, Settings
 from mbgd.errors import UsageError
-from mbgd.loader import Indices, read
+from mbgd.loader import Data, Indices, read
+from mbgd.metrics import check
 from mbgd.objective import PerExample, Totals
 from mbgd.precision import autocast, parameter_dtype
 from mbgd.randomness import key_generators
@@ -38,13 +39,13 @@ class Findings:
     """Names of trainable parameters that got no gradient."""
 
 
-def try_out(task: Task, dataset: Any, first_minibatch: Indices, settings: Settings, device: torch.device) -> Findings:
+def try_out(task: Task, data: Data, first_minibatch: Indices, settings: Settings, device: torch.device) -> Findings:
     """Run some examples of the first minibatch through the task; UsageError where the contract is broken."""
 
     _check_skipping(dataset, task.objective)
 
     def compute(indices: Indices) -> PerExample:
-        (batch,) = read(dataset, [indices], num_workers=0, device=device, dtype=parameter_dtype(settings.precision))
+        (batch,) = read(data.train, [indices], num_workers=0, device=device, dtype=parameter_dtype(settings.precision))
         key_generators(device, settings.seed)
         with autocast(settings.precision, device):
             terms: PerExample = task(batch, len(indices))
@@ -63,8 +64,10 @@ def try_out(task: Task, dataset: Any, first_minibatch: Indices, settings: Settin
             with torch.no_grad():
                 totals = Totals(compute(first_minibatch).sums(), totals.metric_names)
         totals.check_weights("in the first minibatch")
+        if settings.evaluation.metrics:
+            check(settings.evaluation.metrics, terms, has_evaluation=data.evaluation is not None)
     check_targets = getattr(task.objective, "check_targets", None)
-    targets = getattr(dataset, "targets", None)
+    targets = getattr(data.train, "targets", None)
     if check_targets is not None and targets is not None and widths:
         check_targets(targets, num_classes=widths[-1])
     return Findings(_has_weights(terms), terms.losses.dim() > 1, totals.metric_names, moving, unused)

@@ -46,6 +46,8 @@ def resume(trainer: Trainer, folder: RunFolder, config: Config, now: Mapping[str
         remove_memory(folder.path, workers)  # nobody else would, in the end
     if workers.is_main:
         folder.reopen(trainer.state.step)
+        if decision.checkpoint is not None and not config.tracking.quiet:
+            print(f"resume      step {trainer.state.step}, from {decision.checkpoint}", flush=True)
     return True
 
 
@@ -115,5 +117,3 @@ def _restore(trainer: Trainer, path: Path) -> None:
             "see the run's folder: put it on a file system that the hosts share."
         )
     trainer.restore(snapshot)
-    if trainer.workers.is_main:
-        print(f"resume      step {snapshot.step}, from {path}", flush=True)

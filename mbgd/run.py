@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from mbgd import saving
+from mbgd import profiling, saving
 from mbgd.build import build_trainer, resolved_yaml, run_name, typed
 from mbgd.config import identity
 from mbgd.errors import Preempted, UsageError, WorkersLost
@@ -39,16 +39,18 @@ def run(composed: Any, choices: Mapping[str, Any]) -> None:
             if workers.is_main:
                 print(f"{folder.path} holds this run already, complete; give another run.dir for a new one.")
             return
+        quiet = config.tracking.quiet
+        profiler = profiling.create(config.profile, folder.path, trainer.num_steps, workers, quiet=quiet)
         tracker: Tracker = NoTracker()
         checkpoints = saving.create(config.checkpoint, folder.path, folder.checkpoints_path, identity(plain), workers)
         if workers.is_main:
             folder.write_config(text)
             tracker = open_trackers(config, folder, trainer)
         with told_of_its_end(tracker):
-            result = trainer.fit(tracker, checkpoints, StopOnSignal(workers))
+            result = trainer.fit(tracker, checkpoints, StopOnSignal(workers), profiler)
             if workers.is_main:
                 folder.write_results(result, trainer)
-        if workers.is_main and not config.tracking.quiet:
+        if workers.is_main and not quiet:
             print(console.describe_end(result, folder.path))
 
 

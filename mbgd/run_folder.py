@@ -1,5 +1,6 @@
 """A run's folder: what the main worker leaves on disk."""
 
+import fcntl
 import glob
 import json
 import os
@@ -8,7 +9,7 @@ import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import yaml
@@ -22,12 +23,16 @@ from mbgd.fingerprint import weights_sha256
 from mbgd.trainer import Result, Trainer
 from mbgd.workers import Workers
 
+SECONDS_FOR_ANOTHER_RUN_TO_END = 60.0
+"""What a worker that was cut off from the others, and is replaced, may still need to notice it."""
+
 
 class RunFolder:
     """`config.yaml`, `metrics.jsonl`, `summary.json`, `model.safetensors` and `logs/` of one run."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, lock: IO[str] | None = None) -> None:
+        """lock: held as long as this folder is open here, so that no other run writes into it."""
+        self.path, self._lock = path, lock
 
     @property
     def metrics_path(self) -> Path:
@@ -100,14 +105,16 @@ def open_run_folder(run: Run, name: str, workers: Workers, *, may_hold_a_run: bo
     name: what a new folder's name contains. may_hold_a_run: a run that has begun there goes on; otherwise it is
     left alone.
     """
-    path, problem = "", ""
+    path, problem, lock = "", "", None
     if workers.is_main:
         folder = _choose(run, name)
         path, problem = str(folder), _make(folder, may_hold_a_run=may_hold_a_run)
+        if not problem:
+            lock, problem = _lock(folder)
     path, problem = workers.broadcast((path, problem))
     if problem:
         raise UsageError(problem)
-    return RunFolder(Path(path))
+    return RunFolder(Path(path), lock)
 
 
 def _choose(run: Run, name: str) -> Path:
@@ -150,6 +157,34 @@ def _make(folder: Path, *, may_hold_a_run: bool) -> str:
     except OSError as error:
         return f"run.dir={folder} cannot be written: {error.strerror}. Give a folder that you may write to."
     return ""
+
+
+def _lock(folder: Path) -> tuple[IO[str] | None, str]:
+    """The folder's lock, or what hinders. It ends with this process, however that ends."""
+    lock = (folder / "lock").open("a+")
+    deadline = time.monotonic() + SECONDS_FOR_ANOTHER_RUN_TO_END
+    waits = False
+    while True:
+        try:
+            # A record lock: it holds across the hosts of a shared file system, and child processes do not keep it.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except (BlockingIOError, PermissionError):
+            lock.seek(0)
+            holder = f"run.dir={folder} is being written to by another run ({lock.read().strip() or 'unknown'})"
+            if time.monotonic() >= deadline:
+                lock.close()
+                return None, f"{holder}. Wait for its end, end it, or give another run.dir."
+            if not waits:
+                waits = True
+                print(f"{holder}; waiting {SECONDS_FOR_ANOTHER_RUN_TO_END:.0f} s for its end", flush=True)
+            time.sleep(0.5)
+        except OSError:
+            break  # a file system without locks
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {platform.node()}\n")
+    lock.flush()
+    return lock, ""
 
 
 def exported(model: nn.Module) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from mbgd.plan import MicroBatch, Minibatch, Plan
 from mbgd.precision import autocast, parameter_dtype
 from mbgd.preemption import NoStop, Stop
 from mbgd.preflight import try_out
+from mbgd.profiling import NoProfiler, Profiler, part
 from mbgd.randomness import key_generators
 from mbgd.saving import Checkpoints, NoCheckpoints
 from mbgd.snapshot import Snapshot, SnapshotMemory
@@ -96,9 +97,7 @@ class Trainer:
         task = Task(model, objective).to(device=workers.device, dtype=dtype).train()
         own_copies = settings.averaging.name is AveragingName.reproducible
         self._loader = Loader(data, self.plan, settings.seed, workers, dtype=dtype, own_copies=own_copies)
-        self._findings = findings = try_out(
-            task, data.train, self._loader.minibatch_indices(0), settings, workers.device
-        )
+        self._findings = findings = try_out(task, data, self._loader.minibatch_indices(0), settings, workers.device)
         self._averaging = averagings.create(
             settings.averaging, task, workers, parameters_vary=bool(findings.unused_parameters)
         )
@@ -118,7 +117,11 @@ class Trainer:
         self._last_logged = 0
 
     def fit(
-        self, tracker: Tracker | None = None, checkpoints: Checkpoints | None = None, stop: Stop | None = None
+        self,
+        tracker: Tracker | None = None,
+        checkpoints: Checkpoints | None = None,
+        stop: Stop | None = None,
+        profiler: Profiler | None = None,
     ) -> Result:
         """Train from `state.step` up to the last step, evaluate, and return what the run came to.
 
@@ -126,6 +129,7 @@ class Trainer:
         saved.
         """
         tracker, checkpoints, stop = tracker or NoTracker(), checkpoints or NoCheckpoints(), stop or NoStop()
+        profiler = profiler or NoProfiler()
 
         def log(metrics: dict[str, float]) -> None:
             self.state.metrics.update(metrics)
@@ -133,7 +137,8 @@ class Trainer:
 
         evaluation: dict[str, float] = {}
         first_step, self._clock = self.state.step, Clock(self.workers.device)
-        for shard in self._clock.laps(self._loader.shards(first_step, self.num_steps)):
+        shards = self._clock.laps(self._loader.shards(first_step, self.num_steps))
+        for shard in profiler.steps(shards, first_step):
             result = self.train_step(shard)
             self.state.step = shard.step + 1
             tracker.progress(self.state.step)
@@ -217,14 +222,16 @@ class Trainer:
             if want_sums and examples.micro_batch.counts:
                 sums.append((examples.micro_batch.number, self._sums(terms, examples.micro_batch)))
         lap("forward_backward")
-        self._averaging.finish()  # every gradient is now the sum over every example of every worker
-        totals, noise = self._totals(shard.minibatch, sums) if want_sums else (None, None)
+        with part("averaging"):
+            self._averaging.finish()  # every gradient is now the sum over every example of every worker
+            totals, noise = self._totals(shard.minibatch, sums) if want_sums else (None, None)
         lap("averaging")
         if log:
             assert totals is not None
             self._check(step, totals)
         weight = totals.weight if totals is not None and self._findings.has_weights else shard.minibatch.size
-        norms = self._update(step, weight, want_norm=measure_noise, want_change=log)
+        with part("optimizer"):
+            norms = self._update(step, weight, want_norm=measure_noise, want_change=log)
         if noise is not None and norms is not None:
             self.noise_scale.add(noise, weight=weight, size=shard.minibatch.size, gradient_norm=norms.gradient)
         lap("optimizer")
@@ -236,10 +243,11 @@ class Trainer:
         self._buffers.start_micro_batch()
         key_generators(self.workers.device, self.settings.seed, step, micro_batch.number)
         with self._averaging.micro_batch(micro_batch, is_last=is_last):
-            with self._autocast:
+            with part("forward"), self._autocast:
                 terms = self._averaging.task(examples.batch, micro_batch.size)
-            # Backward from the vector of losses, w_i into L_i, is the gradient of their weighted sum.
-            torch.autograd.backward(terms.losses, self._update.backward_weights(terms, counts=micro_batch.counts))
+            with part("backward"):
+                # Backward from the vector of losses, w_i into L_i, is the gradient of their weighted sum.
+                torch.autograd.backward(terms.losses, self._update.backward_weights(terms, counts=micro_batch.counts))
         return terms
 
     def _sums(self, terms: PerExample, micro_batch: MicroBatch) -> Tensor:
@@ -321,10 +329,13 @@ class Trainer:
     @property
     def evaluation_names(self) -> list[str]:
         """Names of what `evaluate` gives."""
-        return [] if self._evaluation is None else [f"eval/{name}" for name in ("loss", *self._findings.metric_names)]
+        if self._evaluation is None:
+            return []
+        names = ("loss", *self._findings.metric_names, *self.settings.evaluation.metrics)
+        return [f"eval/{name}" for name in names]
 
     def evaluate(self) -> dict[str, float]:
-        """Means over the evaluation examples by names such as eval/loss; empty without an evaluation dataset."""
+        """Metrics of the evaluation examples by names such as eval/loss; empty without an evaluation dataset."""
         if self._evaluation is None:
             return {}
         return {f"eval/{name}": value for name, value in self._evaluation().items()}

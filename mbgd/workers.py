@@ -4,10 +4,9 @@ One process is a group of size 1: the same calls work and cost nothing.
 """
 
 import os
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -15,17 +14,15 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from mbgd.errors import UsageError, WorkersLost
+from mbgd.roll_call import RollCall, describe
 
 T = TypeVar("T")
 
 SECONDS_FOR_THREADS_TO_END = 0.1
-SECONDS_BETWEEN_CALLS = 0.1
-ROLL_CALL_SHARE = 0.1
-"""Of the time that an exchange may take, for finding out who is missing when it fails."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +67,21 @@ class Workers:
             return values
         return [value]
 
+    def collect(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Every worker's tensors, on the host and of any shapes, by rank on the main worker; nothing on the others."""
+        kinds = self.gather([(tensor.shape, tensor.dtype) for tensor in tensors])
+        if not self.is_main:
+            for tensor in tensors:
+                dist.send(tensor.to(self.device).contiguous(), dst=0)
+            return []
+        collected = list(tensors)
+        for rank, of_worker in enumerate(kinds[1:], start=1):
+            for shape, dtype in of_worker:
+                received = torch.empty(shape, dtype=dtype, device=self.device)
+                dist.recv(received, src=rank)
+                collected.append(received.cpu())
+        return collected
+
     def barrier(self) -> None:
         if self.num_workers > 1:
             dist.barrier()
@@ -94,7 +106,6 @@ def start_workers(backend: str = "auto", timeout_seconds: float = 600.0) -> Iter
     device = torch.device("cuda", local_rank) if backend == "nccl" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    roll_call_seconds = min(max(ROLL_CALL_SHARE * timeout_seconds, 1.0), 30.0)
     if num_workers > 1:
         store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))
         # Restarted workers must not read the addresses of the round that died.
@@ -102,12 +113,13 @@ def start_workers(backend: str = "auto", timeout_seconds: float = 600.0) -> Iter
             f"{environment.get('TORCHELASTIC_RUN_ID', '')}/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         )
         store = PrefixStore(round_of_run, store)
+        roll_call = RollCall(store, rank, num_workers, timeout_seconds)
         dist.init_process_group(
             backend,
             store=store,
             rank=rank,
             world_size=num_workers,
-            timeout=timedelta(seconds=max(timeout_seconds - roll_call_seconds, 1.0)),
+            timeout=timedelta(seconds=max(timeout_seconds - roll_call.seconds, 1.0)),
             device_id=device if device.type == "cuda" else None,
         )
     try:
@@ -117,10 +129,10 @@ def start_workers(backend: str = "auto", timeout_seconds: float = 600.0) -> Iter
     except RuntimeError as error:
         if num_workers == 1 or not _is_of_exchange(error):
             raise
-        lost = call_the_roll(store, rank, num_workers, roll_call_seconds)
-        raise WorkersLost(describe_lost(lost, timeout_seconds, str(error))) from error
+        raise WorkersLost(describe(roll_call.missing(), timeout_seconds, str(error))) from error
     finally:
         if num_workers > 1:
+            roll_call.end()
             # The group's threads still have tensors to let go, for which they need Python; if it is shutting down by
             # then, they abort the process.
             time.sleep(SECONDS_FOR_THREADS_TO_END)
@@ -132,41 +144,6 @@ def start_workers(backend: str = "auto", timeout_seconds: float = 600.0) -> Iter
 def _is_of_exchange(error: RuntimeError) -> bool:
     """Whether an exchange between workers failed, not something that a worker computes."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
-
-
-def call_the_roll(store: Store, rank: int, num_workers: int, seconds: float) -> list[int]:
-    """The ranks that do not answer within so many seconds, after an exchange has failed.
-
-    Every worker whose exchange fails calls the roll, so all that still run answer.
-    """
-    present: set[int] = set()
-
-    def ask() -> None:
-        with suppress(RuntimeError):  # the store is gone
-            store.set(f"here/{rank}", "")
-            while len(present) < num_workers:
-                present.update(other for other in range(num_workers) if store.check([f"here/{other}"]))
-                time.sleep(SECONDS_BETWEEN_CALLS)
-
-    # In a thread, for the store does not answer either if its keeper has stopped: without torchrun, the main worker.
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(seconds)
-    return [other for other in range(num_workers) if other not in present] if present else [0]
-
-
-def describe_lost(lost: list[int], timeout_seconds: float, reason: str) -> str:
-    reason = reason.splitlines()[0]
-    if not lost:
-        return (
-            f"an exchange between workers failed although all of them still answer: {reason}. The network may have "
-            "been cut for a while, or a worker was busy for too long: see backend.timeout_seconds."
-        )
-    which = f"worker {lost[0]} does" if len(lost) == 1 else f"workers {', '.join(map(str, lost))} do"
-    return (
-        f"{which} not answer any more: ended, stopped, cut off, or busy for longer than backend.timeout_seconds="
-        f"{timeout_seconds:g}. Look at the end of what it printed; the exchange failed with: {reason}"
-    )
 
 
 def choose_backend(backend: str, local_num_workers: int) -> str:

@@ -15,8 +15,9 @@ import torch.multiprocessing
 
 from mbgd.workers import start_workers
 
+# torch._dynamo: making an optimizer imports it, which takes a second.
 multiprocessing.get_context("forkserver").set_forkserver_preload(
-    ["torch", "torch.distributed", "torch.nn.parallel", "mbgd.trainer", "mbgd.data"]
+    ["torch", "torch.distributed", "torch.nn.parallel", "torch._dynamo", "mbgd.trainer", "mbgd.data"]
 )
 
 

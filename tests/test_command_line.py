@@ -38,6 +38,7 @@ def test_a_run_leaves_its_folder_and_says_where(tmp_path: Path, num_workers: int
     assert sorted(p.name for p in out.iterdir()) == [
         "checkpoints",
         "config.yaml",
+        "lock",
         "logs",
         "metrics.jsonl",
         "model.safetensors",
@@ -141,6 +142,7 @@ def test_a_loss_that_is_not_finite_keeps_the_runs_files(tmp_path: Path) -> None:
     assert "it was finite at step 1, so it went wrong in steps 2 to 23" in done.stderr
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "config.yaml",
+        "lock",
         "logs",
         "metrics.jsonl",
         "report.html",

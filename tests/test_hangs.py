@@ -81,3 +81,37 @@ def test_the_missing_worker_is_named_in_time(tmp_path: Path, how: signal.Signals
     finally:
         for process in processes:
             process.kill()
+
+
+def wait_in_a_row(rank: int, num_workers: int, port: int, last_is_dead: bool, folder: Path) -> None:
+    """Each worker waits for the next one, so that most see nothing of what the last one does."""
+    os.environ |= environment(rank, num_workers, port)
+    try:
+        with start_workers("gloo", TIMEOUT_SECONDS):
+            torch.distributed.barrier()
+            if rank < num_workers - 1:
+                torch.distributed.recv(torch.zeros(1), src=rank + 1)
+            elif last_is_dead:
+                os._exit(1)
+            time.sleep(TIMEOUT_SECONDS + 5)
+    except WorkersLost as error:
+        (folder / f"error-{rank}").write_text(str(error))
+    os._exit(1)
+
+
+@pytest.mark.parametrize(
+    ("last_is_dead", "wanted"),
+    [(True, "worker 2 does not answer any more"), (False, "worker 2 does not come to an exchange, though still runn")],
+)
+def test_a_worker_that_waits_is_not_taken_for_a_lost_one(tmp_path: Path, last_is_dead: bool, wanted: str) -> None:
+    context = multiprocessing.get_context("forkserver")
+    port, num_workers = free_port(), 3
+    arguments = (num_workers, port, last_is_dead, tmp_path)
+    processes = [context.Process(target=wait_in_a_row, args=(rank, *arguments)) for rank in range(num_workers)]
+    for process in processes:
+        process.start()
+    for process in processes[:-1]:
+        process.join(timeout=60)
+    processes[-1].kill()
+    for rank in range(num_workers - 1):
+        assert wanted in (tmp_path / f"error-{rank}").read_text()

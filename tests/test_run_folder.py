@@ -1,5 +1,6 @@
 """Which folder a run gets: its own, the same for all restarts, and with what each worker said."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -43,6 +44,24 @@ def test_restarts_of_a_run_share_its_folder(tmp_path: Path, monkeypatch: pytest.
     assert open_run_folder(run, "cnn", Workers(), may_hold_a_run=True).path != first
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", UUID[::-1])
     assert open_run_folder(run, "gpt", Workers(), may_hold_a_run=True).path != first
+
+
+def test_a_folder_that_another_process_writes_to_is_left_alone_until_that_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("mbgd.run_folder.SECONDS_FOR_ANOTHER_RUN_TO_END", 0.1)
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    command = [sys.executable, "-c", hold, str(tmp_path / "lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        (tmp_path / "lock").write_text("process 12 on node7")
+        with pytest.raises(UsageError, match=r"by another run \(process 12 on node7\)"):
+            open_run_folder(Run(dir=str(tmp_path)), "", Workers(), may_hold_a_run=True)
+        assert "waiting" in capsys.readouterr().out
+        other.kill()
+    folder = open_run_folder(Run(dir=str(tmp_path)), "", Workers(), may_hold_a_run=True)
+    assert folder.path == tmp_path
 
 
 def test_the_id_comes_from_slurm_before_torchrun() -> None:

@@ -1,0 +1,85 @@
+"""A trace of some steps, one file for each worker, for ui.perfetto.dev or chrome://tracing."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from itertools import count
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from mbgd.config import profiled_steps
+from mbgd.errors import UsageError
+from mbgd.workers import Workers
+
+T = TypeVar("T")
+
+_NOTHING: AbstractContextManager[object] = nullcontext()
+
+
+def part(name: str) -> AbstractContextManager[object]:
+    """Names what is done inside, in the trace of whichever torch profiler runs; otherwise it is nothing."""
+    return record_function(name) if torch._C._autograd._profiler_enabled() else _NOTHING
+
+
+class Profiler(Protocol):
+    """Watches a run step by step."""
+
+    def steps(self, shards: Iterable[T], num_steps_done: int) -> Iterable[T]:
+        """The shards of the steps that come after so many; a step lasts until the next one's shard is asked for."""
+
+
+class NoProfiler:
+    """Watches nothing."""
+
+    def steps(self, shards: Iterable[T], num_steps_done: int) -> Iterable[T]:
+        return shards
+
+
+class TraceOfSteps:
+    """Writes a trace of those of the given steps, counted from 1, that still are to come."""
+
+    def __init__(self, path: Path, steps: range, device: torch.device, *, quiet: bool) -> None:
+        self._path, self._steps, self._quiet = path, steps, quiet
+        self._activities = [ProfilerActivity.CPU]
+        if device.type == "cuda":
+            self._activities.append(ProfilerActivity.CUDA)
+
+    def steps(self, shards: Iterable[T], num_steps_done: int) -> Iterator[T]:
+        trace = None
+        rest = iter(shards)
+        for step in count(num_steps_done + 1):
+            if trace is None and step in self._steps:
+                trace = profile(activities=self._activities)
+                trace.start()
+            with part(f"step {step}"):
+                with part("data_wait"):
+                    shard = next(rest, None)
+                if shard is None:
+                    return
+                yield shard
+            if trace is not None and step == self._steps[-1]:
+                trace.stop()
+                self._write(trace)
+
+    def _write(self, trace: profile) -> None:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            trace.export_chrome_trace(str(self._path))
+        except (OSError, RuntimeError) as error:  # torch's own writer gives the latter
+            print(f"warning: the trace {self._path} could not be written: {error}. Training goes on.", flush=True)
+        else:
+            if not self._quiet:
+                print(f"profile     {self._path}, for ui.perfetto.dev", flush=True)
+
+
+def create(asked: str | None, run: Path, num_steps: int, workers: Workers, *, quiet: bool) -> Profiler:
+    """The profiler of this worker, whose trace goes into the run's folder; quiet: it does not say where."""
+    if asked is None:
+        return NoProfiler()
+    steps = profiled_steps(asked)
+    if steps[-1] > num_steps:
+        raise UsageError(f"profile={asked}, but the run has {num_steps} steps; name steps from 1 to {num_steps}.")
+    path = run / "profile" / f"worker-{workers.rank}.json.gz"
+    return TraceOfSteps(path, steps, workers.device, quiet=quiet or not workers.is_main)
