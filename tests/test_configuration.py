@@ -2,6 +2,7 @@
 
 import math
 import re
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ NEEDED = {
     "data/tokens": ["data.folder=.", "data.vocabulary=50", "data.context=8", "model=gpt", "model.num_layers=1"],
     "data/image_folder": ["data.folder=images"],
     "data/huggingface": ["data.path=own.csv", "data.inputs=[a,b]", "data.targets=c", "data.evaluation_path=own.csv"],
+    "data/huggingface_images": ["data.path=images.parquet", "data.size=8", "data.evaluation_path=null"],
     "experiment/fashion_cnn": ["data.evaluation=null"],
     "experiment/large_batch": ["data.evaluation=null", "schedule.warmup_steps=0"],
     "experiment/stdlib_gpt": ["data.path=own.txt", "schedule.warmup_steps=0"],
@@ -51,8 +53,12 @@ def test_every_member_of_every_group_trains_a_step(
 ) -> None:
     if member == "backend/nccl" and not torch.cuda.is_available():
         pytest.skip("nccl needs a GPU")
-    if member == "data/huggingface":
-        pytest.importorskip("datasets", reason="the package datasets is not installed")
+    if member.startswith("data/huggingface"):
+        datasets = pytest.importorskip("datasets", reason="the package datasets is not installed")
+        image = BytesIO()
+        Image.new("RGB", (40, 30)).save(image, "PNG")
+        rows = {"image": [{"bytes": image.getvalue(), "path": None}] * 2, "label": [0, 1]}
+        datasets.Dataset.from_dict(rows).to_parquet(str(tmp_path / "images.parquet"))
     if (
         member in ("data/fashion_mnist", "experiment/fashion_cnn", "experiment/large_batch")
         and not FASHION_MNIST.is_dir()

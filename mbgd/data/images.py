@@ -1,6 +1,6 @@
 """Images that are decoded where they are read: of one size, altered by a key for training, left out where broken."""
 
-import warnings
+import sys
 from collections.abc import Callable, Sequence
 from io import BytesIO
 from typing import Any
@@ -99,9 +99,10 @@ class Images:
     def _report(self, index: int, problem: str) -> None:
         if not self._broken[index]:
             self._broken[index] = True
-            warnings.warn(
-                f"left out: {problem} This worker has met {self.num_skipped} such of {len(self):,} images.",
-                stacklevel=2,
+            print(
+                f"warning: left out: {problem} This worker has met {self.num_skipped} such of {len(self):,} images.",
+                file=sys.stderr,
+                flush=True,
             )
 
     @property
