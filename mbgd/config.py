@@ -50,7 +50,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Averaging:
-    name: AveragingName = AveragingName.ddp
+    name: AveragingName = AveragingName.auto
     find_unused_parameters: bool | None = None
     """Whether the parameters that take part may differ from step to step; None: found out at the start."""
 

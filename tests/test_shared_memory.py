@@ -193,8 +193,11 @@ def test_several_hosts_are_refused_on_every_worker_and_auto_takes_ddp() -> None:
     for message, auto, reproducible in run_workers(be_elsewhere, 3):
         assert "workers 0 and 2 are on different hosts" in message
         assert "averaging=ddp" in message
-        assert auto == "ddp over gloo"
-        assert reproducible == "reproducible over gloo"
+        note = (
+            "over gloo; not through shared memory: workers 0 and 2 are on different hosts, or in different containers"
+        )
+        assert auto == f"ddp {note}"
+        assert reproducible == f"reproducible {note}"
 
 
 def fail_to_make_a_file(workers: mbgd.Workers) -> str:

@@ -77,7 +77,7 @@ def create(settings: Settings, task: Task, workers: Workers, *, parameters_vary:
     """The averaging that the settings name; parameters_vary: not every parameter takes part in every loss."""
     if settings.find_unused_parameters is not None:
         parameters_vary = settings.find_unused_parameters
-    memory = None
+    memory, note = None, ""
     if settings.name is not AveragingName.ddp and workers.num_workers > 1 and workers.device.type == "cpu":
         try:
             memory = HostMemory(workers)
@@ -86,11 +86,12 @@ def create(settings: Settings, task: Task, workers: Workers, *, parameters_vary:
                 raise UsageError(
                     f"averaging=shared_memory, but {error}. Use averaging=ddp; averaging=auto takes what works."
                 ) from error
+            note = f"; not through shared memory: {error}"
     if settings.name is AveragingName.reproducible:
-        return Reproducible(task, workers, memory, find_unused_parameters=parameters_vary)
+        return Reproducible(task, workers, memory, find_unused_parameters=parameters_vary, note=note)
     if memory is not None:
         return SharedMemory(task, workers, memory)
-    return DDP(task, workers, find_unused_parameters=parameters_vary)
+    return DDP(task, workers, find_unused_parameters=parameters_vary, note=note)
 
 
 def default_num_micro_batches(settings: Settings, num_workers: int) -> int:

@@ -69,8 +69,9 @@ class DDP:
     if every worker holds equal weight. A communication hook leaves the division to the trainer.
     """
 
-    def __init__(self, task: Task, workers: Workers, *, find_unused_parameters: bool) -> None:
-        self._workers, self._task = workers, task
+    def __init__(self, task: Task, workers: Workers, *, find_unused_parameters: bool, note: str = "") -> None:
+        """note: what `describe` adds."""
+        self._workers, self._task, self._note = workers, task, note
         self._ddp: DistributedDataParallel | None = None
         self.norms: MicroBatchNorms | None = None
         self._exchanged = True
@@ -132,4 +133,4 @@ class DDP:
         return self._workers.sum_(total)
 
     def describe(self) -> str:
-        return f"ddp over {self._workers.backend}"
+        return f"ddp over {self._workers.backend}{self._note}"

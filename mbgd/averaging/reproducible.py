@@ -37,10 +37,16 @@ class Reproducible:
     """
 
     def __init__(
-        self, task: Task, workers: Workers, memory: HostMemory | None = None, *, find_unused_parameters: bool
+        self,
+        task: Task,
+        workers: Workers,
+        memory: HostMemory | None = None,
+        *,
+        find_unused_parameters: bool,
+        note: str = "",
     ) -> None:
-        """memory: what all workers share; None: gradients go through the process group."""
-        self._task, self._workers, self._memory = task, workers, memory
+        """memory: what all workers share; None: gradients go through the process group. note: what `describe` adds."""
+        self._task, self._workers, self._memory, self._note = task, workers, memory, note
         # Where a parameter lacks a gradient, zeros are added for it, which makes −0 into 0; then every leaf must do so.
         self._parameters_vary = find_unused_parameters
         self._parameters = [p for p in task.parameters() if p.requires_grad]
@@ -176,7 +182,7 @@ class Reproducible:
         return fold(by_node, num_leaves, torch.add).clone()
 
     def describe(self) -> str:
-        return f"reproducible over {'shared memory' if self._memory is not None else self._workers.backend}"
+        return f"reproducible over {'shared memory' if self._memory is not None else self._workers.backend}{self._note}"
 
 
 class _Exchange:
