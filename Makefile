@@ -27,6 +27,8 @@ bench: $(INSTALLED)
 	python benchmarks/step.py
 	python benchmarks/startup.py
 	python benchmarks/averaging.py
+	python benchmarks/allreduce.py
+	python benchmarks/checkpoint.py
 	python benchmarks/tracking.py
 	python benchmarks/experiments.py
 
