@@ -239,7 +239,7 @@ def _correct(logits: Tensor, targets: Tensor) -> Tensor:
 
 def _probabilities(logits: Tensor, targets: Tensor) -> Predictions:
     dtype = torch.promote_types(logits.dtype, torch.float32)  # bf16 would make ties
-    return logits.detach().softmax(1, dtype=dtype).movedim(1, -1), targets
+    return logits.detach().softmax(-1, dtype=dtype), targets
 
 
 class MeanSquaredError:

@@ -41,7 +41,8 @@ class Findings:
 
 def try_out(task: Task, data: Data, first_minibatch: Indices, settings: Settings, device: torch.device) -> Findings:
     """Run some examples of the first minibatch through the task; UsageError where the contract is broken."""
-    _check_skipping(data.train, task.objective)
+    for dataset in (data.train, data.evaluation):
+        _check_skipping(dataset, task.objective)
 
     def compute(indices: Indices) -> PerExample:
         (batch,) = read(data.train, [indices], num_workers=0, device=device, dtype=parameter_dtype(settings.precision))

@@ -262,9 +262,10 @@ def test_a_skipped_image_is_told_of_once(images: Path, capfd: pytest.CaptureFixt
 )
 def test_an_objective_must_leave_out_what_is_skipped(images: Path, objective: Any) -> None:
     model = linear()
-    data = mbgd.Data(train=image_folder(images, on_error="skip"))
-    with pytest.raises(mbgd.UsageError, match=r"target -100, .*objective.ignore_index=-100"):
-        mbgd.Trainer(model, objective, torch.optim.SGD(model.parameters()), data, mbgd.Settings())
+    whole, with_skipped = image_folder(images), image_folder(images, on_error="skip")
+    for data in (mbgd.Data(train=with_skipped), mbgd.Data(train=whole, evaluation=with_skipped)):
+        with pytest.raises(mbgd.UsageError, match=r"target -100, .*objective.ignore_index=-100"):
+            mbgd.Trainer(model, objective, torch.optim.SGD(model.parameters()), data, mbgd.Settings())
 
 
 class Jittered(mbgd.InMemory):

@@ -46,6 +46,16 @@ def test_cross_entropy_is_torchs_mean(
     assert torch.allclose(got_gradient, wanted_gradient, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("shape", [(30,), (30, 5)])
+def test_cross_entropy_predicts_the_probability_of_each_class(shape: tuple[int, ...]) -> None:
+    inputs, targets = torch.randn(*shape, 6), torch.randint(CLASSES, shape)
+    model = nn.Linear(6, CLASSES)
+    terms = mbgd.CrossEntropy(ignore_index=2)(model, (inputs, targets))
+    outputs, counted = terms.counted_predictions()
+    assert torch.equal(counted, targets[targets != 2])
+    assert torch.allclose(outputs, model(inputs).softmax(-1)[targets != 2])
+
+
 @pytest.mark.parametrize("shape", [(30,), (30, 1), (30, 3)])
 def test_mean_squared_error_is_torchs_mean(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)

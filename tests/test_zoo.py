@@ -153,6 +153,19 @@ def test_a_damaged_cache_is_named(corpus: Path, own_cache: Path) -> None:
         corpus_windows("train", corpus)
 
 
+def test_text_that_changes_while_it_is_packed_is_told_as_that(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = text.__globals__["_read"]
+
+    def read_then_grow(documents: dict[str, Path], *write: Any) -> str:
+        digest: str = read(documents, *write)
+        (corpus / "a.txt").write_bytes(b"more")
+        return digest
+
+    monkeypatch.setitem(text.__globals__, "_read", read_then_grow)
+    with pytest.raises(mbgd.UsageError, match=r"^the text changed while it was read"):
+        corpus_windows("train", corpus)
+
+
 # tokens
 
 

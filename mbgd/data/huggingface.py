@@ -141,9 +141,9 @@ def _open(path: str, split: str) -> Any:
             dataset = getattr(datasets.Dataset, READERS[place.suffix])(str(place))
         else:
             raise UsageError(f"data.path={path}; a file must end in {', '.join(READERS)}.")
+    except UsageError:
+        raise
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        if isinstance(error, UsageError):
-            raise
         reason = error.__cause__ or error
         raise UsageError(f"{path} cannot be read: {type(reason).__name__}: {reason}") from error
     if isinstance(dataset, dict):

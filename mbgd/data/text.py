@@ -102,6 +102,8 @@ def _packed(documents: dict[str, Path]) -> tuple[U16, NDArray[np.int64]]:
                     _pack(documents, digest, folder)
         ends = np.load(folder / "ends.npy")
         tokens = np.memmap(folder / "tokens.bin", np.uint16, mode="r")
+    except UsageError:
+        raise
     except (OSError, ValueError, EOFError) as error:
         raise UsageError(
             f"packed text cannot be kept in {folder} ({error}). Set XDG_CACHE_HOME to a folder that can be written, or "
