@@ -256,5 +256,5 @@ def test_tab_completion_knows_groups_choices_and_keys(tmp_path: Path) -> None:
 def test_help_completion_and_sweeps_do_not_wait_for_torch(tmp_path: Path) -> None:
     command = [sys.executable, "-X", "importtime", str(ROOT / "train.py"), "--help"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert "model: cnn, linear, mlp, own" in done.stdout
+    assert "model: cnn, gpt, linear, mlp, own, resnet" in done.stdout
     assert not re.search(r"\| +(torch|matplotlib|rich|optuna)$", done.stderr, re.MULTILINE)

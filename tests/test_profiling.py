@@ -18,7 +18,7 @@ from mbgd.data import digits
 from processes import run_workers
 
 
-def trace(workers: mbgd.Workers, folder: Path, asked: str, step: int) -> None:
+def trace(workers: mbgd.Workers, folder: Path, asked: str, step: int, averaging: str = "ddp") -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     trainer = mbgd.Trainer(
@@ -26,7 +26,11 @@ def trace(workers: mbgd.Workers, folder: Path, asked: str, step: int) -> None:
         mbgd.CrossEntropy(),
         torch.optim.SGD(model.parameters(), lr=0.1),
         mbgd.Data(train=digits("train")),
-        mbgd.Settings(steps=8, batch=mbgd.Batch(size=64, micro_batch_size=16)),
+        mbgd.Settings(
+            steps=8,
+            batch=mbgd.Batch(size=64, micro_batch_size=16),
+            averaging=mbgd.Averaging(mbgd.AveragingName(averaging)),
+        ),
         workers,
     )
     trainer.state.step = step
@@ -39,15 +43,17 @@ def counts(path: Path) -> Counter[str]:
     return Counter(event["name"] for event in events if event.get("ph") == "X")
 
 
-def test_each_worker_writes_its_steps_and_averaging_is_visible(tmp_path: Path) -> None:
-    run_workers(trace, 2, tmp_path, "steps:3-5", 0)
+@pytest.mark.parametrize("averaging", ["ddp", "shared_memory"])
+def test_each_worker_writes_its_steps_and_averaging_is_visible(tmp_path: Path, averaging: str) -> None:
+    run_workers(trace, 2, tmp_path, "steps:3-5", 0, averaging)
     assert sorted(path.name for path in tmp_path.glob("profile/*")) == ["worker-0.json.gz", "worker-1.json.gz"]
     for path in tmp_path.glob("profile/*"):
         seen = counts(path)
         assert {f"step {step}" for step in range(1, 9) if seen[f"step {step}"]} == {"step 3", "step 4", "step 5"}
         assert [seen[name] for name in ("averaging", "optimizer", "data_wait")] == [3, 3, 3]
         assert [seen[name] for name in ("forward", "backward")] == [6, 6]  # two micro-batches a step
-        assert seen["gloo:all_reduce"] >= 3
+        if averaging == "ddp":
+            assert seen["gloo:all_reduce"] >= 3  # beside the backward; in shared memory all of it is in "averaging"
 
 
 def test_a_run_that_goes_on_traces_what_is_left(tmp_path: Path) -> None:
