@@ -12,12 +12,13 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mbgd import saving
+from mbgd import profiling, saving
 from mbgd.config import Config, Run, problems
 from mbgd.errors import UsageError
 from mbgd.loader import Data
+from mbgd.plan import count_steps, make_plan
 from mbgd.suggestions import did_you_mean
-from mbgd.trainer import Trainer, count_steps, make_plan
+from mbgd.trainer import Trainer
 from mbgd.workers import Workers
 
 FROM_DATA = ("input_shape", "num_outputs")
@@ -116,6 +117,7 @@ def build_trainer(config: Config, workers: Workers) -> Trainer:
     settings = dataclasses.replace(config, schedule=schedule, evaluation=evaluation)
     trainer = Trainer(model, objective, optimizer, data, settings, workers)
     saving.check(config.checkpoint, trainer.evaluation_names)
+    profiling.check(config.profile, trainer.num_steps)
     return trainer
 
 

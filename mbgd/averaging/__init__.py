@@ -70,12 +70,3 @@ def create(settings: Settings, task: Task, workers: Workers, *, parameters_vary:
     if settings.name is AveragingName.reproducible:
         return Reproducible(task, workers, find_unused_parameters=parameters_vary)
     return DDP(task, workers, find_unused_parameters=parameters_vary)
-
-
-def default_num_micro_batches(settings: Settings, num_workers: int) -> int:
-    """How many micro-batches a minibatch is cut into where `batch.micro_batch_size` does not say."""
-    return NUM_REPRODUCIBLE_LEAVES if settings.name is AveragingName.reproducible else num_workers
-
-
-NUM_REPRODUCIBLE_LEAVES = 8
-"""The same on any number of workers, as the result must be."""
