@@ -66,9 +66,12 @@ class TraceOfSteps:
 
     @contextmanager
     def _trace(self) -> Iterator[None]:
-        with profile(activities=self._activities) as trace:
-            yield
-        self._write(trace)
+        trace = profile(activities=self._activities)
+        try:
+            with trace:
+                yield
+        finally:
+            self._write(trace)
 
     def _write(self, trace: profile) -> None:
         try:
