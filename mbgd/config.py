@@ -27,7 +27,9 @@ class Last(Enum):
 
 
 class AveragingName(Enum):
+    auto = "auto"  # shared_memory where the workers are CPU workers that can share it, otherwise ddp
     ddp = "ddp"
+    shared_memory = "shared_memory"
     reproducible = "reproducible"
 
 

@@ -101,6 +101,7 @@ class Trainer:
         self._averaging = averagings.create(
             settings.averaging, task, workers, parameters_vary=bool(findings.unused_parameters)
         )
+        self.averaging_description = self._averaging.describe()
         self._autocast = autocast(settings.precision, workers.device)
         self._buffers = MovingBuffers(model, findings.moving_buffers)
         self._update = Update(list(model.parameters()), optimizer, settings, workers.device)

@@ -34,6 +34,8 @@ class Workers:
     local_rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     backend: str = "gloo"
+    timeout_seconds: float = 600.0
+    """How long an exchange waits for a worker."""
 
     @property
     def is_main(self) -> bool:
@@ -58,6 +60,11 @@ class Workers:
             dist.broadcast_object_list(values, src=0)
             return values[0]
         return value
+
+    def broadcast_(self, values: Tensor) -> None:
+        """Give `values` the main worker's, in place."""
+        if self.num_workers > 1:
+            dist.broadcast(values, src=0)
 
     def gather(self, value: T) -> list[T]:
         """Every worker's `value` by rank, on every worker."""
@@ -123,11 +130,18 @@ def start_workers(backend: str = "auto", timeout_seconds: float = 600.0) -> Iter
             device_id=device if device.type == "cuda" else None,
         )
     try:
-        yield Workers(rank=rank, num_workers=num_workers, local_rank=local_rank, device=device, backend=backend)
+        yield Workers(
+            rank=rank,
+            num_workers=num_workers,
+            local_rank=local_rank,
+            device=device,
+            backend=backend,
+            timeout_seconds=timeout_seconds,
+        )
         if num_workers > 1:
             dist.barrier()
     except RuntimeError as error:
-        if num_workers == 1 or not _is_of_exchange(error):
+        if num_workers == 1 or isinstance(error, WorkersLost) or not _is_of_exchange(error):
             raise
         raise WorkersLost(describe(roll_call.missing(), timeout_seconds, str(error))) from error
     finally:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
 
@@ -107,7 +107,7 @@ class Case:
             yield order.indices(minibatch.epoch, minibatch.start, minibatch.stop).tolist()
 
 
-CASES = [
+CASES_OF_DDP = [
     # 1,797 = 17 × 100 + 97, 1,701 = 17 × 100 + 1; a micro-batch of 7 makes windows of 15 with an incomplete last one
     *(Case(kind, 1797, 100, micro) for kind in ("uniform", "ragged tokens", "some zero") for micro in (None, 1, 7)),
     *(Case(kind, 1701, 100, micro) for kind in ("uniform", "ragged tokens") for micro in (None, 7)),
@@ -120,6 +120,10 @@ CASES = [
     Case("uniform", clip_norm=0.05),
     Case("some zero", clip_norm=0.05, micro_batch=7, optimizer="adamw"),
     Case("uniform", 250, 100, 30, steps=9),  # three epochs, each in an order of its own
+]
+CASES = [
+    *CASES_OF_DDP,
+    *(replace(case, averaging="shared_memory") for case in CASES_OF_DDP),
     *(Case(kind, averaging="reproducible") for kind in ("uniform", "ragged tokens", "some zero")),
     Case("uniform", 1717, 100, 25, averaging="reproducible", optimizer="adamw", clip_norm=0.05),
 ]
@@ -173,8 +177,12 @@ def train_cases(workers: mbgd.Workers, cases: list[Case]) -> list[tuple[Tensor, 
     return [train(workers, case) for case in cases]
 
 
-@cache
 def expected(case: Case) -> tuple[Tensor, list[float]]:
+    return in_plain_torch(replace(case, averaging=""))
+
+
+@cache
+def in_plain_torch(case: Case) -> tuple[Tensor, list[float]]:
     model = make_model()
     losses = reference.train(
         model,

@@ -49,6 +49,8 @@ def train_until_lost(rank: int, num_workers: int, port: int, averaging: str, fol
         (signal.SIGSTOP, "reproducible", 2),
         (signal.SIGSTOP, "ddp", 0),  # which keeps the store, where torchrun does not
         (signal.SIGKILL, "ddp", 2),
+        (signal.SIGSTOP, "shared_memory", 1),
+        (signal.SIGKILL, "shared_memory", 2),
     ],
 )
 def test_the_missing_worker_is_named_in_time(tmp_path: Path, how: signal.Signals, averaging: str, lost: int) -> None:

@@ -20,6 +20,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import mbgd
+import mbgd.averaging as averagings
+from mbgd.averaging.memory import CannotShareError
 from mbgd.averaging.tree import Counter, fold, worker_nodes
 from mbgd.config import AveragingName
 from mbgd.data import digits
@@ -232,24 +234,31 @@ def digest(tensors: Any) -> str:
     return whole.hexdigest()
 
 
-def train_cases(workers: mbgd.Workers, cases: list[Case], averaging: str) -> list[Any]:
+def train_cases(workers: mbgd.Workers, cases: list[Case], averaging: str, transport: str) -> list[Any]:
+    if transport == "gloo":  # as where workers are on several hosts
+        averagings.HostMemory = no_memory  # type: ignore[misc, assignment]
     return [train(workers, case, averaging) for case in cases]
 
 
+def no_memory(workers: mbgd.Workers) -> None:
+    raise CannotShareError("the test wants none")
+
+
 @cache
-def trained(num_workers: int, averaging: str = "reproducible") -> list[list[Any]]:
+def trained(num_workers: int, averaging: str = "reproducible", transport: str = "shared memory") -> list[list[Any]]:
     """For each worker, for each case: its records."""
-    return run_workers(train_cases, num_workers, CASES, averaging)
+    return run_workers(train_cases, num_workers, CASES, averaging, transport)
 
 
 @pytest.mark.parametrize("num_workers", [2, 3, 4, 5, 7, 8])
+@pytest.mark.parametrize("transport", ["shared memory", "gloo"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_the_same_bits_after_every_step(case: Case, num_workers: int) -> None:
+def test_the_same_bits_after_every_step(case: Case, transport: str, num_workers: int) -> None:
     index = CASES.index(case)
     wanted = trained(1)[0][index]
     assert len({weights for weights, _, _ in wanted}) == NUM_STEPS
     assert {"eval/loss", "train/gradient_variance", "train/update_ratio"} <= wanted[-1][2].keys()
-    for rank, of_worker in enumerate(trained(num_workers)):
+    for rank, of_worker in enumerate(trained(num_workers, transport=transport)):
         for step, (got, expected) in enumerate(zip(of_worker[index], wanted, strict=True), 1):
             assert got == expected, f"worker {rank} of {num_workers}, step {step}"
 

@@ -114,24 +114,26 @@ class Branching(nn.Module):
         return logits + self.tied_again(torch.tanh(self.tied(self.frozen(logits))))
 
 
-def train_branching(workers: mbgd.Workers, micro_batch_size: int | None) -> dict[str, Tensor]:
+def train_branching(workers: mbgd.Workers, micro_batch_size: int | None, name: str) -> dict[str, Tensor]:
+    averaging = mbgd.Averaging(mbgd.AveragingName(name))
     torch.manual_seed(0)
     model = Branching().double()
-    fit(workers, model, size=6, micro_batch_size=micro_batch_size, steps=30, adamw=True, lr=0.01)
+    fit(workers, model, size=6, micro_batch_size=micro_batch_size, averaging=averaging, steps=30, adamw=True, lr=0.01)
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
+@pytest.mark.parametrize("averaging", ["ddp", "shared_memory"])
 @pytest.mark.parametrize("micro_batch_size", [None, 1])
-def test_unused_frozen_and_tied_parameters(micro_batch_size: int | None) -> None:
+def test_unused_frozen_and_tied_parameters(micro_batch_size: int | None, averaging: str) -> None:
     torch.manual_seed(0)
     start = dict(Branching().double().named_parameters())
     # One worker and one micro-batch is plain autograd: unused parameters have no gradient and AdamW leaves them alone.
-    wanted = run_workers(train_branching, 1, None)[0]
+    wanted = train_branching(mbgd.Workers(), None, averaging)
     assert torch.equal(wanted["never.weight"], start["never.weight"])
     assert torch.equal(wanted["frozen.weight"], start["frozen.weight"])
     assert not torch.equal(wanted["rare.weight"], start["rare.weight"])
     for num_workers in (1, 2, 3):
-        for got in run_workers(train_branching, num_workers, micro_batch_size):
+        for got in run_workers(train_branching, num_workers, micro_batch_size, averaging):
             for name, value in wanted.items():
                 assert torch.allclose(got[name], value, rtol=1e-9, atol=1e-12), name
 
@@ -328,7 +330,7 @@ def test_dropping_the_last_minibatch_must_leave_one() -> None:
 # Bits
 
 
-def train_whole_numbers(workers: mbgd.Workers, micro_batch_size: int | None) -> Tensor:
+def train_whole_numbers(workers: mbgd.Workers, micro_batch_size: int | None, averaging: str) -> Tensor:
     """One step whose every sum is exact in float32: whole-numbered inputs, targets and parameters."""
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randint(-8, 8, (97, 6), generator=generator).float()
@@ -346,16 +348,28 @@ def train_whole_numbers(workers: mbgd.Workers, micro_batch_size: int | None) -> 
         objective,
         torch.optim.SGD(model.parameters(), lr=1.0),
         mbgd.Data(train=mbgd.InMemory(inputs, targets)),
-        mbgd.Settings(steps=1, batch=mbgd.Batch(size=97, micro_batch_size=micro_batch_size)),
+        mbgd.Settings(
+            steps=1,
+            batch=mbgd.Batch(size=97, micro_batch_size=micro_batch_size),
+            averaging=mbgd.Averaging(mbgd.AveragingName(averaging)),
+        ),
         workers,
     )
     trainer.fit()
     return flat(model)
 
 
+def train_whole_numbers_each_way(workers: mbgd.Workers) -> list[Tensor]:
+    return [
+        train_whole_numbers(workers, micro_batch_size, averaging)
+        for micro_batch_size in (None, 1, 7)
+        for averaging in ("ddp", "shared_memory")
+    ]
+
+
 @pytest.mark.parametrize("num_workers", [1, 2, 3, 4])
 def test_problems_whose_sums_are_exact_give_equal_bits(num_workers: int) -> None:
-    (wanted,) = run_workers(train_whole_numbers, 1, None)
-    for micro_batch_size in (None, 1, 7):
-        for got in run_workers(train_whole_numbers, num_workers, micro_batch_size):
+    wanted = train_whole_numbers(mbgd.Workers(), None, "ddp")
+    for of_worker in run_workers(train_whole_numbers_each_way, num_workers):
+        for got in of_worker:
             assert torch.equal(got, wanted)

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from mbgd.averaging.ddp import DDP
+from mbgd.averaging.memory import CannotShareError, HostMemory
 from mbgd.averaging.norms import MicroBatchNorms
 from mbgd.averaging.reproducible import Reproducible
+from mbgd.averaging.shared_memory import SharedMemory
 from mbgd.config import Averaging as Settings
 from mbgd.config import AveragingName
 from mbgd.errors import UsageError
@@ -45,9 +47,17 @@ class Averaging(Protocol):
         leaves: (number, vector) of this worker's micro-batches, in order.
         """
 
+    def describe(self) -> str:
+        """The averaging and what it moves gradients through, for people."""
+
 
 def prepare(settings: Settings, plan: Plan, device: torch.device) -> None:
     """Set torch up as the averaging needs it; UsageError if the plan cannot be averaged so."""
+    if settings.name is AveragingName.shared_memory and device.type != "cpu":
+        raise UsageError(
+            f"averaging=shared_memory with workers on {device.type}; it adds up in the host's memory, which GPUs' "
+            "gradients are not in. Use averaging=ddp, or backend=gloo for CPU workers."
+        )
     if settings.name is not AveragingName.reproducible:
         return
     num_micro_batches = plan.num_micro_batches(min(plan.minibatch_size, plan.num_examples))
@@ -67,6 +77,17 @@ def create(settings: Settings, task: Task, workers: Workers, *, parameters_vary:
     """The averaging that the settings name; parameters_vary: not every parameter takes part in every loss."""
     if settings.find_unused_parameters is not None:
         parameters_vary = settings.find_unused_parameters
+    memory = None
+    if settings.name is not AveragingName.ddp and workers.num_workers > 1 and workers.device.type == "cpu":
+        try:
+            memory = HostMemory(workers)
+        except CannotShareError as error:
+            if settings.name is AveragingName.shared_memory:
+                raise UsageError(
+                    f"averaging=shared_memory, but {error}. Use averaging=ddp; averaging=auto takes what works."
+                ) from error
     if settings.name is AveragingName.reproducible:
-        return Reproducible(task, workers, find_unused_parameters=parameters_vary)
+        return Reproducible(task, workers, memory, find_unused_parameters=parameters_vary)
+    if memory is not None:
+        return SharedMemory(task, workers, memory)
     return DDP(task, workers, find_unused_parameters=parameters_vary)

@@ -130,3 +130,6 @@ class DDP:
         for _, values in leaves:
             total += values
         return self._workers.sum_(total)
+
+    def describe(self) -> str:
+        return f"ddp over {self._workers.backend}"

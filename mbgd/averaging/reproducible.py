@@ -13,8 +13,11 @@ from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 from mbgd.averaging.ddp import check_exchanged, later, wrap
+from mbgd.averaging.exchange import Exchange, start_alike
+from mbgd.averaging.memory import HostMemory
 from mbgd.averaging.norms import MicroBatchNorms
 from mbgd.averaging.tree import Counter, Node, fold, worker_nodes
+from mbgd.errors import UsageError
 from mbgd.objective import PerExample
 from mbgd.plan import MicroBatch, cut
 from mbgd.task import Task
@@ -33,15 +36,21 @@ class Reproducible:
     buckets matter to the bits.
     """
 
-    def __init__(self, task: Task, workers: Workers, *, find_unused_parameters: bool) -> None:
-        self._task, self._workers = task, workers
+    def __init__(
+        self, task: Task, workers: Workers, memory: HostMemory | None = None, *, find_unused_parameters: bool
+    ) -> None:
+        """memory: what all workers share; None: gradients go through the process group."""
+        self._task, self._workers, self._memory = task, workers, memory
         # Where a parameter lacks a gradient, zeros are added for it, which makes −0 into 0; then every leaf must do so.
         self._parameters_vary = find_unused_parameters
         self._parameters = [p for p in task.parameters() if p.requires_grad]
         self._ddp: DistributedDataParallel | None = None
         self.norms: MicroBatchNorms | None = None
-        if workers.num_workers > 1:
+        if memory is not None:
+            start_alike(task, workers)
+        elif workers.num_workers > 1:
             self._ddp = wrap(task, self._send_bucket, find_unused_parameters=find_unused_parameters)
+        self._in_memory: Exchange | None = None
         self._counter = Counter[Gradients](_add_gradients)
         self._last = MicroBatch(0, 1, 0, 0)
         self._exchanges: dict[int, _Exchange] = {}
@@ -71,7 +80,8 @@ class Reproducible:
         gradients = self._take_gradients()
         if self.norms is not None:
             self.norms.take(micro_batch.number, gradients)
-        self._counter.push(micro_batch.number, gradients)
+        if micro_batch.counts:
+            self._counter.push(micro_batch.number, gradients)
 
     def _zero_gradients_of_used_parameters(self) -> None:
         """DDP wants a gradient of every parameter that took part in any micro-batch, if not in the last."""
@@ -113,7 +123,9 @@ class Reproducible:
         return later(buffer)
 
     def finish(self) -> None:
-        if self._ddp is None:
+        if self._memory is not None:
+            self._add_up_in_memory(self._memory)
+        elif self._ddp is None:
             total = fold(dict(self._counter.nodes), self._last.of, _add_gradients)
             for parameter, gradient in total.items():
                 parameter.grad = gradient
@@ -123,6 +135,25 @@ class Reproducible:
             exchange.finish()
         self._sent.clear()
         self._counter.nodes.clear()
+
+    def _add_up_in_memory(self, memory: HostMemory) -> None:
+        nodes = nodes_of_workers(self._last.of, self._workers.num_workers)
+        rows_of_workers = [len(held) for held in nodes]
+        if self._in_memory is None or self._in_memory.num_rows < max(rows_of_workers):
+            self._in_memory = Exchange(self._parameters, max(rows_of_workers), memory, rank=self._workers.rank)
+        rows = [[gradients.get(p) for p in self._parameters] for _, gradients in self._counter.nodes]
+        order = [node for held in nodes for node in held]
+        self._in_memory(
+            rows,
+            rows_of_workers,
+            lambda values: fold(dict(zip(order, values, strict=True)), self._last.of, Tensor.add_),
+        )
+        if not self._in_memory.everywhere and not self._parameters_vary:
+            raise UsageError(
+                "some parameters took part in this step's loss in some micro-batches only, but all did in the first "
+                "step. Set averaging.find_unused_parameters=true: which parameters take part then may differ from step "
+                "to step."
+            )
 
     def sum(self, leaves: Sequence[tuple[int, Tensor]], *, num_leaves: int, num_values: int) -> Tensor:
         counter = Counter[Tensor](torch.add)
@@ -135,12 +166,17 @@ class Reproducible:
         mine = torch.zeros(most, num_values, dtype=torch.float64, device=self._workers.device)
         for row, (_, values) in zip(mine, counter.nodes, strict=False):
             row.copy_(values)
-        gathered = mine.new_empty(len(nodes) * most, num_values)
-        _all_gather(gathered, mine)
-        by_node = {
-            node: gathered[rank * most + row] for rank, held in enumerate(nodes) for row, node in enumerate(held)
-        }
-        return fold(by_node, num_leaves, torch.add)
+        if self._memory is not None:
+            gathered = self._memory.gather(mine)
+        else:
+            all_rows = mine.new_empty(len(nodes) * most, num_values)
+            _all_gather(all_rows, mine)
+            gathered = list(all_rows.view(-1, most, num_values))
+        by_node = {node: rows[row] for held, rows in zip(nodes, gathered, strict=True) for row, node in enumerate(held)}
+        return fold(by_node, num_leaves, torch.add).clone()
+
+    def describe(self) -> str:
+        return f"reproducible over {'shared memory' if self._memory is not None else self._workers.backend}"
 
 
 class _Exchange:

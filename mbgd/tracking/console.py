@@ -102,7 +102,7 @@ def plan_lines(trainer: Trainer) -> dict[str, str]:
         "examples": f"{plan.num_examples:,} for training, {trainer.num_evaluation_examples:,} for evaluation",
         "steps": f"{trainer.num_steps:,}, {plan.steps_per_epoch:,} an epoch",
         "parameters": f"{parameters:,}, {trainer.settings.precision.value}",
-        "averaging": f"{trainer.settings.averaging.name.value} over {workers.backend}",
+        "averaging": trainer.averaging_description,
         "noise scale": trainer.noise_scale.describe(),
         "device": f"{workers.device.type}, {count(torch.get_num_threads(), 'thread')} per worker",
     }

@@ -1,0 +1,375 @@
+"""averaging=shared_memory: right sums whatever the gradients, errors that name who is gone, nothing left behind."""
+
+import ctypes
+import multiprocessing
+import os
+import random
+import signal
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mbgd
+import mbgd.averaging as averagings
+from mbgd.averaging import memory
+from mbgd.averaging.exchange import Exchange, start_alike
+from mbgd.averaging.memory import CannotShareError, HostMemory
+from mbgd.averaging.shared_memory import PLACED_AT_ONCE_BYTES, in_order
+from mbgd.config import Averaging, AveragingName
+from mbgd.data import digits
+from mbgd.errors import WorkersLost
+from mbgd.plan import Plan
+from mbgd.workers import start_workers
+
+from processes import environment, free_port, run_workers
+
+DEV_SHM = Path("/dev/shm")
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+ROUNDS = 30
+
+
+def gradients_of(seed: int, rank: int, parameters: list[nn.Parameter]) -> list[Tensor | None]:
+    """What worker `rank` has in the round of that seed: seldom nothing, sometimes not for every parameter."""
+    chance = random.Random(f"{seed} {rank}")
+    generator = torch.Generator().manual_seed(1000 * seed + rank)
+    gradients = [torch.randn(p.shape, dtype=torch.float64, generator=generator).to(p.dtype) for p in parameters]
+    missing = chance.choice([0.0, 0.0, 0.3, 1.0])
+    return [None if chance.random() < missing else gradient for gradient in gradients]
+
+
+def random_parameters(seed: int) -> list[nn.Parameter]:
+    """From none to tens of thousands of elements, several dtypes mixed, some in channels_last order."""
+    chance = random.Random(seed)
+    parameters = []
+    for _ in range(chance.randint(1, 12)):
+        shape = [chance.choice([1, 2, 3, 17, 64, 100]) for _ in range(chance.randint(0, 4))]
+        if torch.Size(shape).numel() < 300_000:
+            tensor = torch.zeros(shape, dtype=chance.choice(DTYPES))
+            last = len(shape) == 4 and chance.random() < 0.5
+            parameters.append(nn.Parameter(tensor.to(memory_format=torch.channels_last) if last else tensor))
+    return parameters or [nn.Parameter(torch.zeros(0))]
+
+
+def exchange_at_random(workers: mbgd.Workers, seeds: list[int]) -> list[list[list[Tensor | None]]]:
+    """Every round's gradients after an exchange; the workers come late at random and spoil what they were given."""
+    chance = random.Random(workers.rank)
+    shared = HostMemory(workers)
+    results = []
+    for seed in seeds:
+        parameters = random_parameters(seed)
+        exchange = Exchange(parameters, 1, shared, rank=workers.rank)
+        for number in range(ROUNDS):
+            for parameter, gradient in zip(
+                parameters, gradients_of(1000 * seed + number, workers.rank, parameters), strict=True
+            ):
+                parameter.grad = gradient
+            if chance.random() < 0.1:
+                time.sleep(chance.random() * 0.01)
+            exchange([[p.grad for p in parameters]], [1] * workers.num_workers, in_order)
+            results.append([None if p.grad is None else p.grad.clone() for p in parameters])
+            if chance.random() < 0.5:  # as the division and clipping do
+                for parameter in parameters:
+                    if parameter.grad is not None:
+                        parameter.grad.fill_(float("nan"))
+    return results
+
+
+@pytest.mark.parametrize("num_workers", [2, 3, 4])
+def test_random_gradients_of_every_dtype_add_up_in_the_order_of_the_workers(num_workers: int) -> None:
+    seeds = list(range(6))
+    results = run_workers(exchange_at_random, num_workers, seeds)
+    rounds = [(seed, number) for seed in seeds for number in range(ROUNDS)]
+    for at, (seed, number) in enumerate(rounds):
+        parameters = random_parameters(seed)
+        of_workers = [gradients_of(1000 * seed + number, rank, parameters) for rank in range(num_workers)]
+        for which, gradients in enumerate(zip(*of_workers, strict=True)):
+            there = [gradient for gradient in gradients if gradient is not None]
+            for rank in range(num_workers):
+                got = results[rank][at][which]
+                if not there:
+                    assert got is None
+                    continue
+                wanted = torch.zeros_like(there[0])
+                for gradient in there:
+                    wanted = wanted + gradient
+                assert got is not None
+                assert torch.equal(got, wanted), (seed, number, which, rank)
+
+
+def gather_many(workers: mbgd.Workers) -> bool:
+    shared = HostMemory(workers)
+    for number in range(200):
+        values = torch.tensor([number, workers.rank], dtype=torch.float64)
+        gathered = shared.gather(values)
+        if [rows.tolist() for rows in gathered] != [[number, rank] for rank in range(workers.num_workers)]:
+            return False
+    return True
+
+
+def test_small_values_are_gathered() -> None:
+    assert run_workers(gather_many, 3) == [True] * 3
+
+
+# Through the trainer
+
+
+def wide() -> nn.Module:
+    """Its first weight is moved into shared memory within the backward, the others in the end."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 700), nn.Tanh(), nn.Linear(700, 10))
+    assert model[1].weight.nbytes * 2 >= PLACED_AT_ONCE_BYTES > model[3].weight.nbytes * 2
+    return model
+
+
+def trainer(workers: mbgd.Workers, averaging: str, model: nn.Module, **settings: Any) -> mbgd.Trainer:
+    return mbgd.Trainer(
+        model,
+        mbgd.CrossEntropy(),
+        torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9),
+        mbgd.Data(train=digits("test"), evaluation=digits("test")),
+        mbgd.Settings(**{"steps": 12, "averaging": Averaging(AveragingName(averaging)), **settings}),
+        workers,
+    )
+
+
+def train_wide(workers: mbgd.Workers, averaging: str, micro_batch_size: int | None) -> Tensor:
+    model = wide()
+    trainer(
+        workers,
+        averaging,
+        model,
+        batch=mbgd.Batch(50, micro_batch_size),
+        precision=mbgd.Precision.fp64,
+        clip_norm=0.1,
+    ).fit()
+    return nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 7])
+def test_large_gradients_are_moved_within_the_backward(micro_batch_size: int | None) -> None:
+    wanted = train_wide(mbgd.Workers(), "ddp", None)
+    first, *others = run_workers(train_wide, 3, "shared_memory", micro_batch_size)
+    torch.testing.assert_close(first, wanted, rtol=1e-12, atol=1e-13)
+    assert all(torch.equal(first, other) for other in others)
+
+
+def start_unalike(workers: mbgd.Workers) -> tuple[list[float], str]:
+    same_kind = nn.Linear(1, 3)
+    nn.init.constant_(same_kind.weight, workers.rank + 1.0)
+    start_alike(same_kind, workers)
+    with pytest.raises(mbgd.UsageError) as caught:
+        trainer(workers, "shared_memory", nn.Sequential(nn.Flatten(), nn.Linear(64, 10, bias=workers.rank == 0)))
+    return same_kind.weight.flatten().tolist(), str(caught.value)
+
+
+def test_every_worker_starts_with_the_main_ones_values_and_the_same_kind_of_model() -> None:
+    for values, message in run_workers(start_unalike, 2):
+        assert values == [1.0, 1.0, 1.0]
+        assert "worker 1 has a model of other parameters" in message
+
+
+# Where it cannot be
+
+
+def describe_auto(workers: mbgd.Workers) -> str:
+    return trainer(workers, "auto", wide()).averaging_description
+
+
+def be_elsewhere(workers: mbgd.Workers) -> tuple[str, str, str]:
+    """The last worker pretends to be on a host of its own."""
+    if workers.rank == workers.num_workers - 1:
+        memory._host = lambda: ("another", "host")  # type: ignore[attr-defined]
+    with pytest.raises(mbgd.UsageError) as caught:
+        trainer(workers, "shared_memory", wide())
+    return str(caught.value), describe_auto(workers), trainer(workers, "reproducible", wide()).averaging_description
+
+
+def test_several_hosts_are_refused_on_every_worker_and_auto_takes_ddp() -> None:
+    for message, auto, reproducible in run_workers(be_elsewhere, 3):
+        assert "workers 0 and 2 are on different hosts" in message
+        assert "averaging=ddp" in message
+        assert auto == "ddp over gloo"
+        assert reproducible == "reproducible over gloo"
+
+
+def fail_to_make_a_file(workers: mbgd.Workers) -> str:
+    if workers.rank == 1:
+        memory._make_file = partial(os.open, "/nowhere/at/all")  # type: ignore[assignment]
+    with pytest.raises(CannotShareError) as caught:
+        HostMemory(workers)
+    return str(caught.value)
+
+
+def test_what_one_worker_cannot_do_all_are_told() -> None:
+    messages = run_workers(fail_to_make_a_file, 2)
+    assert messages[0] == messages[1]
+    assert "worker 1" in messages[0]
+
+
+def test_gpus_are_refused_and_one_worker_needs_nobody() -> None:
+    plan = Plan(num_examples=8, minibatch_size=4, num_workers=2)
+    with pytest.raises(mbgd.UsageError, match="averaging=shared_memory with workers on cuda"):
+        averagings.prepare(Averaging(AveragingName.shared_memory), plan, torch.device("cuda"))
+    for name in ("auto", "shared_memory"):
+        result = trainer(mbgd.Workers(), name, wide()).fit()
+        assert result.steps == 12
+
+
+CLONE_NEWNS = 0x00020000
+MS_REC, MS_PRIVATE = 1 << 14, 1 << 18
+
+
+def train_with_a_small_dev_shm(workers: mbgd.Workers) -> str:
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.unshare(CLONE_NEWNS) == 0
+    assert libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None) == 0
+    assert libc.mount(b"tmpfs", b"/dev/shm", b"tmpfs", 0, b"size=4k") == 0
+    made = trainer(workers, "auto", wide())
+    made.fit()
+    return made.averaging_description
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting takes root")
+def test_a_small_dev_shm_does_not_matter() -> None:
+    assert run_workers(train_with_a_small_dev_shm, 2) == ["shared_memory"] * 2
+
+
+# Who can get at it, and what stays behind
+
+
+def mapped_and_open(workers: mbgd.Workers) -> tuple[int, list[str], list[str], list[str]]:
+    """Mode of a piece; what of it is mapped; which files in memory are open once all have mapped it; /dev/shm."""
+    descriptor = memory._make_file(100)
+    mode = os.fstat(descriptor).st_mode & 0o777
+    os.close(descriptor)
+    before = {path.name for path in DEV_SHM.iterdir()}
+    made = trainer(workers, "shared_memory", wide())
+    made.fit()
+    mapped = [line.split(maxsplit=5)[5] for line in Path("/proc/self/maps").read_text().splitlines() if "mbgd" in line]
+    open_files = []
+    for link in Path("/proc/self/fd").iterdir():
+        try:
+            open_files.append(str(link.readlink()))
+        except FileNotFoundError:  # that of the listing itself
+            continue
+    new = {path.name for path in DEV_SHM.iterdir()} - before
+    return mode, mapped, [name for name in open_files if "mbgd" in name and "memfd" in name], sorted(new)
+
+
+def test_pieces_have_no_name_and_are_closed_to_others() -> None:
+    for mode, mapped, still_open, in_dev_shm in run_workers(mapped_and_open, 2):
+        assert mode == 0o600
+        assert len(mapped) >= 4  # its own and the other's: semaphores and gradients
+        assert set(mapped) == {"/memfd:mbgd (deleted)"}
+        assert still_open == []
+        assert in_dev_shm == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user takes root")
+def test_another_user_can_open_nothing() -> None:
+    descriptor = memory._make_file(100)
+    path = f"/proc/{os.getpid()}/fd/{descriptor}"
+    child = os.fork()
+    if child == 0:
+        os.setgid(65534)
+        os.setuid(65534)
+        try:
+            os.open(path, os.O_RDONLY)
+        except PermissionError:
+            os._exit(0)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    os.close(os.open(path, os.O_RDWR))  # which this user can
+    os.close(descriptor)
+
+
+# Workers that go away
+
+
+TIMEOUT_SECONDS = 3.0
+
+
+def exchange_until_lost(rank: int, num_workers: int, port: int, folder: Path, victim: int, at: str, how: int) -> None:
+    """The victim gives itself the signal in its 20th exchange; what the others are told goes into `folder`."""
+    torch.set_num_threads(1)
+    os.environ |= environment(rank, num_workers, port)
+    try:
+        with start_workers("gloo", TIMEOUT_SECONDS) as workers:
+            parameter = nn.Parameter(torch.zeros(100_000))
+            exchange = Exchange([parameter], 1, HostMemory(workers), rank=rank)
+            for number in range(10_000):
+                strikes = rank == victim and number == 20
+                if strikes and at == "before":
+                    os.kill(os.getpid(), how)
+                parameter.grad = torch.full_like(parameter, float(rank + 1))
+                fold = in_order
+                if strikes and at == "between":
+                    fold = partial(strike_first, how)
+                exchange([[parameter.grad]], [1] * num_workers, fold)
+                if not torch.all(parameter.grad == num_workers * (num_workers + 1) / 2):
+                    (folder / f"wrong-{rank}").write_text(str(number))
+    except WorkersLost as error:
+        (folder / f"error-{rank}").write_text(f"{time.monotonic()} {error}")
+        os._exit(1)
+
+
+def strike_first(how: int, rows: list[Tensor]) -> Tensor:
+    os.kill(os.getpid(), how)
+    return in_order(rows)
+
+
+@pytest.mark.parametrize(
+    ("how", "at", "most_seconds", "reason"),
+    [
+        (signal.SIGKILL, "before", 1.5, "has ended"),
+        (signal.SIGKILL, "between", 1.5, "has ended"),
+        (signal.SIGSTOP, "between", TIMEOUT_SECONDS + 2, "it is stopped, or busy"),
+    ],
+)
+def test_who_is_gone_is_named_and_no_sum_is_wrong(
+    tmp_path: Path, how: signal.Signals, at: str, most_seconds: float, reason: str
+) -> None:
+    num_workers, victim = 3, 1
+    context = multiprocessing.get_context("forkserver")
+    port = free_port()
+    in_dev_shm = set(DEV_SHM.iterdir())
+    processes = [
+        context.Process(target=exchange_until_lost, args=(rank, num_workers, port, tmp_path, victim, at, how))
+        for rank in range(num_workers)
+    ]
+    try:
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + 60
+        while not gone(processes[victim].pid):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        struck = time.monotonic()
+        for rank in (0, 2):
+            processes[rank].join(60)
+            assert processes[rank].exitcode == 1
+            when, message = (tmp_path / f"error-{rank}").read_text().split(maxsplit=1)
+            assert float(when) - struck < most_seconds
+            assert f"worker {victim} does not answer any more: process {processes[victim].pid} " in message
+            assert reason in message
+            assert "worker 0" not in message
+            assert "worker 2" not in message
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    assert not list(tmp_path.glob("wrong-*"))
+    assert set(DEV_SHM.iterdir()) - in_dev_shm == set()
+
+
+def gone(pid: int | None) -> bool:
+    """Whether the process is dead or stopped."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] in "ZXT"
+    except FileNotFoundError:
+        return True
