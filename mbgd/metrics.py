@@ -52,7 +52,7 @@ class Metrics:
         if self._workers.is_main:
             try:
                 # At once: metrics look at all values of an update to tell probabilities from logits.
-                outputs, targets = torch.cat(collected[0::2]), torch.cat(collected[1::2])
+                outputs, targets = _whole("outputs", collected[0::2]), _whole("targets", collected[1::2])
                 values = {name: _compute(name, metric, outputs, targets) for name, metric in self._metrics.items()}
             except UsageError as error:
                 problem = str(error)  # every worker must hear of it
@@ -60,6 +60,16 @@ class Metrics:
         if problem:
             raise UsageError(problem)
         return values
+
+
+def _whole(name: str, parts: Sequence[Tensor]) -> Tensor:
+    shapes = sorted({tuple(part.shape[1:]) for part in parts})
+    if len(shapes) > 1:
+        raise UsageError(
+            f"evaluation.metrics: the {name} of one example have shapes {', '.join(map(str, shapes))} in different "
+            "parts of the evaluation set; they must be the same in all. Pad them to one length."
+        )
+    return torch.cat(list(parts))
 
 
 def check(metrics: Mapping[str, Metric], terms: PerExample, *, has_evaluation: bool) -> None:

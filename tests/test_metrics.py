@@ -160,15 +160,25 @@ class OnlyFew(Numbers):
         return 0
 
 
-def evaluate_too_many(workers: mbgd.Workers) -> str:
-    with pytest.raises(mbgd.UsageError) as caught:
-        trainer(workers, {"few": OnlyFew()}, few(100)).fit()
-    return str(caught.value)
+def of_growing_size(model: nn.Module, batch: tuple[Tensor, Tensor]) -> mbgd.PerExample:
+    inputs, targets = batch
+    losses = F.cross_entropy(model(inputs), targets, reduction="none")
+    return mbgd.PerExample(losses, predictions=(inputs.flatten(1)[:, : len(inputs)], targets))
 
 
-def test_a_metric_that_fails_stops_every_worker() -> None:
-    for message in run_workers(evaluate_too_many, 2):
-        assert "evaluation.metrics.few (OnlyFew) cannot be computed from outputs of shape (100, 10)" in message
+def fail_late(workers: mbgd.Workers) -> list[str]:
+    messages = []
+    for metric, objective in ((OnlyFew(), None), (Numbers(), of_growing_size)):
+        with pytest.raises(mbgd.UsageError) as caught:
+            trainer(workers, {"mine": metric}, few(67), objective=objective).fit()
+        messages.append(str(caught.value))
+    return messages
+
+
+def test_what_the_check_before_training_cannot_find_stops_every_worker() -> None:
+    for too_many, growing in run_workers(fail_late, 2):
+        assert "evaluation.metrics.mine (OnlyFew) cannot be computed from outputs of shape (67, 10)" in too_many
+        assert "outputs of one example have shapes (22,), (23,) in different parts" in growing
 
 
 # Mistakes
@@ -183,10 +193,16 @@ def with_a_mean(model: nn.Module, batch: tuple[Tensor, Tensor]) -> mbgd.PerExamp
     return mbgd.PerExample(losses, predictions=lambda: (losses.mean(), batch[1]))
 
 
+def with_a_list(model: nn.Module, batch: tuple[Tensor, Tensor]) -> mbgd.PerExample:
+    losses = F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+    return mbgd.PerExample(losses, predictions=[losses, batch[1]])  # type: ignore[arg-type]
+
+
 MISTAKES: list[tuple[dict[str, Callable[[], Any]], dict[str, Any], str]] = [
     ({"auroc": auroc}, {"evaluation": None}, "evaluation.metrics=auroc, but there is no evaluation"),
     ({"auroc": auroc}, {"objective": without_predictions}, r"predictions=\(outputs, targets\)"),
     ({"auroc": auroc}, {"objective": with_a_mean}, r"outputs have shape \(\) beside losses"),
+    ({"auroc": auroc}, {"objective": with_a_list}, "predictions of type list; they must be a pair"),
     ({"accuracy": auroc}, {}, "eval/accuracy is there without it. Choose another name"),
     ({"loss": auroc}, {}, "eval/loss is there without it"),
     ({"auroc": partial(nn.Linear, 1, 1)}, {}, "auroc is a Linear; a metric has update"),
