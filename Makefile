@@ -28,6 +28,7 @@ bench: $(INSTALLED)
 	python benchmarks/startup.py
 	python benchmarks/averaging.py
 	python benchmarks/tracking.py
+	python benchmarks/experiments.py
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -9,15 +9,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from mbgd.errors import UsageError
-from mbgd.order import Order
+from mbgd.order import Order, mix, mix_array
 from mbgd.plan import MicroBatch, Minibatch, Plan
 from mbgd.precision import move
 from mbgd.workers import Workers
 
 Indices = NDArray[np.int64]
+"""Shape (N,): numbers of examples; or (N, 2): numbers of examples, and the keys with which they are augmented."""
 
 # Examples in memory are gathered for several micro-batches at once, up to this many, so that small ones do not pay
 # the price of a gathering each.
@@ -26,7 +27,11 @@ BLOCK_EXAMPLES = 2048
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """The examples of a run: map-style datasets (`__len__` and `__getitem__`, `__getitems__` or `gather`)."""
+    """The examples of a run: map-style datasets (`__len__` and `__getitem__`, `__getitems__` or `gather`).
+
+    A training dataset with `augmented(index, key)` gives altered examples: key, an int from 0 to 2**63 − 1, follows
+    from (seed, epoch, index), and all randomness of the alteration must follow from it.
+    """
 
     train: Any
     evaluation: Any = None
@@ -81,6 +86,7 @@ class Loader:
         self._data, self._plan, self._rank = data, plan, workers.rank
         self._device, self._dtype, self._own_copies = workers.device, dtype, own_copies
         self._order = Order(plan.num_examples, seed, data.shuffle)
+        self._augments = hasattr(data.train, "augmented")
 
     def minibatch_indices(self, step: int) -> Indices:
         """The example indices of a step, all workers together."""
@@ -97,6 +103,7 @@ class Loader:
             device=self._device,
             dtype=self._dtype,
             own_copies=self._own_copies,
+            augment=self._augments,
         )
         for batch in batches:
             step, minibatch, micro_batches = planned.popleft()
@@ -130,7 +137,18 @@ class Loader:
         ends = np.cumsum(stops - starts)
         positions = np.arange(ends[-1]) + np.repeat(stops - ends, stops - starts)
         indices = self._order.at(epoch, positions)
+        if self._augments:
+            indices = np.stack([indices, augmentation_keys(self._order.seed, epoch, indices)], axis=1)
         return [indices[end - mb.size : end] for end, mb in zip(ends.tolist(), micro_batches, strict=True)]
+
+
+def augmentation_keys(seed: int, epoch: int, indices: Indices) -> Indices:
+    """For each example a key, shape (N,), from 0 to 2**63 − 1, whatever worker or process reads it."""
+    keys = mix_array(indices.astype(np.uint64), mix(seed, epoch, _AUGMENTATION))
+    return (keys >> np.uint64(1)).astype(np.int64)
+
+
+_AUGMENTATION = 0x61756721  # apart from the keys of the order and of dropout
 
 
 def read(
@@ -141,9 +159,13 @@ def read(
     device: torch.device,
     dtype: torch.dtype,
     own_copies: bool = True,
+    augment: bool = False,
 ) -> Iterator[Any]:
-    """The batch of each array of example indices, on the device; a view of a larger one unless `own_copies`."""
-    if hasattr(dataset, "gather"):
+    """The batch of each array of example indices, on the device; a view of a larger one unless `own_copies`.
+
+    augment: the arrays hold keys too, and examples come from `augmented`, even where the dataset has `gather`.
+    """
+    if hasattr(dataset, "gather") and not augment:
         for block in _blocks(indices, 0 if own_copies else BLOCK_EXAMPLES):
             gathered = dataset.gather(torch.from_numpy(np.concatenate(block)))
             gathered = move(gathered, device, dtype)
@@ -151,13 +173,38 @@ def read(
             yield from zip(*(tensor.split(sizes) for tensor in gathered), strict=True)
     else:
         loader: DataLoader[Any] = DataLoader(
-            dataset,
+            _Fetched(dataset, augment),
             batch_sampler=(part.tolist() for part in indices),
             num_workers=num_workers,
+            collate_fn=_collate,
             pin_memory=device.type == "cuda",
         )
         for batch in loader:
+            if isinstance(batch, UsageError):
+                raise batch
             yield move(batch, device, dtype)
+
+
+class _Fetched(Dataset[Any]):
+    """A dataset as loader processes see it: a mistake of the user's comes back as it is, not as a traceback in text."""
+
+    def __init__(self, dataset: Any, augment: bool) -> None:
+        self._dataset, self._augment = dataset, augment
+
+    def __getitems__(self, wanted: list[Any]) -> Any:
+        dataset = self._dataset
+        try:
+            if self._augment:
+                return [dataset.augmented(index, key) for index, key in wanted]
+            if hasattr(dataset, "__getitems__"):
+                return dataset.__getitems__(wanted)
+            return [dataset[index] for index in wanted]
+        except UsageError as error:
+            return error
+
+
+def _collate(examples: Any) -> Any:
+    return examples if isinstance(examples, UsageError) else default_collate(examples)
 
 
 def _blocks(indices: Iterable[Indices], most_examples: int) -> Iterator[list[Indices]]:

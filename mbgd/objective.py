@@ -187,21 +187,20 @@ class CrossEntropy:
     def __call__(self, model: nn.Module, batch: Any) -> PerExample:
         inputs, targets = batch
         logits = model(inputs)
-        if logits.dim() > 2:
-            logits = logits.movedim(-1, 1)  # torch wants the classes second: (N, C, T)
+        rows = logits.flatten(0, -2)  # one per token: several times as fast as torch's way with (N, C, T)
         if self.class_weights is not None:
             self.class_weights = self.class_weights.to(logits)
         try:
             losses = F.cross_entropy(
-                logits,
-                targets,
+                rows,
+                targets.flatten(),
                 weight=self.class_weights,
                 reduction="none",
                 ignore_index=_NO_TARGET if self.ignore_index is None else self.ignore_index,
                 label_smoothing=self.label_smoothing,
-            )
+            ).view(targets.shape)
         except IndexError:
-            self.check_targets(targets, num_classes=logits.shape[1])
+            self.check_targets(targets, num_classes=logits.shape[-1])
             raise
         weights = self._weights(targets, losses)
         if self.class_weights is not None and weights is not None:
@@ -241,7 +240,7 @@ _NO_TARGET = -(2**62)  # torch always ignores some number; one that no target ca
 
 
 def _correct(logits: Tensor, targets: Tensor) -> Tensor:
-    return logits.detach().argmax(1) == targets
+    return logits.detach().argmax(-1) == targets
 
 
 def _probabilities(logits: Tensor, targets: Tensor) -> Predictions:

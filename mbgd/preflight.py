@@ -41,6 +41,7 @@ class Findings:
 
 def try_out(task: Task, data: Data, first_minibatch: Indices, settings: Settings, device: torch.device) -> Findings:
     """Run some examples of the first minibatch through the task; UsageError where the contract is broken."""
+    _check_skipping(data.train, task.objective)
 
     def compute(indices: Indices) -> PerExample:
         (batch,) = read(data.train, [indices], num_workers=0, device=device, dtype=parameter_dtype(settings.precision))
@@ -69,6 +70,18 @@ def try_out(task: Task, data: Data, first_minibatch: Indices, settings: Settings
     if check_targets is not None and targets is not None and widths:
         check_targets(targets, num_classes=widths[-1])
     return Findings(_has_weights(terms), terms.losses.dim() > 1, totals.metric_names, moving, unused)
+
+
+def _check_skipping(dataset: Any, objective: Any) -> None:
+    """Examples that the dataset leaves out must weigh nothing in the objective."""
+    skipped = getattr(dataset, "skipped_target", None)
+    ignored = getattr(objective, "ignore_index", None)
+    if skipped is not None and skipped != ignored:
+        raise UsageError(
+            f"data.on_error=skip gives examples that cannot be read the target {skipped}, to have weight 0, but "
+            f"objective.ignore_index={ignored}. Use objective=cross_entropy objective.ignore_index={skipped}; an "
+            "objective of your own does likewise and has an attribute ignore_index."
+        )
 
 
 def _check_repeatable(once: torch.Tensor, again: torch.Tensor) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
+from PIL import Image
 
 import mbgd
 from mbgd.build import build_trainer, typed
@@ -20,6 +22,15 @@ FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 NEEDED = {
     "model/own": ["model._target_=mbgd.models.Linear", "+model.input_shape=null", "+model.num_outputs=null"],
     "model/cnn": ["model=cnn"],
+    "model/gpt": ["data=text", "data.path=own.txt", "data.context=8"],
+    "data/text": ["data.path=own.txt", "data.context=8", "model=gpt", "model.num_layers=1"],
+    "data/tokens": ["data.folder=.", "data.vocabulary=50", "data.context=8", "model=gpt", "model.num_layers=1"],
+    "data/image_folder": ["data.folder=images"],
+    "data/huggingface": ["data.path=own.csv", "data.inputs=[a,b]", "data.targets=c", "data.evaluation_path=own.csv"],
+    "data/huggingface_images": ["data.path=images.parquet", "data.size=8", "data.evaluation_path=null"],
+    "experiment/fashion_cnn": ["data.evaluation=null"],
+    "experiment/large_batch": ["data.evaluation=null", "schedule.warmup_steps=0"],
+    "experiment/stdlib_gpt": ["data.path=own.txt", "schedule.warmup_steps=0"],
     "data/own": ["data.train._target_=mbgd.data.digits", "+data.train.split=train"],
     "data/tensors": ["data.path=own.npz", "model=linear"],
     "data/regression": ["objective=mse"],
@@ -42,10 +53,27 @@ def test_every_member_of_every_group_trains_a_step(
 ) -> None:
     if member == "backend/nccl" and not torch.cuda.is_available():
         pytest.skip("nccl needs a GPU")
-    if member == "data/fashion_mnist" and not FASHION_MNIST.is_dir():
+    if member.startswith("data/huggingface"):
+        datasets = pytest.importorskip("datasets", reason="the package datasets is not installed")
+        image = BytesIO()
+        Image.new("RGB", (40, 30)).save(image, "PNG")
+        rows = {"image": [{"bytes": image.getvalue(), "path": None}] * 2, "label": [0, 1]}
+        datasets.Dataset.from_dict(rows).to_parquet(str(tmp_path / "images.parquet"))
+    if (
+        member in ("data/fashion_mnist", "experiment/fashion_cnn", "experiment/large_batch")
+        and not FASHION_MNIST.is_dir()
+    ):
         pytest.skip("Debian's package dataset-fashion-mnist is not installed")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     np.savez("own.npz", inputs=np.zeros((9, 3)), targets=np.arange(9) % 2)
+    Path("own.csv").write_text("a,b,c\n1.5,2,0\n2.5,1,1\n0.5,3,1\n")
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            Path("images", split, name).mkdir(parents=True)
+            Image.new("RGB", (40, 30)).save(Path("images", split, name, "1.png"))
+        np.arange(50, dtype=np.uint16).tofile(f"{split}.bin")
+    Path("own.txt").write_text("to be or not to be " * 20)
     group, name = member.split("/")
     needed = [one for one in NEEDED.get(member, []) if one != f"{group}={name}"]
     config = typed(composed(f"{group}={name}", "steps=1", *needed))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import mbgd
-from mbgd.models import CNN, MLP, Linear
+from mbgd.models import CNN, MLP, Linear, ResNet
 
 
 @pytest.mark.parametrize(
@@ -44,8 +44,35 @@ def test_options_change_the_model() -> None:
     [
         lambda: CNN((64,), 10),
         lambda: CNN((1, 2, 2), 10, channels=(4, 4, 4)),
+        lambda: ResNet((64,), 10),
+        lambda: ResNet((1, 28, 28), 10, depth=18),
+        lambda: ResNet((1, 28, 28), 10, depth=2),
     ],
 )
 def test_shapes_that_cannot_work_are_refused(make: Any) -> None:
-    with pytest.raises(mbgd.UsageError, match="cnn"):
+    with pytest.raises(mbgd.UsageError, match=r"the cnn takes|the resnet takes|model.depth=\d+; it must be 6n"):
         make()
+
+
+def test_a_resnet_has_its_published_size_and_starts_as_the_identity() -> None:
+    torch.manual_seed(0)
+    model = ResNet((3, 32, 32), 10, depth=20)
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+    assert len(convolutions) + 1 == 20  # He et al. count the shortcuts' matrices apart
+    parameters = sum(p.numel() for p in model.parameters()) - sum(
+        p.numel() for name, p in model.named_parameters() if "shortcut" in name
+    )
+    assert parameters == 269_722  # 0.27 million in the paper's table 6
+    for shape in ((1, 28, 28), (3, 32, 32), (1, 8, 8)):
+        small = ResNet(shape, 7, depth=8, width=4)
+        assert small(torch.randn(4, *shape)).shape == (4, 7)
+    block = small.features[3]
+    inputs = torch.rand(2, 4, 8, 8)
+    assert torch.equal(block(inputs), inputs)
+    before = {name: p.detach().clone() for name, p in small.named_parameters()}
+    optimizer = torch.optim.SGD(small.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(small(torch.randn(8, 1, 8, 8)), torch.arange(8) % 7).backward()
+        optimizer.step()
+    assert all(not torch.equal(p, before[name]) for name, p in small.named_parameters())

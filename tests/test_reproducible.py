@@ -25,7 +25,7 @@ from mbgd.averaging.memory import CannotShareError
 from mbgd.averaging.tree import Counter, fold, worker_nodes
 from mbgd.config import AveragingName
 from mbgd.data import digits
-from mbgd.models import CNN, MLP, Linear
+from mbgd.models import CNN, MLP, Linear, ResNet
 from mbgd.plan import cut
 
 from processes import run_workers
@@ -169,6 +169,7 @@ CASES = [
         size=100,
         micro_batch_size=9,
     ),
+    Case("resnet", partial(ResNet, *IMAGE, depth=8, width=4), size=100, micro_batch_size=13),
     Case("transformer with dropout and tied embeddings", Transformer, ADAMW, tokens=True),
     Case("lstm with a frozen embedding", LSTM, SGD, tokens=True, clip_norm=1.0),
     Case("parameters used sometimes or never", SometimesUsed, ADAMW),
