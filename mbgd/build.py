@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from types import FunctionType
 from typing import Any
@@ -12,12 +13,13 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mbgd import saving
+from mbgd import profiling, saving
 from mbgd.config import Config, Run, problems
 from mbgd.errors import UsageError
 from mbgd.loader import Data
+from mbgd.plan import count_steps, make_plan
 from mbgd.suggestions import did_you_mean
-from mbgd.trainer import Trainer, count_steps, make_plan
+from mbgd.trainer import Trainer
 from mbgd.workers import Workers
 
 FROM_DATA = ("input_shape", "num_outputs")
@@ -116,6 +118,7 @@ def build_trainer(config: Config, workers: Workers) -> Trainer:
     settings = dataclasses.replace(config, schedule=schedule, evaluation=evaluation)
     trainer = Trainer(model, objective, optimizer, data, settings, workers)
     saving.check(config.checkpoint, trainer.evaluation_names)
+    profiling.check(config.profile, trainer.num_steps)
     return trainer
 
 
@@ -149,10 +152,17 @@ def make(name: str, node: Any, *arguments: Any, **keywords: Any) -> Any:
         reason: BaseException = error  # Hydra's own message tells less than the exception at the bottom
         while reason.__cause__ is not None:
             reason = reason.__cause__
-        remedy = ""
-        if isinstance(reason, ModuleNotFoundError):
-            is_extra = reason.name == "torchmetrics"
-            remedy = ". Use pip install 'mbgd[metrics]'." if is_extra else ". Is its folder on PYTHONPATH?"
+        remedy = _remedy(reason) if isinstance(reason, ModuleNotFoundError) else ""
         raise UsageError(
             f"{name} ({node['_target_']}) cannot be made: {type(reason).__name__}: {reason}{remedy}"
         ) from error
+
+
+def _remedy(error: ModuleNotFoundError) -> str:
+    """What to do about a `_target_` that leads to no module."""
+    if error.name == "torchmetrics":
+        return ". Use pip install 'mbgd[metrics]'."
+    module, _, last = (error.name or "").rpartition(".")
+    if module in sys.modules:  # there is the module, without anything of that name
+        return f".{did_you_mean(last, dir(sys.modules[module]))}"
+    return ". Is its folder on PYTHONPATH?"

@@ -1,5 +1,6 @@
 """Metrics that are not means of per-example values, such as AUROC: exact, over the whole evaluation set at once."""
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -28,7 +29,8 @@ class Metric(Protocol):
 class Metrics:
     """Computed by the main worker, on the host, from every worker's predictions in the order of the examples.
 
-    A metric sees the same numbers on any number of workers, without a rule of its own for adding up states.
+    A metric sees the same numbers on any number of workers, without a rule of its own for adding up states. The price
+    is that the main worker's memory holds the predictions of the whole evaluation set.
     """
 
     def __init__(self, metrics: Mapping[str, Metric], workers: Workers) -> None:
@@ -49,7 +51,8 @@ class Metrics:
         problem = ""
         if self._workers.is_main:
             try:
-                outputs, targets = torch.cat(collected[0::2]), torch.cat(collected[1::2])
+                # At once: metrics look at all values of an update to tell probabilities from logits.
+                outputs, targets = _whole("outputs", collected[0::2]), _whole("targets", collected[1::2])
                 values = {name: _compute(name, metric, outputs, targets) for name, metric in self._metrics.items()}
             except UsageError as error:
                 problem = str(error)  # every worker must hear of it
@@ -57,6 +60,16 @@ class Metrics:
         if problem:
             raise UsageError(problem)
         return values
+
+
+def _whole(name: str, parts: Sequence[Tensor]) -> Tensor:
+    shapes = sorted({tuple(part.shape[1:]) for part in parts})
+    if len(shapes) > 1:
+        raise UsageError(
+            f"evaluation.metrics: the {name} of one example have shapes {', '.join(map(str, shapes))} in different "
+            "parts of the evaluation set; they must be the same in all. Pad them to one length."
+        )
+    return torch.cat(list(parts))
 
 
 def check(metrics: Mapping[str, Metric], terms: PerExample, *, has_evaluation: bool) -> None:
@@ -103,8 +116,8 @@ def _compute(name: str, metric: Metric, outputs: Tensor, targets: Tensor, *, may
         value = metric.compute()
         metric.reset()
     except Exception as error:
-        if doing == "be computed from" and may_be_too_few:
-            return float("nan")
+        if may_be_too_few and doing == "be computed from" and isinstance(error, ValueError):
+            return math.nan  # such as R², which needs two examples
         raise UsageError(
             f"evaluation.metrics.{name} ({type(metric).__name__}) cannot {doing} outputs of shape "
             f"{tuple(outputs.shape)} and {outputs.dtype}, targets of shape {tuple(targets.shape)} and {targets.dtype}: "

@@ -69,7 +69,13 @@ class PerExample:
                 "the objective gives no predictions, of which evaluation.metrics are computed. Let it return "
                 "PerExample(…, predictions=(outputs, targets)), or leave these metrics out."
             )
-        outputs, targets = self.predictions() if callable(self.predictions) else self.predictions
+        given = self.predictions() if callable(self.predictions) else self.predictions
+        if not isinstance(given, tuple) or len(given) != 2 or not all(isinstance(values, Tensor) for values in given):
+            raise UsageError(
+                f"objective returned predictions of type {type(given).__name__}; they must be a pair of tensors, "
+                "(outputs, targets), or a function that gives one."
+            )
+        outputs, targets = given
         num_dims = self.losses.dim()
         for name, values in (("outputs", outputs), ("targets", targets)):
             if values.shape[:num_dims] != self.losses.shape:

@@ -9,6 +9,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+from mbgd.config import AveragingName, Last, Settings
+from mbgd.errors import UsageError
+
+NUM_REPRODUCIBLE_LEAVES = 8
+"""Micro-batches that reproducible averaging cuts a minibatch into where `batch.micro_batch_size` does not say: the same
+on any number of workers, as the result must be."""
+
 
 def cut(size: int, num_parts: int, part: int) -> int:
     """Where part number `part` of `num_parts` nearly equal parts of `size` things begins."""
@@ -103,3 +110,30 @@ def micro_batches(start: int, stop: int, num_parts: int, rank: int, num_workers:
         MicroBatch(number, num_parts, begin, end)
         for number, begin, end in zip(range(first, last), edges[:-1], edges[1:], strict=True)
     ]
+
+
+def make_plan(settings: Settings, num_examples: int, num_workers: int) -> Plan:
+    """How the settings cut `num_examples` training examples for so many workers."""
+    drop_last = settings.batch.last is Last.drop
+    if drop_last and num_examples < settings.batch.size:
+        raise UsageError(
+            f"batch.last=drop with batch.size={settings.batch.size} leaves none of the {num_examples} training "
+            "examples. Use batch.last=keep or a smaller batch.size."
+        )
+    is_reproducible = settings.averaging.name is AveragingName.reproducible
+    return Plan(
+        num_examples=num_examples,
+        minibatch_size=settings.batch.size,
+        num_workers=num_workers,
+        micro_batch_size=settings.batch.micro_batch_size,
+        default_num_micro_batches=NUM_REPRODUCIBLE_LEAVES if is_reproducible else num_workers,
+        drop_last=drop_last,
+    )
+
+
+def count_steps(settings: Settings, plan: Plan) -> int:
+    """Optimizer steps of the whole run."""
+    if settings.steps is not None:
+        return settings.steps
+    assert settings.epochs is not None
+    return settings.epochs * plan.steps_per_epoch

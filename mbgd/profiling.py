@@ -1,7 +1,7 @@
 """A trace of some steps, one file for each worker, for ui.perfetto.dev or chrome://tracing."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import count
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -38,7 +38,7 @@ class NoProfiler:
 
 
 class TraceOfSteps:
-    """Writes a trace of those of the given steps, counted from 1, that still are to come."""
+    """Writes a trace of those of the given steps, counted from 1, that are still to come."""
 
     def __init__(self, path: Path, steps: range, device: torch.device, *, quiet: bool) -> None:
         self._path, self._steps, self._quiet = path, steps, quiet
@@ -47,21 +47,31 @@ class TraceOfSteps:
             self._activities.append(ProfilerActivity.CUDA)
 
     def steps(self, shards: Iterable[T], num_steps_done: int) -> Iterator[T]:
-        trace = None
         rest = iter(shards)
-        for step in count(num_steps_done + 1):
-            if trace is None and step in self._steps:
-                trace = profile(activities=self._activities)
-                trace.start()
-            with part(f"step {step}"):
-                with part("data_wait"):
-                    shard = next(rest, None)
-                if shard is None:
-                    return
-                yield shard
-            if trace is not None and step == self._steps[-1]:
-                trace.stop()
-                self._write(trace)
+        first, last = max(self._steps[0], num_steps_done + 1), self._steps[-1]
+        if first > last:
+            self._say(f"none: steps {self._steps[0]} to {last} are done already")
+        with ExitStack() as trace:  # a run that ends or breaks off within these steps has its trace written too
+            for step in count(num_steps_done + 1):
+                if step == first <= last:
+                    trace.enter_context(self._trace())
+                with part(f"step {step}"):
+                    with part("data_wait"):
+                        shard = next(rest, None)
+                    if shard is None:
+                        return
+                    yield shard
+                if step == last:
+                    trace.close()
+
+    @contextmanager
+    def _trace(self) -> Iterator[None]:
+        trace = profile(activities=self._activities)
+        try:
+            with trace:
+                yield
+        finally:
+            self._write(trace)
 
     def _write(self, trace: profile) -> None:
         try:
@@ -70,16 +80,22 @@ class TraceOfSteps:
         except (OSError, RuntimeError) as error:  # torch's own writer gives the latter
             print(f"warning: the trace {self._path} could not be written: {error}. Training goes on.", flush=True)
         else:
-            if not self._quiet:
-                print(f"profile     {self._path}, for ui.perfetto.dev", flush=True)
+            self._say(f"{self._path}, and one for each other worker; open them at ui.perfetto.dev")
+
+    def _say(self, what: str) -> None:
+        if not self._quiet:
+            print(f"profile     {what}", flush=True)
 
 
-def create(asked: str | None, run: Path, num_steps: int, workers: Workers, *, quiet: bool) -> Profiler:
+def check(asked: str | None, num_steps: int) -> None:
+    """UsageError where steps are to be profiled that the run does not have."""
+    if asked is not None and profiled_steps(asked)[-1] > num_steps:
+        raise UsageError(f"profile={asked}, but the run ends after step {num_steps}. Name steps up to that one.")
+
+
+def create(asked: str | None, run: Path, workers: Workers, *, quiet: bool) -> Profiler:
     """The profiler of this worker, whose trace goes into the run's folder; quiet: it does not say where."""
     if asked is None:
         return NoProfiler()
-    steps = profiled_steps(asked)
-    if steps[-1] > num_steps:
-        raise UsageError(f"profile={asked}, but the run has {num_steps} steps; name steps from 1 to {num_steps}.")
     path = run / "profile" / f"worker-{workers.rank}.json.gz"
-    return TraceOfSteps(path, steps, workers.device, quiet=quiet or not workers.is_main)
+    return TraceOfSteps(path, profiled_steps(asked), workers.device, quiet=quiet or not workers.is_main)

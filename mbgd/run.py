@@ -40,7 +40,7 @@ def run(composed: Any, choices: Mapping[str, Any]) -> None:
                 print(f"{folder.path} holds this run already, complete; give another run.dir for a new one.")
             return
         quiet = config.tracking.quiet
-        profiler = profiling.create(config.profile, folder.path, trainer.num_steps, workers, quiet=quiet)
+        profiler = profiling.create(config.profile, folder.path, workers, quiet=quiet)
         tracker: Tracker = NoTracker()
         checkpoints = saving.create(config.checkpoint, folder.path, folder.checkpoints_path, identity(plain), workers)
         if workers.is_main:

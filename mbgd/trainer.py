@@ -14,14 +14,14 @@ from mbgd.averaging.norms import MicroBatchNorms
 from mbgd.buffers import MovingBuffers
 from mbgd.checkpoint import differences
 from mbgd.clock import Clock
-from mbgd.config import AveragingName, Last, Precision, Settings, problems
+from mbgd.config import AveragingName, Precision, Settings, problems
 from mbgd.errors import Preempted, UsageError
 from mbgd.evaluation import Evaluation
 from mbgd.fingerprint import examples_sha256, weights_sha256
 from mbgd.loader import Data, Examples, Loader, Shard
 from mbgd.noise_scale import NUM_NOISE_SUMS, NoiseScale, noise_sums
 from mbgd.objective import NUM_SUMS, Objective, PerExample, Totals
-from mbgd.plan import MicroBatch, Minibatch, Plan
+from mbgd.plan import MicroBatch, Minibatch, count_steps, make_plan
 from mbgd.precision import autocast, parameter_dtype
 from mbgd.preemption import NoStop, Stop
 from mbgd.preflight import try_out
@@ -349,29 +349,3 @@ def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return {name: f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for name, t in tensors.items()}
-
-
-def make_plan(settings: Settings, num_examples: int, num_workers: int) -> Plan:
-    """How the settings cut `num_examples` training examples for so many workers."""
-    drop_last = settings.batch.last is Last.drop
-    if drop_last and num_examples < settings.batch.size:
-        raise UsageError(
-            f"batch.last=drop with batch.size={settings.batch.size} leaves none of the {num_examples} training "
-            "examples. Use batch.last=keep or a smaller batch.size."
-        )
-    return Plan(
-        num_examples=num_examples,
-        minibatch_size=settings.batch.size,
-        num_workers=num_workers,
-        micro_batch_size=settings.batch.micro_batch_size,
-        default_num_micro_batches=averagings.default_num_micro_batches(settings.averaging, num_workers),
-        drop_last=drop_last,
-    )
-
-
-def count_steps(settings: Settings, plan: Plan) -> int:
-    """Optimizer steps of the whole run."""
-    if settings.steps is not None:
-        return settings.steps
-    assert settings.epochs is not None
-    return settings.epochs * plan.steps_per_epoch

@@ -92,12 +92,3 @@ def create(settings: Settings, task: Task, workers: Workers, *, parameters_vary:
     if memory is not None:
         return SharedMemory(task, workers, memory)
     return DDP(task, workers, find_unused_parameters=parameters_vary, note=note)
-
-
-def default_num_micro_batches(settings: Settings, num_workers: int) -> int:
-    """How many micro-batches a minibatch is cut into where `batch.micro_batch_size` does not say."""
-    return NUM_REPRODUCIBLE_LEAVES if settings.name is AveragingName.reproducible else num_workers
-
-
-NUM_REPRODUCIBLE_LEAVES = 8
-"""The same on any number of workers, as the result must be."""
