@@ -5,6 +5,9 @@ memory sliced by index, mean loss, torch's optimizer as torch makes it; one thre
 are those of conf/optimizer, which are fused; one row gives the hand-written loop a fused one as well. On 2 workers the
 hand-written loop averages over gloo, the trainer by averaging=auto: through shared memory. Both train in turn, round by
 round, in the same processes, so that a noisy machine slows both alike. Ratio > 1: the trainer is faster.
+
+On 2 workers the hand-written loop also takes a turn without DDP, each worker for itself: no exchange, and so the most that
+the machine gives to two processes.
 """
 
 import argparse
@@ -74,12 +77,12 @@ def make_data(work: Work) -> tuple[Tensor, Tensor]:
     return inputs, torch.randint(10, (work.num_examples,), generator=generator)
 
 
-def by_hand(work: Work, workers: mbgd.Workers, optimizers: Optimizers) -> Callable[[], None]:
+def by_hand(work: Work, workers: mbgd.Workers, optimizers: Optimizers, *, exchange: bool = True) -> Callable[[], None]:
     """A hand-written training loop of `work.steps` steps."""
     inputs, targets = make_data(work)
     model = make_model(work)
     optimizer = optimizers.by_hand(model.parameters())
-    if workers.num_workers > 1:
+    if workers.num_workers > 1 and exchange:
         model = DistributedDataParallel(model)
     size = work.minibatch // workers.num_workers
 
@@ -123,7 +126,7 @@ def measure(rank: int, num_workers: int, port: int, work: Work, optimizers: Opti
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with mbgd.start_workers("gloo") as workers:
         for _ in range(work.rounds + 1):  # the first round warms up
-            for make in (by_hand, by_trainer):
+            for make in (by_hand, by_trainer, partial(by_hand, exchange=False)):
                 loop = make(work, workers, optimizers)
                 workers.barrier()
                 start = time.perf_counter()
@@ -138,7 +141,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     arguments = parser.parse_args()
-    lines = [f"{'':<36}{'workers':>8}{'optimizer':>18}{'by hand':>12}{'trainer':>12}{'ratio':>8}{'(range)':>16}"]
+    lines = [
+        f"{'':<36}{'workers':>8}{'optimizer':>18}{'by hand':>12}{'trainer':>12}{'ratio':>8}{'(range)':>16}{'no exchange':>13}"
+    ]
     with torch.multiprocessing.Manager() as manager:
         for work in WORKS:
             for num_workers in arguments.workers:
@@ -146,13 +151,14 @@ def main() -> None:
                     times = manager.list()
                     port = 20000 + os.getpid() % 20000 + len(lines)
                     torch.multiprocessing.spawn(measure, (num_workers, port, work, optimizers, times), num_workers)
-                    hand, ours = list(times)[2::2], list(times)[3::2]
+                    hand, ours, apart = (list(times)[number::3] for number in (3, 4, 5))
                     ratios = [a / b for a, b in zip(hand, ours, strict=True)]
                     examples = work.steps * work.minibatch
                     lines.append(
                         f"{work.name:<36}{num_workers:>8}{optimizers.name:>18}"
                         f"{examples / statistics.median(hand):>10,.0f}/s{examples / statistics.median(ours):>10,.0f}/s"
                         f"{statistics.median(ratios):>8.2f}{f'({min(ratios):.2f}–{max(ratios):.2f})':>16}"
+                        + (f"{examples / statistics.median(apart):>11,.0f}/s" if num_workers > 1 else "")
                     )
     publish("step", "Examples per second, medians of interleaved rounds.\n\n" + "\n".join(lines))
 

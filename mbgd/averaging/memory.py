@@ -97,11 +97,15 @@ def _try(make: Callable[[], T]) -> T | _Failed:
         return _Failed(str(error).splitlines()[0])
 
 
-def _host() -> tuple[str, str]:
-    """The same for processes that see each other's process numbers, and so each other's memory."""
+def _host() -> tuple[str, ...]:
+    """The same for processes that see each other's process numbers, and so each other's memory.
+
+    Namespaces of the network count as hosts too: whoever made them wants traffic between them to be seen.
+    """
     if sys.platform != "linux":
         raise OSError(f"this is {sys.platform}, not Linux")
-    return Path("/proc/sys/kernel/random/boot_id").read_text(), str(Path("/proc/self/ns/pid").readlink())
+    namespaces = (str(Path(f"/proc/self/ns/{kind}").readlink()) for kind in ("pid", "net"))
+    return Path("/proc/sys/kernel/random/boot_id").read_text(), *namespaces
 
 
 def _make_file(num_bytes: int) -> int:
