@@ -6,8 +6,8 @@ are those of conf/optimizer, which are fused; one row gives the hand-written loo
 hand-written loop averages over gloo, the trainer by averaging=auto: through shared memory. Both train in turn, round by
 round, in the same processes, so that a noisy machine slows both alike. Ratio > 1: the trainer is faster.
 
-On 2 workers the hand-written loop also takes a turn without DDP, each worker for itself: no exchange, and so the most that
-the machine gives to two processes.
+On 2 workers the hand-written loop also takes a turn without DDP, each worker for itself: no exchange, and so the most
+that the machine gives to two processes.
 """
 
 import argparse
