@@ -142,7 +142,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     arguments = parser.parse_args()
     lines = [
-        f"{'':<36}{'workers':>8}{'optimizer':>18}{'by hand':>12}{'trainer':>12}{'ratio':>8}{'(range)':>16}{'no exchange':>13}"
+        f"{'':<36}{'workers':>8}{'optimizer':>18}{'by hand':>12}{'trainer':>12}{'ratio':>8}{'(range)':>16}"
+        f"{'no exchange':>13}"
     ]
     with torch.multiprocessing.Manager() as manager:
         for work in WORKS:
