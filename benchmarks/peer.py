@@ -246,6 +246,8 @@ def main() -> None:
     TRAINERS[trainer](WORKS[work], watch)
     if RANK == 0:
         Path(file).write_text(json.dumps(times))
+    sys.stdout.flush()
+    os._exit(0)  # torch's process group may abort a process that ends in good order, whichever trainer has made it
 
 
 if __name__ == "__main__":
