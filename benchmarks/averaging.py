@@ -1,6 +1,6 @@
 """What the same bits cost: averaging=reproducible against ddp on the same plan: `python benchmarks/averaging.py`.
 
-Two workers train the same minibatches, cut into the same micro-batches, in turn, round by round, in the same
+DDP goes over gloo, reproducible averaging through shared memory. Two workers train the same minibatches, cut into the same micro-batches, in turn, round by round, in the same
 processes. Memory is the peak of fresh processes, less that of DDP, in sizes of the model's gradient. Bytes are what
 one worker sends per step, counted from the plan.
 """
@@ -126,7 +126,7 @@ def main() -> None:
                     run(measure_memory, work, num_micro_batches, averaging)[0]
                     for averaging in (AveragingName.ddp, AveragingName.reproducible)
                 ]
-                extra = f"+{(peaks[1] - peaks[0]) / gradient_bytes:.1f} gradients"
+                extra = f"{(peaks[1] - peaks[0]) / gradient_bytes:+.1f} gradients"
                 times_table.append(
                     f"{work.name:<22}{num_micro_batches:>14}"
                     f"{statistics.median(ddp) / work.steps * 1e3:>9.2f} ms"
