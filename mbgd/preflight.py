@@ -58,6 +58,7 @@ def try_out(task: Task, data: Data, first_minibatch: Indices, settings: Settings
         _check_differentiable(terms.losses, task)
         totals = Totals(terms.sums(), tuple(sorted(terms.metrics)))
         torch.autograd.backward(terms.losses, torch.ones_like(terms.losses))
+        _check_dense(task.model)
         moving = tuple(name for name, b in task.model.named_buffers() if not torch.equal(b, buffers_before[name]))
         unused = tuple(name for name, p in task.model.named_parameters() if p.requires_grad and p.grad is None)
         if totals.weight == 0:
@@ -121,6 +122,15 @@ def _check_differentiable(losses: torch.Tensor, task: Task) -> None:
             f"the objective's losses do not depend on any of the model's {trainable} trainable parameters; "
             "there is nothing to train. Compute the losses from the model's output without detach() or no_grad()."
         )
+
+
+def _check_dense(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and parameter.grad.layout is not torch.strided:
+            raise UsageError(
+                f"the gradient of parameter {name} is sparse; only dense ones can be averaged, clipped and measured. "
+                "Make the layer with sparse=False."
+            )
 
 
 @contextmanager

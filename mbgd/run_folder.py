@@ -92,6 +92,7 @@ class RunFolder:
             "examples_per_second": result.examples_per_second,
             "skipped_steps": result.num_skipped_steps,
             "num_workers": plan.num_workers,
+            "averaging": trainer.averaging_description,
             "num_micro_batches": plan.num_micro_batches(min(plan.minibatch_size, plan.num_examples)),
             "conditions": conditions(plan, trainer.workers.device),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},

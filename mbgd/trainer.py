@@ -99,7 +99,7 @@ class Trainer:
         self._loader = Loader(data, self.plan, settings.seed, workers, dtype=dtype, own_copies=own_copies)
         self._findings = findings = try_out(task, data, self._loader.minibatch_indices(0), settings, workers.device)
         self._averaging = averagings.create(
-            settings.averaging, task, workers, parameters_vary=bool(findings.unused_parameters)
+            settings.averaging, task, self.plan, workers, parameters_vary=bool(findings.unused_parameters)
         )
         self.averaging_description = self._averaging.describe()
         self._autocast = autocast(settings.precision, workers.device)

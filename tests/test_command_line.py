@@ -54,6 +54,7 @@ def test_a_run_leaves_its_folder_and_says_where(tmp_path: Path, num_workers: int
     assert summary["steps"] == 6 * 23
     assert summary["examples_seen"] == 6 * 1437
     assert summary["num_workers"] == summary["num_micro_batches"] == max(1, num_workers)
+    assert summary["averaging"] == ("shared_memory" if num_workers > 1 else "none: one worker")
     assert summary["metrics"]["eval/accuracy"] > 0.9
     exported = load_file(out / "model.safetensors")
     digest = hashlib.sha256()

@@ -66,7 +66,9 @@ def start(host: str, folder: Path, *more: str) -> subprocess.Popen[str]:
         "WORKERS": "1",
     }
     log = (folder / f"{host}.log").open("w")
-    command = ["ip", "netns", "exec", host, str(ROOT / "launch/multinode.sh"), *OVERRIDES, *more]
+    # Two hosts do not see each other's processes either.
+    apart = ["ip", "netns", "exec", host, "unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+    command = [*apart, str(ROOT / "launch/multinode.sh"), *OVERRIDES, *more]
     return subprocess.Popen(
         command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )

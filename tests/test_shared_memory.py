@@ -1,9 +1,11 @@
 """averaging=shared_memory: right sums whatever the gradients, errors that name who is gone, nothing left behind."""
 
 import ctypes
+import gc
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import time
 from functools import partial
@@ -17,9 +19,10 @@ from torch import Tensor, nn
 import mbgd
 import mbgd.averaging as averagings
 from mbgd.averaging import memory
-from mbgd.averaging.exchange import Exchange, start_alike
-from mbgd.averaging.memory import CannotShareError, HostMemory
+from mbgd.averaging.exchange import Exchange
+from mbgd.averaging.memory import HostMemory
 from mbgd.averaging.shared_memory import PLACED_AT_ONCE_BYTES, in_order
+from mbgd.averaging.start import start_alike
 from mbgd.config import Averaging, AveragingName
 from mbgd.data import digits
 from mbgd.errors import WorkersLost
@@ -158,10 +161,48 @@ def test_large_gradients_are_moved_within_the_backward(micro_batch_size: int | N
     assert all(torch.equal(first, other) for other in others)
 
 
+def train_after_another(workers: mbgd.Workers, *averagings: str) -> Tensor:
+    """One trainer after the other over the same model; the earlier ones are still there."""
+    model = wide()
+    trainers = []
+    for averaging in averagings:
+        trainers.append(trainer(workers, averaging, model, batch=mbgd.Batch(50, 7), precision=mbgd.Precision.fp64))
+        trainers[-1].fit()
+    return nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
+@pytest.mark.parametrize("averagings", [("shared_memory", "reproducible"), ("ddp", "shared_memory", "ddp")])
+def test_several_trainers_of_one_model_do_not_meddle(averagings: tuple[str, ...]) -> None:
+    (wanted,) = run_workers(train_after_another, 1, *averagings)
+    for got in run_workers(train_after_another, 2, *averagings):
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-13)
+
+
+def count_mapped(workers: mbgd.Workers) -> tuple[int, int]:
+    """Pieces that are mapped while a trainer is there, and after it has gone while its model has not."""
+    model = wide()
+    made = trainer(workers, "shared_memory", model)
+    made.fit()
+    there = Path("/proc/self/maps").read_text().count("memfd:mbgd")
+    model.zero_grad()
+    del made
+    gc.collect()
+    return there, Path("/proc/self/maps").read_text().count("memfd:mbgd")
+
+
+def test_memory_goes_with_the_trainer() -> None:
+    for there, after in run_workers(count_mapped, 2):
+        assert there >= 4  # its own and the other's: semaphores and gradients
+        assert after == 0
+
+
 def start_unalike(workers: mbgd.Workers) -> tuple[list[float], str]:
     same_kind = nn.Linear(1, 3)
     nn.init.constant_(same_kind.weight, workers.rank + 1.0)
+    for dtype in (torch.bool, torch.int16, torch.complex64):
+        same_kind.register_buffer(str(dtype).removeprefix("torch."), torch.full((3, 2), workers.rank).to(dtype))
     start_alike(same_kind, workers)
+    assert not any(buffer.any() for buffer in same_kind.buffers())
     with pytest.raises(mbgd.UsageError) as caught:
         trainer(workers, "shared_memory", nn.Sequential(nn.Flatten(), nn.Linear(64, 10, bias=workers.rank == 0)))
     return same_kind.weight.flatten().tolist(), str(caught.value)
@@ -200,18 +241,27 @@ def test_several_hosts_are_refused_on_every_worker_and_auto_takes_ddp() -> None:
         assert reproducible == f"reproducible {note}"
 
 
-def fail_to_make_a_file(workers: mbgd.Workers) -> str:
+def have_too_little(workers: mbgd.Workers) -> tuple[str, str, str]:
+    """On one worker, the system gives memory for semaphores, but not for gradients."""
     if workers.rank == 1:
-        memory._make_file = partial(os.open, "/nowhere/at/all")  # type: ignore[assignment]
-    with pytest.raises(CannotShareError) as caught:
-        HostMemory(workers)
-    return str(caught.value)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+    with pytest.raises(mbgd.UsageError) as caught:
+        trainer(workers, "shared_memory", wide())
+    descriptions = []
+    for averaging in ("auto", "reproducible"):
+        made = trainer(workers, averaging, wide())
+        assert made.fit().steps == 12
+        descriptions.append(made.averaging_description)
+    return str(caught.value), *descriptions
 
 
-def test_what_one_worker_cannot_do_all_are_told() -> None:
-    messages = run_workers(fail_to_make_a_file, 2)
-    assert messages[0] == messages[1]
-    assert "worker 1" in messages[0]
+def test_too_little_memory_is_told_on_every_worker_and_gloo_does_instead() -> None:
+    for message, auto, reproducible in run_workers(have_too_little, 2):
+        why = "worker 1 cannot: 210,176 bytes of memory to share are not to be had: File too large"
+        assert f"averaging=shared_memory, but {why}" in message
+        assert "Use averaging=ddp" in message
+        assert auto == f"ddp over gloo; not through shared memory: {why}"
+        assert reproducible.startswith("reproducible over gloo; not through shared memory: worker 1 cannot: ")
 
 
 def test_gpus_are_refused_and_one_worker_needs_nobody() -> None:
@@ -362,6 +412,66 @@ def test_who_is_gone_is_named_and_no_sum_is_wrong(
             assert reason in message
             assert "worker 0" not in message
             assert "worker 2" not in message
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    assert not list(tmp_path.glob("wrong-*"))
+    assert set(DEV_SHM.iterdir()) - in_dev_shm == set()
+
+
+NUM_KILLS = int(os.environ.get("MBGD_CHAOS_RUNS", "4"))
+
+
+def exchange_for_ever(rank: int, num_workers: int, port: int, seed: int, folder: Path) -> None:
+    """Exchanges of random parameters with random delays until the others are lost."""
+    torch.set_num_threads(1)
+    os.environ |= environment(rank, num_workers, port)
+    chance = random.Random(f"{seed} {rank}")
+    try:
+        with start_workers("gloo", TIMEOUT_SECONDS) as workers:
+            parameters = [p for more in range(5) for p in random_parameters(100 * seed + more)]
+            exchange = Exchange(parameters, 1, HostMemory(workers), rank=rank)
+            (folder / f"ready-{rank}").touch()
+            while True:
+                for parameter in parameters:
+                    parameter.grad = torch.full_like(parameter, float(rank + 1))
+                if chance.random() < 0.2:
+                    time.sleep(chance.random() * 0.002)
+                exchange([[p.grad for p in parameters]], [1] * num_workers, in_order)
+                right = num_workers * (num_workers + 1) / 2
+                if not all(p.grad is not None and torch.all(p.grad == right) for p in parameters):
+                    (folder / f"wrong-{rank}").touch()
+    except WorkersLost as error:
+        (folder / f"error-{rank}").write_text(str(error))
+        os._exit(1)
+
+
+@pytest.mark.parametrize("seed", range(NUM_KILLS))
+def test_killed_at_any_moment(tmp_path: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    num_workers = chance.randint(2, 4)
+    victim, how = chance.randrange(num_workers), signal.SIGSTOP if seed % 4 == 3 else signal.SIGKILL
+    context, port, in_dev_shm = multiprocessing.get_context("forkserver"), free_port(), set(DEV_SHM.iterdir())
+    processes = [
+        context.Process(target=exchange_for_ever, args=(rank, num_workers, port, seed, tmp_path))
+        for rank in range(num_workers)
+    ]
+    try:
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.glob("ready-*"))) < num_workers:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(chance.random() * 0.3)
+        pid = processes[victim].pid
+        assert pid is not None
+        os.kill(pid, how)
+        for rank in set(range(num_workers)) - {victim}:
+            processes[rank].join(TIMEOUT_SECONDS + 10)
+            assert processes[rank].exitcode == 1
+            assert f"worker {victim} does not answer any more" in (tmp_path / f"error-{rank}").read_text()
     finally:
         for process in processes:
             process.kill()

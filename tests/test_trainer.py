@@ -303,6 +303,13 @@ def test_a_broken_objective_is_refused_before_training(kind: str, message: str) 
         )
 
 
+def test_sparse_gradients_are_refused_before_training() -> None:
+    model = nn.Sequential(nn.Embedding(17, 4, sparse=True), nn.Flatten(), nn.Linear(4 * 64, 10))
+    data = mbgd.Data(train=mbgd.InMemory(torch.zeros(8, 64, dtype=torch.int64), torch.zeros(8, dtype=torch.int64)))
+    with pytest.raises(mbgd.UsageError, match=r"the gradient of parameter 0\.weight is sparse"):
+        fit(mbgd.Workers(), model, data=data)
+
+
 def test_targets_outside_the_classes_are_refused_before_training() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 7))
     with pytest.raises(mbgd.UsageError, match="the model has 7 outputs, so a target must be 0 to 6"):

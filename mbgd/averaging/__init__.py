@@ -17,6 +17,7 @@ from mbgd.averaging.memory import CannotShareError, HostMemory
 from mbgd.averaging.norms import MicroBatchNorms
 from mbgd.averaging.reproducible import Reproducible
 from mbgd.averaging.shared_memory import SharedMemory
+from mbgd.averaging.start import start_alike
 from mbgd.config import Averaging as Settings
 from mbgd.config import AveragingName
 from mbgd.errors import UsageError
@@ -73,22 +74,27 @@ def prepare(settings: Settings, plan: Plan, device: torch.device) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def create(settings: Settings, task: Task, workers: Workers, *, parameters_vary: bool) -> Averaging:
-    """The averaging that the settings name; parameters_vary: not every parameter takes part in every loss."""
+def create(settings: Settings, task: Task, plan: Plan, workers: Workers, *, parameters_vary: bool) -> Averaging:
+    """The averaging that the settings name, the same on every worker; the workers' models are alike from then on.
+
+    parameters_vary: not every parameter takes part in every loss.
+    """
     if settings.find_unused_parameters is not None:
         parameters_vary = settings.find_unused_parameters
-    memory, note = None, ""
+    start_alike(task, workers)
+    is_reproducible, note = settings.name is AveragingName.reproducible, ""
     if settings.name is not AveragingName.ddp and workers.num_workers > 1 and workers.device.type == "cpu":
         try:
             memory = HostMemory(workers)
+            if is_reproducible:
+                return Reproducible(task, workers, plan, memory, find_unused_parameters=parameters_vary)
+            return SharedMemory(task, workers, memory)
         except CannotShareError as error:
             if settings.name is AveragingName.shared_memory:
                 raise UsageError(
                     f"averaging=shared_memory, but {error}. Use averaging=ddp; averaging=auto takes what works."
                 ) from error
             note = f"; not through shared memory: {error}"
-    if settings.name is AveragingName.reproducible:
-        return Reproducible(task, workers, memory, find_unused_parameters=parameters_vary, note=note)
-    if memory is not None:
-        return SharedMemory(task, workers, memory)
+    if is_reproducible:
+        return Reproducible(task, workers, plan, find_unused_parameters=parameters_vary, note=note)
     return DDP(task, workers, find_unused_parameters=parameters_vary, note=note)

@@ -7,6 +7,7 @@ the others read behind it, on x86 and on Arm alike. A flag in shared memory woul
 import ctypes
 import os
 import select
+import sys
 import time
 import weakref
 from collections.abc import Iterable, Sequence
@@ -21,19 +22,19 @@ SECONDS_BETWEEN_CHECKS = 0.1
 """How often a waiting worker looks whether the others still live."""
 BYTES_APART = 64  # a cache line each; a semaphore takes 32 bytes on 64-bit Linux
 
-# PyDLL keeps Python's lock, which for calls that never wait is cheaper than to let it go.
-_quick, _waiting = ctypes.PyDLL(None), ctypes.CDLL(None)
-
 
 class _Timespec(ctypes.Structure):
     _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
 
 
-for _function in (_quick.sem_post, _quick.sem_trywait):
-    _function.argtypes = [ctypes.c_void_p]
-_quick.sem_init.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_uint]
-_quick.sem_getvalue.argtypes = [ctypes.c_void_p, ctypes.POINTER(ctypes.c_int)]
-_waiting.sem_timedwait.argtypes = [ctypes.c_void_p, ctypes.POINTER(_Timespec)]
+if sys.platform == "linux":  # elsewhere nothing of this is used, and not all of it there
+    # PyDLL keeps Python's lock, which for calls that never wait is cheaper than to let it go.
+    _quick, _waiting = ctypes.PyDLL(None), ctypes.CDLL(None)
+    for _function in (_quick.sem_post, _quick.sem_trywait):
+        _function.argtypes = [ctypes.c_void_p]
+    _quick.sem_init.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_uint]
+    _quick.sem_getvalue.argtypes = [ctypes.c_void_p, ctypes.POINTER(ctypes.c_int)]
+    _waiting.sem_timedwait.argtypes = [ctypes.c_void_p, ctypes.POINTER(_Timespec)]
 
 
 def bytes_of_inbox(num_workers: int) -> int:

@@ -32,6 +32,7 @@ def wrap(task: Task, hook: Hook, *, find_unused_parameters: bool) -> Distributed
     """The task under DDP, whose buckets of gradients go to `hook` instead of being averaged."""
     ddp = DistributedDataParallel(
         task,
+        init_sync=False,  # `start_alike` has done it
         gradient_as_bucket_view=True,  # saves a copy of all gradients in every step
         find_unused_parameters=find_unused_parameters,
         **_BUFFERS_STAY,
@@ -133,4 +134,4 @@ class DDP:
         return self._workers.sum_(total)
 
     def describe(self) -> str:
-        return f"ddp over {self._workers.backend}{self._note}"
+        return f"ddp over {self._workers.backend}{self._note}" if self._ddp is not None else "none: one worker"

@@ -6,15 +6,12 @@ by one worker, and all have the same bits.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mbgd.averaging.memory import HostMemory
-from mbgd.errors import UsageError
 from mbgd.plan import cut
-from mbgd.workers import Workers
 
 Row = Sequence[Tensor | None]
 """A gradient for each parameter; None where the parameter took no part."""
@@ -27,21 +24,6 @@ CHUNK_BYTES = 2**18
 """What is added up of every row at once, so that it is still in the processor's cache when the sum is written."""
 
 
-def start_alike(module: nn.Module, workers: Workers) -> None:
-    """Give every worker's parameters and buffers the main worker's values; UsageError if they are of other kinds."""
-    tensors = [tensor.detach() for tensor in chain(module.parameters(), module.buffers())]
-    kinds = workers.gather([(tuple(tensor.shape), tensor.dtype) for tensor in tensors])
-    if others := [rank for rank, of_worker in enumerate(kinds) if of_worker != kinds[0]]:
-        raise UsageError(
-            f"worker {others[0]} has a model of other parameters or buffers than worker 0; every worker must make the "
-            "same model. Does it depend on the rank, or on random numbers?"
-        )
-    for tensor in tensors:
-        values = tensor.contiguous()
-        workers.broadcast_(values)
-        tensor.copy_(values)
-
-
 class Exchange:
     """Adds up rows of gradients over all workers of a host.
 
@@ -50,7 +32,6 @@ class Exchange:
 
     def __init__(self, parameters: Sequence[Tensor], num_rows: int, memory: HostMemory, *, rank: int) -> None:
         """num_rows: the most that a worker has. Made by all workers alike; raises CannotShareError."""
-        self.num_rows = num_rows
         self._parameters, self._memory = parameters, memory
         layout = _Layout(parameters)
         flags_bytes = _whole_lines(num_rows * len(parameters))

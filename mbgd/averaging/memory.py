@@ -111,7 +111,12 @@ def _host() -> tuple[str, ...]:
 def _make_file(num_bytes: int) -> int:
     descriptor = os.memfd_create("mbgd", os.MFD_CLOEXEC)
     os.fchmod(descriptor, 0o600)
-    os.ftruncate(descriptor, num_bytes)
+    try:
+        # Taken at once: too little memory is an error here, not a SIGBUS at some later write.
+        os.posix_fallocate(descriptor, 0, num_bytes)
+    except OSError as error:
+        os.close(descriptor)
+        raise OSError(f"{num_bytes:,} bytes of memory to share are not to be had: {error.strerror}") from error
     return descriptor
 
 

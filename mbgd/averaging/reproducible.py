@@ -13,13 +13,13 @@ from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 from mbgd.averaging.ddp import check_exchanged, later, wrap
-from mbgd.averaging.exchange import Exchange, start_alike
+from mbgd.averaging.exchange import Exchange
 from mbgd.averaging.memory import HostMemory
 from mbgd.averaging.norms import MicroBatchNorms
 from mbgd.averaging.tree import Counter, Node, fold, worker_nodes
 from mbgd.errors import UsageError
 from mbgd.objective import PerExample
-from mbgd.plan import MicroBatch, cut
+from mbgd.plan import MicroBatch, Plan, cut
 from mbgd.task import Task
 from mbgd.workers import Workers
 
@@ -40,23 +40,27 @@ class Reproducible:
         self,
         task: Task,
         workers: Workers,
+        plan: Plan,
         memory: HostMemory | None = None,
         *,
         find_unused_parameters: bool,
         note: str = "",
     ) -> None:
-        """memory: what all workers share; None: gradients go through the process group. note: what `describe` adds."""
+        """memory: what all workers share; None: gradients go through the process group. note: what `describe` adds.
+
+        Raises CannotShareError, on all workers alike, where there is not enough memory to share.
+        """
         self._task, self._workers, self._memory, self._note = task, workers, memory, note
         # Where a parameter lacks a gradient, zeros are added for it, which makes −0 into 0; then every leaf must do so.
         self._parameters_vary = find_unused_parameters
         self._parameters = [p for p in task.parameters() if p.requires_grad]
         self._ddp: DistributedDataParallel | None = None
         self.norms: MicroBatchNorms | None = None
+        self._in_memory: Exchange | None = None
         if memory is not None:
-            start_alike(task, workers)
+            self._in_memory = Exchange(self._parameters, most_nodes(plan), memory, rank=workers.rank)
         elif workers.num_workers > 1:
             self._ddp = wrap(task, self._send_bucket, find_unused_parameters=find_unused_parameters)
-        self._in_memory: Exchange | None = None
         self._counter = Counter[Gradients](_add_gradients)
         self._last = MicroBatch(0, 1, 0, 0)
         self._exchanges: dict[int, _Exchange] = {}
@@ -129,8 +133,8 @@ class Reproducible:
         return later(buffer)
 
     def finish(self) -> None:
-        if self._memory is not None:
-            self._add_up_in_memory(self._memory)
+        if self._in_memory is not None:
+            self._add_up(self._in_memory)
         elif self._ddp is None:
             total = fold(dict(self._counter.nodes), self._last.of, _add_gradients)
             for parameter, gradient in total.items():
@@ -142,19 +146,16 @@ class Reproducible:
         self._sent.clear()
         self._counter.nodes.clear()
 
-    def _add_up_in_memory(self, memory: HostMemory) -> None:
+    def _add_up(self, in_memory: Exchange) -> None:
         nodes = nodes_of_workers(self._last.of, self._workers.num_workers)
-        rows_of_workers = [len(held) for held in nodes]
-        if self._in_memory is None or self._in_memory.num_rows < max(rows_of_workers):
-            self._in_memory = Exchange(self._parameters, max(rows_of_workers), memory, rank=self._workers.rank)
         rows = [[gradients.get(p) for p in self._parameters] for _, gradients in self._counter.nodes]
         order = [node for held in nodes for node in held]
-        self._in_memory(
+        in_memory(
             rows,
-            rows_of_workers,
+            [len(held) for held in nodes],
             lambda values: fold(dict(zip(order, values, strict=True)), self._last.of, Tensor.add_),
         )
-        if not self._in_memory.everywhere and not self._parameters_vary:
+        if not in_memory.everywhere and not self._parameters_vary:
             raise UsageError(
                 "some parameters took part in this step's loss in some micro-batches only, but all did in the first "
                 "step. Set averaging.find_unused_parameters=true: which parameters take part then may differ from step "
@@ -182,6 +183,8 @@ class Reproducible:
         return fold(by_node, num_leaves, torch.add).clone()
 
     def describe(self) -> str:
+        if self._workers.num_workers == 1:
+            return "reproducible, one worker"
         return f"reproducible over {'shared memory' if self._memory is not None else self._workers.backend}{self._note}"
 
 
@@ -252,6 +255,13 @@ _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_ga
 def nodes_of_workers(num_leaves: int, num_workers: int) -> list[list[Node]]:
     """What each worker holds after its own leaves."""
     return [worker_nodes(num_leaves, num_workers, rank) for rank in range(num_workers)]
+
+
+def most_nodes(plan: Plan) -> int:
+    """The most that any worker holds in any step; an epoch's short last minibatch may give more than the others."""
+    sizes = {plan.minibatch(step).size for step in (0, plan.steps_per_epoch - 1)}
+    of_plan = (nodes_of_workers(plan.num_micro_batches(size), plan.num_workers) for size in sizes)
+    return max(len(held) for nodes in of_plan for held in nodes)
 
 
 def _flat(gradients: Gradients, parameters: Sequence[Tensor]) -> Tensor:

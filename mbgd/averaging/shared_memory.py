@@ -1,14 +1,17 @@
 """Averaging of CPU workers of one host, through memory that all of them read and write."""
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
-from mbgd.averaging.exchange import Exchange, start_alike
+from mbgd.averaging.exchange import Exchange
 from mbgd.averaging.memory import HostMemory
 from mbgd.averaging.norms import MicroBatchNorms
 from mbgd.objective import PerExample
@@ -33,15 +36,19 @@ class SharedMemory:
     def __init__(self, task: Task, workers: Workers, memory: HostMemory) -> None:
         self._task, self._memory = task, memory
         self.norms: MicroBatchNorms | None = None
-        start_alike(task, workers)
         self._parameters = [p for p in task.parameters() if p.requires_grad]
         self._exchange = Exchange(self._parameters, 1, memory, rank=workers.rank)
         self._num_rows = [1] * workers.num_workers
-        for parameter, place in zip(self._parameters, self._exchange.places[0], strict=True):
-            if parameter.nbytes >= PLACED_AT_ONCE_BYTES:
-                parameter.register_post_accumulate_grad_hook(partial(_place, place))  # type: ignore[no-untyped-call]
+        self._step = _Step()
+        hooks: list[RemovableHandle] = [
+            parameter.register_post_accumulate_grad_hook(partial(_place, self._step, place))  # type: ignore[no-untyped-call]
+            for parameter, place in zip(self._parameters, self._exchange.places[0], strict=True)
+            if parameter.nbytes >= PLACED_AT_ONCE_BYTES
+        ]
+        weakref.finalize(self, _remove, hooks)
 
     def task(self, batch: Any, num_examples: int) -> PerExample:
+        self._step.runs = True
         return self._task.forward(batch, num_examples)
 
     def micro_batch(self, micro_batch: MicroBatch, *, is_last: bool) -> AbstractContextManager[object]:
@@ -57,6 +64,7 @@ class SharedMemory:
 
     def finish(self) -> None:
         self._exchange([[p.grad for p in self._parameters]], self._num_rows, in_order)
+        self._step.runs = False
 
     def sum(self, leaves: Sequence[tuple[int, Tensor]], *, num_leaves: int, num_values: int) -> Tensor:
         total = torch.zeros(num_values, dtype=torch.float64)
@@ -68,10 +76,21 @@ class SharedMemory:
         return "shared_memory"
 
 
-def _place(place: Tensor, parameter: Tensor) -> None:
+@dataclass
+class _Step:
+    runs: bool = False
+    """Whether the gradients that are made now are this averaging's: the model may have other trainers, too."""
+
+
+def _place(step: _Step, place: Tensor, parameter: Tensor) -> None:
     """Move a gradient to where it belongs; further micro-batches then add to it there."""
-    if parameter.grad is not None and parameter.grad is not place:
+    if step.runs and parameter.grad is not None and parameter.grad is not place:
         parameter.grad = place.copy_(parameter.grad)
+
+
+def _remove(hooks: Sequence[RemovableHandle]) -> None:
+    for hook in hooks:
+        hook.remove()
 
 
 def in_order(rows: Sequence[Tensor]) -> Tensor:

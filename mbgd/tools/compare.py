@@ -87,6 +87,9 @@ def differing_conditions(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     workers_a, workers_b = a["summary"]["num_workers"], b["summary"]["num_workers"]
     if not reproducible and workers_a != workers_b:
         found.append(f"workers: {workers_a} and {workers_b}, without averaging=reproducible in both")
+    over_a, over_b = (run["summary"].get("averaging") for run in (a, b))
+    if not reproducible and workers_a == workers_b and over_a != over_b:
+        found.append(f"averaging: {over_a} and {over_b}")
     lines = [line.strip() for line in a["config"] if line not in b["config"]]
     lines += [line.strip() for line in b["config"] if line not in a["config"]]
     own = [line for line in lines if not line.startswith(("dir:", "id:", "root:"))]

@@ -1,0 +1,27 @@
+"""That all workers begin with the same model."""
+
+from itertools import chain
+
+import torch
+from torch import nn
+
+from mbgd.errors import UsageError
+from mbgd.workers import Workers
+
+
+def start_alike(module: nn.Module, workers: Workers) -> None:
+    """Give every worker's parameters and buffers the main worker's values; UsageError if they are of other kinds.
+
+    torch's DistributedDataParallel does so too, but over gloo not for every dtype, such as the bool of masks.
+    """
+    tensors = [tensor.detach() for tensor in chain(module.parameters(), module.buffers())]
+    kinds = workers.gather([(tuple(tensor.shape), tensor.dtype) for tensor in tensors])
+    if others := [rank for rank, of_worker in enumerate(kinds) if of_worker != kinds[0]]:
+        raise UsageError(
+            f"worker {others[0]} has a model of other parameters or buffers than worker 0; every worker must make the "
+            "same model. Does it depend on the rank, or on random numbers?"
+        )
+    for tensor in tensors:
+        values = tensor.contiguous()
+        workers.broadcast_(values.view(-1).view(torch.uint8))
+        tensor.copy_(values)
