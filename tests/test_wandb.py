@@ -134,8 +134,8 @@ def test_without_a_server_that_works_training_goes_on_and_ends_offline(
         monkeypatch.setenv("WANDB_API_KEY", KEY)
         limits = ["tracking.wandb.init_timeout_seconds=300", "tracking.wandb.finish_seconds=1"]
         start = time.monotonic()
-        assert run(folder, *limits) < 5  # nowhere near the 300 s in which W&B would give up
-        assert time.monotonic() - start < 20
+        assert run(folder, *limits) < 60  # nowhere near the 300 s in which W&B would give up
+        assert time.monotonic() - start < 90
     assert history(folder) == merged(metrics(folder))
     for path in folder.rglob("*"):
         assert not path.is_file() or KEY.encode() not in path.read_bytes(), f"the key is in {path}"
@@ -166,9 +166,14 @@ def test_a_server_that_falls_silent_later_holds_the_end_for_seconds_only(
         server.takes_history.clear()
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         monkeypatch.setenv("WANDB_API_KEY", KEY)
+
+        def wait_at_the_25th(step: int) -> None:  # W&B may need longer to begin than all of this training
+            if step == 25:
+                eventually(lambda: server.runs)
+
         start = time.monotonic()
-        run(folder, "tracking.wandb.finish_seconds=4")
-        assert time.monotonic() - start < 10
+        run(folder, "tracking.wandb.finish_seconds=8", after_step=wait_at_the_25th)
+        assert time.monotonic() - start < 60  # without the limit: for ever
         server.takes_history.set()
     said = re.search(r"not everything is uploaded; later: wandb sync (\S+)", capsys.readouterr().out)
     [path] = Path(said[1]).glob("*.wandb")
