@@ -25,6 +25,7 @@ check: $(INSTALLED)
 bench: $(INSTALLED)
 	python benchmarks/order.py
 	python benchmarks/step.py
+	python benchmarks/step_parts.py
 	python benchmarks/startup.py
 	python benchmarks/averaging.py
 	python benchmarks/allreduce.py

@@ -106,7 +106,7 @@ def by_hand(work: Work, workers: mbgd.Workers, optimizers: Optimizers, *, exchan
     return loop
 
 
-def by_trainer(work: Work, workers: mbgd.Workers, optimizers: Optimizers) -> Callable[[], object]:
+def by_trainer(work: Work, workers: mbgd.Workers, optimizers: Optimizers) -> Callable[..., object]:
     """The same with mbgd."""
     model = make_model(work)
     trainer = mbgd.Trainer(

@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from step import ADAMW, WORKS, Work, make_data, make_model
 
 import mbgd
 from mbgd.data import InMemory
@@ -31,6 +30,7 @@ from mbgd.tracking.progress_bar import ProgressBar
 from mbgd.tracking.wandb_sink import remember_run_id
 
 from machine import publish
+from step import ADAMW, WORKS, Work, make_data, make_model
 
 CONFIG = """
 tracking:

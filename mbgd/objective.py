@@ -198,10 +198,12 @@ class CrossEntropy:
                 reduction="none",
                 ignore_index=_NO_TARGET if self.ignore_index is None else self.ignore_index,
                 label_smoothing=self.label_smoothing,
-            ).view(targets.shape)
+            )
         except IndexError:
             self.check_targets(targets, num_classes=logits.shape[-1])
             raise
+        if targets.dim() > 1:  # otherwise they have that shape, and the view would cost 10 µs
+            losses = losses.view(targets.shape)
         weights = self._weights(targets, losses)
         if self.class_weights is not None and weights is not None:
             # torch's losses carry the class weight already; the trainer multiplies by it.
