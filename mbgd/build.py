@@ -13,7 +13,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mbgd import profiling, saving
+from mbgd import averaging, profiling, saving
 from mbgd.config import Config, Run, problems
 from mbgd.errors import UsageError
 from mbgd.loader import Data
@@ -102,6 +102,7 @@ def run_name(run: Run, choices: Mapping[str, Any]) -> str:
 def build_trainer(config: Config, workers: Workers) -> Trainer:
     """The trainer that the configuration describes, on this worker."""
     torch.manual_seed(config.seed)
+    averaging.fix_threads(config.averaging, workers.device)
     data = build_data(config)
     from_data = {key: getattr(data.train, key, None) for key in FROM_DATA if config.model.get(key, ...) is None}
     model = make("model", config.model, **from_data)

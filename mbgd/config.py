@@ -53,6 +53,8 @@ class Averaging:
     name: AveragingName = AveragingName.auto
     find_unused_parameters: bool | None = None
     """Whether the parameters that take part may differ from step to step; None: found out at the start."""
+    num_threads: int | None = None
+    """Threads of each CPU worker; None: 1 with reproducible, whose bits depend on it, otherwise as torch finds it."""
 
 
 @dataclass(frozen=True)
@@ -245,6 +247,9 @@ def problems(settings: Settings) -> list[str]:
             f"batch.micro_batch_size={batch.micro_batch_size} with batch.size={batch.size}; a micro-batch has from 1 "
             "example to the whole minibatch. Make it smaller, or null to give each worker one micro-batch."
         )
+    num_threads = settings.averaging.num_threads
+    if num_threads is not None and num_threads < 1:
+        found.append(f"averaging.num_threads={num_threads}; a worker has at least 1 thread; null: torch's choice.")
     if settings.steps is None and settings.epochs is None:
         found.append("steps=null and epochs=null; set one of them.")
     for name, value in (("steps", settings.steps), ("epochs", settings.epochs)):

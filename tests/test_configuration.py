@@ -137,6 +137,7 @@ def test_rules_between_settings() -> None:
         (Settings(clip_norm=math.nan), "clip_norm=nan"),
         (Settings(evaluation=mbgd.Evaluation(every_steps=0)), "evaluation.every_steps=0"),
         (Settings(evaluation=mbgd.Evaluation(batch_size=0)), "evaluation.batch_size=0"),
+        (Settings(averaging=mbgd.Averaging(num_threads=0)), "averaging.num_threads=0"),
         (Settings(noise_scale=mbgd.NoiseScale(every_steps=0)), "noise_scale.every_steps=0"),
         (Settings(noise_scale=mbgd.NoiseScale(smoothing=0)), "noise_scale.smoothing=0"),
     ):

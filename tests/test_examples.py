@@ -16,8 +16,8 @@ import mbgd
 from processes import run_workers
 
 ROOT = Path(__file__).parent.parent
-ENVIRONMENT = os.environ | {
-    "OMP_NUM_THREADS": "1",
+# As a new user has it: OMP_NUM_THREADS is for torchrun and launch/ to set.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | {
     "PYTHONPATH": str(ROOT / "examples"),
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
 }

@@ -52,8 +52,21 @@ class Averaging(Protocol):
         """The averaging and what it moves gradients through, for people."""
 
 
+def fix_threads(settings: Settings, device: torch.device) -> None:
+    """Set the threads of this worker where the averaging wants a certain number.
+
+    Before the model is made, too: what some initialisations compute depends on it.
+    """
+    num_threads = settings.num_threads
+    if num_threads is None and settings.name is AveragingName.reproducible and device.type == "cpu":
+        num_threads = 1  # launchers give a worker more or fewer, by the number of workers
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+
+
 def prepare(settings: Settings, plan: Plan, device: torch.device) -> None:
     """Set torch up as the averaging needs it; UsageError if the plan cannot be averaged so."""
+    fix_threads(settings, device)
     if settings.name is AveragingName.shared_memory and device.type != "cpu":
         raise UsageError(
             f"averaging=shared_memory with workers on {device.type}; it adds up in the host's memory, which GPUs' "
