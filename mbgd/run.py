@@ -18,7 +18,7 @@ from mbgd.errors import Preempted, UsageError, WorkersLost
 from mbgd.preemption import EXIT_CODE, StopOnSignal
 from mbgd.resume import resume
 from mbgd.run_folder import open_run_folder
-from mbgd.tracking import NoTracker, Tracker, console, told_of_its_end
+from mbgd.tracking import NoTracker, Tracker, told_of_its_end, wording
 from mbgd.tracking.opening import check_installed, open_trackers
 from mbgd.worker_log import start_log
 from mbgd.workers import start_workers
@@ -51,7 +51,7 @@ def run(composed: Any, choices: Mapping[str, Any]) -> None:
             if workers.is_main:
                 folder.write_results(result, trainer)
         if workers.is_main and not quiet:
-            print(console.describe_end(result, folder.path))
+            print(wording.describe_end(result, folder.path))
 
 
 def run_or_explain(composed: Any, choices: Mapping[str, Any]) -> None:

@@ -113,6 +113,56 @@ def read_jobs(sweep: Path) -> list[Job]:
     return jobs
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """A sweep's jobs and the question they are ranked by."""
+
+    jobs: list[Job]
+    """Best first; those without a value last."""
+    keys: list[str]
+    """What was swept."""
+    metric: str
+    direction: Direction
+    target: float | None
+
+    def value(self, job: Job) -> float:
+        """The metric; not a number where the job has none."""
+        return job.metrics.get(self.metric, math.nan)
+
+    def steps(self, job: Job) -> int | None:
+        """Steps to the target; None if it was not reached or there is none."""
+        return None if self.target is None else job.steps_to(self.metric, self.target, self.direction)
+
+    def examples(self, job: Job) -> int | None:
+        """Examples to the target; None if it was not reached or there is none."""
+        steps = self.steps(job)
+        return None if steps is None else job.examples_after(steps)
+
+
+def read_ranking(folder: Path, metric: str | None, direction: str | None, target: float | None) -> Ranking:
+    """The sweep in this folder, ranked; what is None is as its jobs' configurations have it."""
+    jobs = read_jobs(folder)
+    configured = next((dict(job.config["sweep"]) for job in jobs if "sweep" in job.config), {})
+    metric = metric or configured.get("metric", "eval/loss")
+    ascending = Direction(direction or configured.get("direction", "minimize"))
+    target = configured.get("target") if target is None else target
+    complete = [job for job in jobs if job.summary]
+    if complete and not any(metric in job.metrics for job in complete):
+        raise UsageError(f"no job has the metric. {unknown_metric(metric, complete[0].metrics)}")
+    sign = 1 if ascending is Direction.minimize else -1
+
+    def rank(job: Job) -> tuple[bool, float]:
+        value = job.metrics.get(metric, math.nan)
+        return (not math.isfinite(value), sign * value if math.isfinite(value) else 0.0)
+
+    values: dict[str, set[str]] = {}
+    for job in jobs:
+        for key, value in job.record.swept.items():
+            values.setdefault(key, set()).add(value)
+    keys = [key for key in values if len(values[key]) > 1] or list(values)
+    return Ranking(sorted(jobs, key=rank), keys, metric, ascending, target)
+
+
 def metric_value(folder: Path, metric: str) -> float:
     """The metric of the job in this folder; UsageError where it has none, naming those that it has."""
     job = read_job(folder)

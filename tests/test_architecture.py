@@ -15,10 +15,11 @@ MODULES = {
 PURE = ["plan", "order", "objective", "config", "schedule", "errors"]
 
 
-def imports(module: str) -> set[str]:
-    """Modules imported when this one is, not those in functions or under TYPE_CHECKING."""
+def imports(module: str, *, later: bool = False) -> set[str]:
+    """Modules imported when this one is; `later`: also those imported in functions or under TYPE_CHECKING."""
     found = set()
-    for node in ast.parse(MODULES[module].read_text()).body:
+    tree = ast.parse(MODULES[module].read_text())
+    for node in ast.walk(tree) if later else tree.body:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -47,7 +48,7 @@ def test_there_are_no_import_cycles() -> None:
     def visit(module: str, path: tuple[str, ...]) -> None:
         assert module not in path, " → ".join((*path, module))
         if module in MODULES and module not in done:
-            for imported in sorted(imports(module)):
+            for imported in sorted(imports(module, later=True) - {"mbgd"}):  # which gives names when asked for them
                 visit(imported, (*path, module))
             done.add(module)
 

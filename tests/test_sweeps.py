@@ -18,8 +18,8 @@ from hydra_plugins.mbgd_torchrun.launcher import Job, end_of, hand_out_gpus, num
 from hydra_plugins.mbgd_torchrun.processes import Command, marked, run_all
 from mbgd.config import Direction
 from mbgd.errors import UsageError
-from mbgd.sweep import Record, read_jobs
-from mbgd.tools.sweep import read_result, show
+from mbgd.sweep import Record, read_jobs, read_ranking
+from mbgd.tools.sweep import show
 from mbgd.tools.sweep_plot import is_geometric
 
 ROOT = Path(__file__).parent.parent
@@ -98,13 +98,13 @@ def test_the_result_is_ranked_and_remade_from_the_folders_alone(
         assert row["steps_to_target"] == str(min(reached))
         assert row["examples_to_target"] == str(min(reached) * int(row["batch.size"]))  # less than an epoch
 
-    best = read_result(folder, "eval/accuracy", "maximize", None).jobs[0]
+    best = read_ranking(folder, "eval/accuracy", "maximize", None).jobs[0]
     assert best.metrics["eval/accuracy"] == max(float(row["eval/accuracy"]) for row in rows[:2])
 
 
 def test_a_metric_that_no_job_has_is_refused_with_those_there_are(sweep: tuple[Path, int, str]) -> None:
     with pytest.raises(UsageError, match=r"eval/loss.*Did you mean eval/accuracy"):
-        read_result(sweep[0], "eval/acuracy", None, None)
+        read_ranking(sweep[0], "eval/acuracy", None, None)
 
 
 def test_examples_are_counted_with_short_last_minibatches(sweep: tuple[Path, int, str]) -> None:

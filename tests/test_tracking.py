@@ -22,8 +22,9 @@ import mbgd
 from mbgd.errors import Preempted
 from mbgd.tracking import Ending, Outcome, Trackers, told_of_its_end
 from mbgd.tracking.code_version import code_version
-from mbgd.tracking.console import PlainLines, describe
+from mbgd.tracking.console import PlainLines
 from mbgd.tracking.json_lines import JsonLines
+from mbgd.tracking.wording import describe
 
 from runs import metrics, run
 

@@ -11,8 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from mbgd.sweep import Job
-from mbgd.tools.sweep import Result
+from mbgd.sweep import Job, Ranking
 
 COLOURS = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#222255"]
 """Paul Tol's bright scheme, which readers with any colour vision tell apart, and a dark blue."""
@@ -26,38 +25,38 @@ FAR_OFF = 100.0
 Measure = Callable[[Job], float | None]
 
 
-def plot(result: Result, path: Path) -> None:
+def plot(ranking: Ranking, path: Path) -> None:
     """Write the picture as PNG."""
-    panels: list[tuple[str, str, Measure]] = [(key, result.metric, result.value) for key in result.keys]
-    if "batch.size" in result.keys and result.target is not None:
-        goal = f"{result.metric} of {result.target:g}"
+    panels: list[tuple[str, str, Measure]] = [(key, ranking.metric, ranking.value) for key in ranking.keys]
+    if "batch.size" in ranking.keys and ranking.target is not None:
+        goal = f"{ranking.metric} of {ranking.target:g}"
         panels += [
-            ("batch.size", f"steps to {goal}", result.steps),
-            ("batch.size", f"examples to {goal}", result.examples),
+            ("batch.size", f"steps to {goal}", ranking.steps),
+            ("batch.size", f"examples to {goal}", ranking.examples),
         ]
     columns = min(len(panels), 3) if len(panels) != 4 else 2
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(5.2 * columns, 3.9 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, (key, label, measure) in zip(grid, panels, strict=False):
-        _panel(axes, result, key, label, measure)
+        _panel(axes, ranking, key, label, measure)
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
     figure.savefig(path, dpi=110)
 
 
-def _panel(axes: Axes, result: Result, key: str, label: str, measure: Measure) -> None:
-    jobs = sorted((job for job in result.jobs if key in job.record.swept), key=lambda job: job.record.number)
+def _panel(axes: Axes, ranking: Ranking, key: str, label: str, measure: Measure) -> None:
+    jobs = sorted((job for job in ranking.jobs if key in job.record.swept), key=lambda job: job.record.number)
     places = _Places([job.record.swept[key] for job in jobs])
     curves: dict[str, list[tuple[float, float]]] = {}
     off: list[float] = []
     values = [value for job in jobs if (value := measure(job)) is not None and math.isfinite(value)]
-    is_count = measure != result.value
+    is_count = measure != ranking.value
     usual = statistics.median(abs(value) for value in values) if values and not is_count else 0.0
     highest = FAR_OFF * usual or math.inf
     for job in jobs:
         x, y = places.of(job.record.swept[key]), measure(job)
-        others = " ".join(f"{k}={v}" for k, v in job.record.swept.items() if k in result.keys and k != key)
+        others = " ".join(f"{k}={v}" for k, v in job.record.swept.items() if k in ranking.keys and k != key)
         curve = curves.setdefault(others, [])  # also without points, so that colours are the same in each panel
         if y is None or not abs(y) <= highest or math.isinf(y):
             off.append(x)

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from mbgd.config import Config, Tracking, WandbMode
 from mbgd.errors import UsageError
 from mbgd.run_folder import RunFolder
-from mbgd.tracking import console, wandb_sink
+from mbgd.tracking import console, wandb_sink, wording
 from mbgd.tracking.base import Tracker, Trackers
 from mbgd.tracking.follower import Follower
 from mbgd.tracking.json_lines import JsonLines
@@ -34,7 +34,7 @@ def open_trackers(config: Config, folder: RunFolder, trainer: Trainer) -> Tracke
         Record(folder.path, trainer, report=tracking.report),
     ]
     if not tracking.quiet:
-        print(console.describe_start(trainer), flush=True)
+        print(wording.describe_start(trainer), flush=True)
         trackers.append(console.tracker(trainer.num_steps, trainer.state.step))
     if _uses_wandb(tracking):
         known = trainer.state.tracking.get("wandb") if config.resume == "auto" else None

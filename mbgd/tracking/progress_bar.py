@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mbgd.tracking.base import Ending, Metrics
-from mbgd.tracking.console import describe, is_evaluation
+from mbgd.tracking.wording import describe, is_evaluation
 
 SECONDS_BETWEEN_UPDATES = 0.25
 BAR_WIDTH = 16

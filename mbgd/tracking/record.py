@@ -13,7 +13,7 @@ from mbgd.conditions import conditions
 from mbgd.run_folder import write_atomically
 from mbgd.tracking.base import Ending, Metrics
 from mbgd.tracking.code_version import code_version
-from mbgd.tracking.console import plan_lines
+from mbgd.tracking.wording import plan_lines
 from mbgd.trainer import Trainer
 
 
