@@ -131,6 +131,16 @@ def test_tensorboard_has_one_history_without_repeats_or_gaps(tmp_path: Path) -> 
         assert [(event.step, event.value) for event in events.Scalars(name)] == wanted
 
 
+def test_tensorboard_reads_a_runs_files_in_their_order(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed: pip install 'mbgd[tensorboard]'")
+    from mbgd.tracking.tensorboard_sink import TensorboardSink
+
+    for _ in range(2):
+        TensorboardSink(tmp_path).close(Ending(Outcome.finished))
+    seconds = {path.name.split(".")[3] for path in tmp_path.glob("tensorboard/events.*")}
+    assert len(seconds) == 2
+
+
 def test_every_line_is_on_disk_at_once(tmp_path: Path) -> None:
     lines = JsonLines(tmp_path / "metrics.jsonl")
     lines.log(1, {"train/loss": 0.5})

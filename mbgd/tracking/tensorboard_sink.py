@@ -17,7 +17,9 @@ class TensorboardSink:
     """The whole history from the first line on; what earlier processes of the run have written no longer counts."""
 
     def __init__(self, folder: Path) -> None:
-        self._writer = EventFileWriter(str(folder / "tensorboard"))
+        folder = folder / "tensorboard"
+        _wait_for_a_later_name(folder)
+        self._writer = EventFileWriter(str(folder))
         started_over = SessionLog(status=SessionLog.START)
         self._writer.add_event(Event(wall_time=time.time(), step=0, session_log=started_over))
 
@@ -32,6 +34,14 @@ class TensorboardSink:
 
     def close(self, ending: Ending) -> None:
         self._writer.close()
+
+
+def _wait_for_a_later_name(folder: Path) -> None:
+    """TensorBoard reads files by their names, which say the second they were made in and then the process."""
+    newest = max((int(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.*")), default=0)
+    ahead = newest + 1 - time.time()
+    if 0 < ahead <= 1:  # more: the clock was set back
+        time.sleep(ahead)
 
 
 def open_sink(folder: Path, start: int) -> TensorboardSink:
