@@ -17,7 +17,7 @@ import yaml
 from mbgd.__main__ import main as mbgd_main
 from mbgd.errors import UsageError
 from mbgd.report import write_report
-from mbgd.report.chart import thinned
+from mbgd.report.chart import Series, draw, thinned
 from mbgd.report.history import read_history
 from mbgd.report.numbers import short
 from mbgd.report.panels import panels, time_split
@@ -192,6 +192,15 @@ def test_the_tool_remakes_one_and_compares_several(
 )
 def test_numbers_as_people_read_them(value: float, unit: str, text: str) -> None:
     assert short(value, unit) == text
+
+
+def test_axes_of_bytes_are_round_in_their_unit_and_leave_room_for_the_labels() -> None:
+    svg, data = draw("memory", [Series("run", 0, dashed=False, points=[(1, 2**30), (50, 1.5 * 2**30)])], unit="bytes")
+    labels = re.findall(r'<text class="y" x="([\d.]+)" [^>]*>([^<]*)<', svg)
+    assert [label for _, label in labels] == ["1 GiB", "1.2 GiB", "1.4 GiB"]
+    assert {float(right) for right, _ in labels} == {data["x"][2] - 7}
+    _, data = draw("memory", [Series("run", 0, False, [(1, 900.2 * 2**20), (50, 900.9 * 2**20)])], unit="bytes")
+    assert data["x"][2] - 7 > len("900.4 MiB") * 6.8  # what a character takes at 12 pixels
 
 
 PROBE = """

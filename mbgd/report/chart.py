@@ -1,18 +1,20 @@
 """Line charts as SVG, by hand: a library for plots would take longer to import than all of them to draw."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 from mbgd.report.history import Curve
-from mbgd.report.numbers import short, whole
+from mbgd.report.numbers import short, size_of_unit, whole
 
 WIDTH, HEIGHT = 520, 230
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 26
 MOST_POINTS = 600
 """Of one curve; beyond, only the least and the greatest value of each stretch are drawn."""
+CHARACTER = 7.0
+"""Width of one of an axis' labels, in pixels."""
 LOG_FROM = 30.0
 """Ratio of the greatest to the least value from which the axis is logarithmic."""
 
@@ -34,6 +36,8 @@ class _Axis:
     first_pixel: float
     last_pixel: float
     is_log: bool = False
+    unit: float = 1.0
+    """Ticks are round in multiples of it."""
 
     def __call__(self, value: float) -> float:
         low, high, value = (self._scale(each) for each in (self.low, self.high, value))
@@ -51,9 +55,10 @@ class _Axis:
                 return powers
             between = [factor * 10.0**power for power in range(-12, 13) for factor in (1, 2, 5)]
             return [value for value in between if self.low <= value <= self.high]
-        rough = (self.high - self.low) / number
+        rough = (self.high - self.low) / number / self.unit
         magnitude = 10.0 ** math.floor(math.log10(rough))
-        distance = next(factor * magnitude for factor in (1, 2, 2.5, 5, 10) if factor * magnitude >= rough * 0.999)
+        rounded = next(factor * magnitude for factor in (1, 2, 2.5, 5, 10) if factor * magnitude >= rough * 0.999)
+        distance = rounded * self.unit
         first, last = math.ceil(self.low / distance - 1e-9), math.floor(self.high / distance + 1e-9)
         return [number * distance for number in range(first, last + 1)]
 
@@ -65,8 +70,10 @@ def draw(
     series = [Series(one.label, one.colour, one.dashed, thinned(one.points)) for one in series]
     steps = [step for one in series for step, _ in one.points]
     values = [value for one in series for _, value in one.points]
-    x, y = _x_axis(steps), _y_axis(values, may_be_log=may_be_log)
-    parts = [_grid(x, y, unit)]
+    y = _y_axis(values, unit, may_be_log=may_be_log)
+    labels = {value: short(value, unit) for value in y.ticks(5)}
+    x = _x_axis(steps, max(LEFT, CHARACTER * max((len(label) for label in labels.values()), default=0) + 8))
+    parts = [_grid(x, y, labels)]
     for one in series:
         path = "M" + "L".join(f"{x(step):.1f},{y(value):.1f}" for step, value in one.points)
         style = f'class="curve{" dashed" if one.dashed else ""}" stroke="var(--c{one.colour})"'
@@ -105,26 +112,28 @@ def thinned(points: Curve) -> Curve:
     return kept
 
 
-def _x_axis(steps: Sequence[int]) -> _Axis:
+def _x_axis(steps: Sequence[int], left: float) -> _Axis:
     low, high = min(steps), max(steps)
-    return _Axis(low, high if high > low else low + 1, LEFT, WIDTH - RIGHT)
+    return _Axis(low, high if high > low else low + 1, left, WIDTH - RIGHT)
 
 
-def _y_axis(values: Sequence[float], *, may_be_log: bool) -> _Axis:
+def _y_axis(values: Sequence[float], unit: str, *, may_be_log: bool) -> _Axis:
     low, high = min(values), max(values)
     if may_be_log and low > 0 and high / low >= LOG_FROM:
         return _Axis(low / 1.1, high * 1.1, HEIGHT - BOTTOM, TOP, is_log=True)
     space = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
     bottom = low - space
-    return _Axis(0.0 if low >= 0 > bottom else bottom, high + space, HEIGHT - BOTTOM, TOP)
+    round_in = size_of_unit(high) if unit == "bytes" else 1.0
+    return _Axis(0.0 if low >= 0 > bottom else bottom, high + space, HEIGHT - BOTTOM, TOP, unit=round_in)
 
 
-def _grid(x: _Axis, y: _Axis, unit: str) -> str:
+def _grid(x: _Axis, y: _Axis, labels: Mapping[float, str]) -> str:
     parts = []
-    for value in y.ticks(5):
+    left = x.first_pixel
+    for value, label in labels.items():
         height = y(value)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{height:.1f}" y2="{height:.1f}"/>')
-        parts.append(f'<text class="y" x="{LEFT - 7}" y="{height + 4:.1f}">{escape(short(value, unit))}</text>')
+        parts.append(f'<line class="grid" x1="{left:.1f}" x2="{WIDTH - RIGHT}" y1="{height:.1f}" y2="{height:.1f}"/>')
+        parts.append(f'<text class="y" x="{left - 7:.1f}" y="{height + 4:.1f}">{escape(label)}</text>')
     for step in x.ticks(5):
         if step == int(step):
             parts.append(f'<text class="x" x="{x(step):.1f}" y="{HEIGHT - 8}">{escape(whole(step))}</text>')

@@ -7,10 +7,8 @@ SECONDS = ("s", "ms", "µs", "ns")
 def short(value: float, unit: str = "") -> str:
     """Three or four digits that count: 0.0123, 4.56e-07, 12,300, 1.5 GiB, 12 ms."""
     if unit == "bytes":
-        power = 0
-        while abs(value) >= 1024 and power < len(BYTES) - 1:
-            value, power = value / 1024, power + 1
-        return f"{value:.4g} {BYTES[power]}"
+        size = size_of_unit(value)
+        return f"{value / size:.4g} {BYTES[size.bit_length() // 10]}"
     if unit == "seconds":
         power = 0
         while value != 0 and abs(value) < 1 and power < len(SECONDS) - 1:
@@ -19,6 +17,14 @@ def short(value: float, unit: str = "") -> str:
     if abs(value) >= 1000:
         return f"{value:,.0f}" if abs(value) < 1e9 else f"{value:.3g}"
     return f"{value:.4g}"
+
+
+def size_of_unit(num_bytes: float) -> int:
+    """Of the largest unit that a number of bytes holds: 1, 1024, 1024² …"""
+    size = 1
+    while abs(num_bytes) >= 1024 * size and size < 1024 ** (len(BYTES) - 1):
+        size *= 1024
+    return size
 
 
 def whole(value: float) -> str:
