@@ -109,7 +109,7 @@ class Run:
     name: str | None = None
     """What the name of a new folder contains; None: the experiment, or model and data."""
     id: str | None = None
-    """Names the folder; None: made from the time and the id of torchrun or SLURM."""
+    """Names the folder; None: made from the time, the name, and the id of torchrun or SLURM or a random one."""
     root: str = "runs"
 
 

@@ -31,7 +31,7 @@ class PerExample:
     weights: Tensor | None = None
     """w_i ≥ 0, same shape as `losses`; 0 leaves an example (or token) out. None: all 1."""
     metrics: Mapping[str, Metric] = field(default_factory=dict)
-    """Per-example values, same shape as `losses`, or functions that give them (called only where they are logged).
+    """Per-example values, same shape as `losses`, or functions that give them (called only where sums are taken).
     A metric's mean is taken over the examples whose weight is not 0, each counted once."""
     predictions: Predictions | Callable[[], Predictions] | None = None
     """Outputs of shape (N, …), or (N, T, …) for T tokens each, and targets alike, or a function that gives both: what
