@@ -43,7 +43,7 @@ class Evaluation:
         with torch.inference_mode(), autocast(self._precision, self._workers.device):
             for micro_batch, batch in self._batches():
                 terms = task(batch, micro_batch.size)
-                leaves.append((micro_batch.number, terms.sums()))
+                leaves.append((micro_batch.number, terms.sums(self._metric_names)))
                 if self._metrics:
                     predictions += [values.cpu() for values in terms.counted_predictions()]
             num_values = NUM_SUMS + len(self._metric_names)

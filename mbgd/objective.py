@@ -31,7 +31,7 @@ class PerExample:
     weights: Tensor | None = None
     """w_i ≥ 0, same shape as `losses`; 0 leaves an example (or token) out. None: all 1."""
     metrics: Mapping[str, Metric] = field(default_factory=dict)
-    """Per-example values, same shape as `losses`, or functions that give them (called only where sums are taken).
+    """Per-example values, same shape as `losses`, or functions that give them (called only where they are logged).
     A metric's mean is taken over the examples whose weight is not 0, each counted once."""
     predictions: Predictions | Callable[[], Predictions] | None = None
     """Outputs of shape (N, …), or (N, T, …) for T tokens each, and targets alike, or a function that gives both: what
@@ -88,19 +88,19 @@ class PerExample:
         kept = self.weights != 0
         return outputs.detach()[kept], targets[kept]
 
-    def sums(self) -> Tensor:
-        """The sums that make exact means: float64, shape (NUM_SUMS + number of metrics,)."""
+    def sums(self, metric_names: Sequence[str]) -> Tensor:
+        """The sums that make exact means, of the loss and these metrics: float64, shape (NUM_SUMS + their number,)."""
         losses = self.losses.detach().double()
         if self.weights is None:
             count = losses.new_tensor(losses.numel())
             parts = [losses.sum(), count, count, torch.zeros_like(count)]
-            metrics = [self._metric(name).sum() for name in sorted(self.metrics)]
+            metrics = [self._metric(name).sum() for name in metric_names]
         else:
             weights = self.weights.detach().double()
             kept = weights != 0
             losses = losses.masked_fill(~kept, 0.0) * weights
             parts = [losses.sum(), weights.sum(), kept.sum().double(), (weights < 0).sum().double()]
-            metrics = [self._metric(name).masked_fill(~kept, 0.0).sum() for name in sorted(self.metrics)]
+            metrics = [self._metric(name).masked_fill(~kept, 0.0).sum() for name in metric_names]
         return torch.stack(parts + metrics)
 
 

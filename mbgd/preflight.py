@@ -56,14 +56,15 @@ def try_out(task: Task, data: Data, first_minibatch: Indices, settings: Settings
         if settings.averaging.name is AveragingName.reproducible:
             _check_repeatable(terms.losses, compute(first_minibatch[:NUM_EXAMPLES]).losses)
         _check_differentiable(terms.losses, task)
-        totals = Totals(terms.sums(), tuple(sorted(terms.metrics)))
+        metric_names = tuple(sorted(terms.metrics))
+        totals = Totals(terms.sums(metric_names), metric_names)
         torch.autograd.backward(terms.losses, torch.ones_like(terms.losses))
         _check_dense(task.model)
         moving = tuple(name for name, b in task.model.named_buffers() if not torch.equal(b, buffers_before[name]))
         unused = tuple(name for name, p in task.model.named_parameters() if p.requires_grad and p.grad is None)
         if totals.weight == 0:
             with torch.no_grad():
-                totals = Totals(compute(first_minibatch).sums(), totals.metric_names)
+                totals = Totals(compute(first_minibatch).sums(metric_names), metric_names)
         totals.check_weights("in the first minibatch")
         if settings.evaluation.metrics:
             check(settings.evaluation.metrics, terms, has_evaluation=data.evaluation is not None)
@@ -71,7 +72,7 @@ def try_out(task: Task, data: Data, first_minibatch: Indices, settings: Settings
     targets = getattr(data.train, "targets", None)
     if check_targets is not None and targets is not None and widths:
         check_targets(targets, num_classes=widths[-1])
-    return Findings(_has_weights(terms), terms.losses.dim() > 1, totals.metric_names, moving, unused)
+    return Findings(_has_weights(terms), terms.losses.dim() > 1, metric_names, moving, unused)
 
 
 def _check_skipping(dataset: Any, objective: Any) -> None:

@@ -214,6 +214,7 @@ class Trainer:
         log = self._logs(step)
         measure_noise = self.noise_scale.measures(step)
         want_sums = log or measure_noise or self._findings.has_weights or bool(self._buffers)
+        metric_names = self._findings.metric_names if log else ()
         sums = []
         self._averaging.norms = MicroBatchNorms(self._update.parameters) if measure_noise else None
         self._update.clear_gradients()
@@ -221,11 +222,11 @@ class Trainer:
         for examples in shard.micro_batches:
             terms = self._forward_backward(step, examples, is_last=examples is shard.micro_batches[-1])
             if want_sums and examples.micro_batch.counts:
-                sums.append((examples.micro_batch.number, self._sums(terms, examples.micro_batch)))
+                sums.append((examples.micro_batch.number, self._sums(terms, examples.micro_batch, metric_names)))
         lap("forward_backward")
         with part("averaging"):
             self._averaging.finish()  # every gradient is now the sum over every example of every worker
-            totals, noise = self._totals(shard.minibatch, sums) if want_sums else (None, None)
+            totals, noise = self._totals(shard.minibatch, sums, metric_names) if want_sums else (None, None)
         lap("averaging")
         if log:
             assert totals is not None
@@ -251,9 +252,9 @@ class Trainer:
                 torch.autograd.backward(terms.losses, self._update.backward_weights(terms, counts=micro_batch.counts))
         return terms
 
-    def _sums(self, terms: PerExample, micro_batch: MicroBatch) -> Tensor:
+    def _sums(self, terms: PerExample, micro_batch: MicroBatch, metric_names: Sequence[str]) -> Tensor:
         """What of a micro-batch is added up beside gradients: for the means, the moving buffers, and the noise."""
-        parts = [terms.sums()]
+        parts = [terms.sums(metric_names)]
         if self._buffers:
             parts.append(self._buffers.values())
         if self._averaging.norms is not None:
@@ -261,17 +262,19 @@ class Trainer:
             parts.append(noise_sums(squared_norm, weight=parts[0][1]))
         return torch.cat(parts)
 
-    def _totals(self, minibatch: Minibatch, sums: Sequence[tuple[int, Tensor]]) -> tuple[Totals, Tensor | None]:
+    def _totals(
+        self, minibatch: Minibatch, sums: Sequence[tuple[int, Tensor]], metric_names: tuple[str, ...]
+    ) -> tuple[Totals, Tensor | None]:
         """Add up `_sums` over micro-batches and workers; the moving buffers become their means."""
         num_leaves = self.plan.num_micro_batches(minibatch.size)
-        sizes = [NUM_SUMS + len(self._findings.metric_names), self._buffers.num_values]
+        sizes = [NUM_SUMS + len(metric_names), self._buffers.num_values]
         if self._averaging.norms is not None:
             sizes.append(NUM_NOISE_SUMS)
         total = self._averaging.sum(sums, num_leaves=num_leaves, num_values=sum(sizes))
         means, buffers, *noise = torch.split(total, sizes)
         if self._buffers:
             self._buffers.set_to(buffers / num_leaves)
-        totals = Totals(means, self._findings.metric_names)
+        totals = Totals(means, metric_names)
         if self._findings.has_tokens:
             self._num_tokens += totals.count
         return totals, noise[0] if noise else None

@@ -106,6 +106,24 @@ def test_there_is_no_update_ratio_of_parameters_that_are_zero() -> None:
     assert lines[2]["train/update_ratio"] > 0
 
 
+def test_metrics_that_are_functions_are_called_where_they_are_logged() -> None:
+    """Not at the other steps, though weights are summed at each."""
+    calls = []
+
+    def objective(model: nn.Module, batch: tuple[Tensor, Tensor]) -> mbgd.PerExample:
+        losses = mbgd.CrossEntropy()(model, batch).losses
+
+        def zero() -> Tensor:
+            calls.append("zero")
+            return torch.zeros_like(losses)
+
+        return mbgd.PerExample(losses, torch.ones_like(losses), {"zero": zero})
+
+    lines = train(mbgd.Workers(), linear(), objective=objective, steps=5, log_every_steps=4, batch=mbgd.Batch(60))
+    assert [line["train/zero"] for line in lines.values()] == [0.0, 0.0, 0.0]  # steps 1, 4 and 5
+    assert len(calls) == 3 + 1  # and once when the objective was tried
+
+
 # Time
 
 

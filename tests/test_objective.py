@@ -86,7 +86,7 @@ def test_broken_shapes_are_explained(terms: mbgd.PerExample, message: str) -> No
 
 def test_a_metric_of_another_shape_is_explained() -> None:
     with pytest.raises(mbgd.UsageError, match="metric 'accuracy' of shape"):
-        mbgd.PerExample(torch.zeros(4), metrics={"accuracy": torch.zeros(3)}).sums()
+        mbgd.PerExample(torch.zeros(4), metrics={"accuracy": torch.zeros(3)}).sums(("accuracy",))
 
 
 def test_what_has_weight_0_is_left_out_even_if_its_loss_is_infinite() -> None:
@@ -95,7 +95,7 @@ def test_what_has_weight_0_is_left_out_even_if_its_loss_is_infinite() -> None:
         torch.tensor([1.0, 0.0, 3.0, 0.0]),
         {"accuracy": lambda: torch.tensor([1.0, 1.0, 0.0, 1.0])},
     )
-    assert Totals(terms.sums(), ("accuracy",)).means() == {"loss": 2.5, "accuracy": 0.5}
+    assert Totals(terms.sums(("accuracy",)), ("accuracy",)).means() == {"loss": 2.5, "accuracy": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_what_has_weight_0_is_left_out_even_if_its_loss_is_infinite() -> None:
 )
 def test_weights_that_make_no_mean_are_explained(weights: list[float], message: str) -> None:
     with pytest.raises(mbgd.UsageError, match=message):
-        Totals(mbgd.PerExample(torch.ones(2), torch.tensor(weights)).sums(), ()).check_weights("here")
+        Totals(mbgd.PerExample(torch.ones(2), torch.tensor(weights)).sums(()), ()).check_weights("here")
 
 
 @pytest.mark.parametrize(
