@@ -6,7 +6,8 @@ import pickle
 import socket
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,37 @@ def run_workers(
                     process.kill()
                 raise TimeoutError(f"{function.__name__} took longer than {timeout_seconds} s on {num_workers} workers")
         return [pickle.loads(Path(folder, str(rank)).read_bytes()) for rank in range(num_workers)]
+
+
+@contextmanager
+def started(
+    function: Callable[..., None], num_workers: int, *arguments: Any
+) -> Iterator[list[multiprocessing.process.BaseProcess]]:
+    """Processes, by rank, that run `function(rank, num_workers, port, *arguments)`, for tests in which some get lost.
+
+    Those that still run at the end are killed.
+    """
+    context, port = multiprocessing.get_context("forkserver"), free_port()
+    processes: list[multiprocessing.process.BaseProcess] = [
+        context.Process(target=function, args=(rank, num_workers, port, *arguments)) for rank in range(num_workers)
+    ]
+    try:
+        for process in processes:
+            process.start()
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def eventually(found: Callable[[], Any], seconds: float = 30) -> Any:
+    """What the function gives, once that is something."""
+    deadline = time.monotonic() + seconds
+    while not (result := found()):
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.02)
+    return result
 
 
 def _work(rank: int, function: Callable[..., Any], num_workers: int, port: int, folder: str, arguments: Any) -> None:

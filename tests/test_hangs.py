@@ -1,6 +1,5 @@
 """A worker that stops answering ends the others in time, with an error that names it."""
 
-import multiprocessing
 import os
 import signal
 import time
@@ -14,7 +13,7 @@ from mbgd.data import digits
 from mbgd.errors import WorkersLost
 from mbgd.workers import start_workers
 
-from processes import environment, free_port
+from processes import environment, eventually, started
 
 TIMEOUT_SECONDS = 5.0
 
@@ -54,19 +53,9 @@ def train_until_lost(rank: int, num_workers: int, port: int, averaging: str, fol
     ],
 )
 def test_the_missing_worker_is_named_in_time(tmp_path: Path, how: signal.Signals, averaging: str, lost: int) -> None:
-    context = multiprocessing.get_context("forkserver")
-    port, num_workers = free_port(), 3
-    processes = [
-        context.Process(target=train_until_lost, args=(rank, num_workers, port, averaging, tmp_path))
-        for rank in range(num_workers)
-    ]
-    try:
-        for process in processes:
-            process.start()
-        deadline = time.monotonic() + 60
-        while len(list(tmp_path.glob("ready-*"))) < num_workers:
-            assert time.monotonic() < deadline, "the workers did not start"
-            time.sleep(0.02)
+    num_workers = 3
+    with started(train_until_lost, num_workers, averaging, tmp_path) as processes:
+        eventually(lambda: len(list(tmp_path.glob("ready-*"))) == num_workers, 60)
         time.sleep(0.3)
         pid = processes[lost].pid
         assert pid is not None
@@ -80,9 +69,6 @@ def test_the_missing_worker_is_named_in_time(tmp_path: Path, how: signal.Signals
         assert time.monotonic() - begin <= TIMEOUT_SECONDS + 2
         for rank in survivors:
             assert f"worker {lost} does not answer" in (tmp_path / f"error-{rank}").read_text()
-    finally:
-        for process in processes:
-            process.kill()
 
 
 def wait_in_a_row(rank: int, num_workers: int, port: int, last_is_dead: bool, folder: Path) -> None:
@@ -106,14 +92,9 @@ def wait_in_a_row(rank: int, num_workers: int, port: int, last_is_dead: bool, fo
     [(True, "worker 2 does not answer any more"), (False, "worker 2 does not come to an exchange, though still runn")],
 )
 def test_a_worker_that_waits_is_not_taken_for_a_lost_one(tmp_path: Path, last_is_dead: bool, wanted: str) -> None:
-    context = multiprocessing.get_context("forkserver")
-    port, num_workers = free_port(), 3
-    arguments = (num_workers, port, last_is_dead, tmp_path)
-    processes = [context.Process(target=wait_in_a_row, args=(rank, *arguments)) for rank in range(num_workers)]
-    for process in processes:
-        process.start()
-    for process in processes[:-1]:
-        process.join(timeout=60)
-    processes[-1].kill()
+    num_workers = 3
+    with started(wait_in_a_row, num_workers, last_is_dead, tmp_path) as processes:
+        for process in processes[:-1]:
+            process.join(timeout=60)
     for rank in range(num_workers - 1):
         assert wanted in (tmp_path / f"error-{rank}").read_text()

@@ -2,7 +2,6 @@
 
 import ctypes
 import gc
-import multiprocessing
 import os
 import random
 import resource
@@ -29,7 +28,7 @@ from mbgd.errors import WorkersLost
 from mbgd.plan import Plan
 from mbgd.workers import start_workers
 
-from processes import environment, free_port, run_workers
+from processes import environment, eventually, run_workers, started
 
 DEV_SHM = Path("/dev/shm")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
@@ -388,20 +387,9 @@ def test_who_is_gone_is_named_and_no_sum_is_wrong(
     tmp_path: Path, how: signal.Signals, at: str, most_seconds: float, reason: str
 ) -> None:
     num_workers, victim = 3, 1
-    context = multiprocessing.get_context("forkserver")
-    port = free_port()
     in_dev_shm = set(DEV_SHM.iterdir())
-    processes = [
-        context.Process(target=exchange_until_lost, args=(rank, num_workers, port, tmp_path, victim, at, how))
-        for rank in range(num_workers)
-    ]
-    try:
-        for process in processes:
-            process.start()
-        deadline = time.monotonic() + 60
-        while not gone(processes[victim].pid):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+    with started(exchange_until_lost, num_workers, tmp_path, victim, at, how) as processes:
+        eventually(lambda: gone(processes[victim].pid), 60)
         struck = time.monotonic()
         for rank in (0, 2):
             processes[rank].join(60)
@@ -412,10 +400,6 @@ def test_who_is_gone_is_named_and_no_sum_is_wrong(
             assert reason in message
             assert "worker 0" not in message
             assert "worker 2" not in message
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
     assert not list(tmp_path.glob("wrong-*"))
     assert set(DEV_SHM.iterdir()) - in_dev_shm == set()
 
@@ -452,18 +436,9 @@ def test_killed_at_any_moment(tmp_path: Path, seed: int) -> None:
     chance = random.Random(seed)
     num_workers = chance.randint(2, 4)
     victim, how = chance.randrange(num_workers), signal.SIGSTOP if seed % 4 == 3 else signal.SIGKILL
-    context, port, in_dev_shm = multiprocessing.get_context("forkserver"), free_port(), set(DEV_SHM.iterdir())
-    processes = [
-        context.Process(target=exchange_for_ever, args=(rank, num_workers, port, seed, tmp_path))
-        for rank in range(num_workers)
-    ]
-    try:
-        for process in processes:
-            process.start()
-        deadline = time.monotonic() + 60
-        while len(list(tmp_path.glob("ready-*"))) < num_workers:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+    in_dev_shm = set(DEV_SHM.iterdir())
+    with started(exchange_for_ever, num_workers, seed, tmp_path) as processes:
+        eventually(lambda: len(list(tmp_path.glob("ready-*"))) == num_workers, 60)
         time.sleep(chance.random() * 0.3)
         pid = processes[victim].pid
         assert pid is not None
@@ -472,10 +447,6 @@ def test_killed_at_any_moment(tmp_path: Path, seed: int) -> None:
             processes[rank].join(TIMEOUT_SECONDS + 10)
             assert processes[rank].exitcode == 1
             assert f"worker {victim} does not answer any more" in (tmp_path / f"error-{rank}").read_text()
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
     assert not list(tmp_path.glob("wrong-*"))
     assert set(DEV_SHM.iterdir()) - in_dev_shm == set()
 

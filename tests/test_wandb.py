@@ -24,6 +24,7 @@ from mbgd.tracking.opening import check_installed
 import runs
 import wandb_files
 import wandb_server
+from processes import eventually
 from runs import metrics
 
 KEY = "0123456789abcdef" * 2 + "01234567"
@@ -146,10 +147,8 @@ def test_a_server_that_never_answers_is_given_up(tmp_path: Path, monkeypatch: py
     folder = tmp_path / "run"
 
     def wait_at_the_25th(step: int) -> None:
-        deadline = time.monotonic() + 30
-        while step == 25 and b"Traceback" not in (folder / "wandb/output.log").read_bytes():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        if step == 25:
+            eventually(lambda: b"Traceback" in (folder / "wandb/output.log").read_bytes())
 
     with wandb_server.never_answering() as url:
         monkeypatch.setenv("WANDB_BASE_URL", url)
@@ -253,12 +252,3 @@ def processes_of(folder: Path, name: str) -> list[int]:
     rows = [line.split(maxsplit=2) for line in listed.splitlines()[1:]]
     followers = {pid for pid, _, command in rows if "mbgd.tracking.follow" in command and str(folder) in command}
     return [int(pid) for pid, parent, command in rows if {pid, parent} & followers and name in command]
-
-
-def eventually(found: Callable[[], Any], seconds: float = 30) -> Any:
-    """What the function gives, once that is something."""
-    deadline = time.monotonic() + seconds
-    while not (result := found()):
-        assert time.monotonic() < deadline, "it did not come"
-        time.sleep(0.05)
-    return result
