@@ -17,12 +17,11 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch import nn
 
-import mbgd
 from mbgd.averaging.exchange import Exchange
 from mbgd.averaging.memory import HostMemory
 from mbgd.averaging.shared_memory import in_order
 
-from machine import publish
+from machine import as_worker, publish
 
 SIZES = (4_000, 40_000, 400_000, 4_000_000, 25_000_000, 100_000_000, 400_000_000)
 NAMES = ("shared memory", "gloo", "copy")
@@ -31,10 +30,7 @@ ROUND_BYTES = 50_000_000
 
 
 def measure(rank: int, num_workers: int, port: int, num_bytes: int, rounds: int, results: list[list[float]]) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_workers)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with mbgd.start_workers("gloo") as workers:
+    with as_worker(rank, num_workers, port) as workers:
         parameter = nn.Parameter(torch.zeros(num_bytes // 4))
         exchange = Exchange([parameter], 1, HostMemory(workers), rank=rank)
         mine, source = torch.zeros(num_bytes // 4), torch.zeros(num_bytes // 4)

@@ -26,7 +26,7 @@ from mbgd.config import AveragingName
 from mbgd.data import InMemory
 from mbgd.models import CNN, MLP
 
-from machine import publish
+from machine import as_worker, publish
 
 NUM_WORKERS = 2
 MINIBATCH = 128
@@ -87,10 +87,7 @@ def measure_memory(
 
 
 def on_worker(rank: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(NUM_WORKERS)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with mbgd.start_workers("gloo") as workers:
+    with as_worker(rank, NUM_WORKERS, port) as workers:
         function(workers, *arguments)
 
 

@@ -29,7 +29,7 @@ import mbgd
 from mbgd.data import InMemory
 from mbgd.models import CNN, MLP
 
-from machine import publish
+from machine import as_worker, publish
 
 
 @dataclass(frozen=True)
@@ -121,10 +121,7 @@ def by_trainer(work: Work, workers: mbgd.Workers, optimizers: Optimizers) -> Cal
 
 
 def measure(rank: int, num_workers: int, port: int, work: Work, optimizers: Optimizers, results: list[float]) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_workers)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with mbgd.start_workers("gloo") as workers:
+    with as_worker(rank, num_workers, port) as workers:
         for _ in range(work.rounds + 1):  # the first round warms up
             for make in (by_hand, by_trainer, partial(by_hand, exchange=False)):
                 loop = make(work, workers, optimizers)

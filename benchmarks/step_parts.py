@@ -16,11 +16,10 @@ import torch
 import torch.multiprocessing
 import torch.nn.functional as F
 
-import mbgd
 from mbgd.clock import PARTS, HostStopwatch
 from mbgd.tracking import NoTracker
 
-from machine import publish
+from machine import as_worker, publish
 from step import OPTIMIZERS, WORKS, Work, by_trainer, make_data, make_model
 
 WORK, BOTH_FUSED = WORKS[0], OPTIMIZERS[2]
@@ -60,10 +59,7 @@ class Logged(NoTracker):
 
 
 def measure(rank: int, num_workers: int, port: int, rounds: int, results: list[dict[str, float]]) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_workers)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with mbgd.start_workers("gloo") as workers:
+    with as_worker(rank, num_workers, port) as workers:
         for _ in range(rounds + 1):  # the first round warms up
             fit = by_trainer(WORK, workers, BOTH_FUSED)
             logged = Logged()
