@@ -1,7 +1,7 @@
 """Averaging by torch's DistributedDataParallel, made to add up instead of averaging."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -83,7 +83,8 @@ class DDP:
     def _sum_bucket(self, state: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         self._exchanged = bucket.is_last()
         if self.norms is not None:
-            self._take(self.norms, dict(zip(bucket.parameters(), bucket.gradients(), strict=True)))
+            gradients: dict[Tensor, Tensor] = dict(zip(bucket.parameters(), bucket.gradients(), strict=True))
+            self.norms.take(self._number, gradients, self._before)
         self._works.append(dist.all_reduce(bucket.buffer(), async_op=True))
         return later(bucket.buffer())
 
@@ -113,13 +114,9 @@ class DDP:
         with self._exchanging(is_last=is_last):
             yield
         if self._ddp is None or not is_last:
-            self._take(norms, {p: p.grad for p in self._task.parameters() if p.grad is not None})
+            gradients: dict[Tensor, Tensor] = {p: p.grad for p in self._task.parameters() if p.grad is not None}
+            norms.take(self._number, gradients, self._before)
         self._before.clear()
-
-    def _take(self, norms: MicroBatchNorms, gradients: Mapping[Tensor, Tensor]) -> None:
-        """Gradients add up over the shard's micro-batches; the newest one's are what came since the one before."""
-        before = self._before
-        norms.take(self._number, {p: grad - before[p] if p in before else grad for p, grad in gradients.items()})
 
     def finish(self) -> None:
         check_exchanged(self._task, self._exchanged)

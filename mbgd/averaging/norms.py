@@ -17,8 +17,15 @@ class MicroBatchNorms:
         self._parameters = parameters
         self._norms: dict[int, dict[Tensor, Tensor]] = {}
 
-    def take(self, number: int, gradients: Mapping[Tensor, Tensor]) -> None:
-        """Some parameters' gradients of micro-batch `number`, each parameter's once; one without counts as zeros."""
+    def take(
+        self, number: int, gradients: Mapping[Tensor, Tensor], before: Mapping[Tensor, Tensor] | None = None
+    ) -> None:
+        """Some parameters' gradients of micro-batch `number`, each parameter's once; one without counts as zeros.
+
+        before: where gradients add up over micro-batches, copies of what they were before this one.
+        """
+        if before:
+            gradients = {p: grad - before[p] if p in before else grad for p, grad in gradients.items()}
         if gradients:
             # In the gradients' own dtype: on a CPU, norms in another one take twenty times as long.
             norms = torch._foreach_norm(list(gradients.values()))

@@ -57,10 +57,10 @@ class SharedMemory:
 
     @contextmanager
     def _measured(self, norms: MicroBatchNorms, number: int) -> Iterator[None]:
-        before = {p: p.grad.clone() for p in self._parameters if p.grad is not None}
+        before: dict[Tensor, Tensor] = {p: p.grad.clone() for p in self._parameters if p.grad is not None}
         yield
-        gradients = {p: p.grad for p in self._parameters if p.grad is not None}
-        norms.take(number, {p: grad - before[p] if p in before else grad for p, grad in gradients.items()})
+        gradients: dict[Tensor, Tensor] = {p: p.grad for p in self._parameters if p.grad is not None}
+        norms.take(number, gradients, before)
 
     def finish(self) -> None:
         self._exchange([[p.grad for p in self._parameters]], self._num_rows, in_order)
