@@ -50,10 +50,10 @@ def text(
         raise UsageError(f"text has no split {split!r}; it must be train or evaluation.")
     if not 0 <= evaluation_share < 1:
         raise UsageError(f"data.evaluation_share={evaluation_share}; it must be ≥ 0 and < 1.")
-    tokens, ends = _packed(_standard_library() if path is None else _documents(Path(path).expanduser(), pattern))
-    cut = round((len(tokens) - 1) * (1 - evaluation_share))
     if split == "evaluation" and evaluation_share == 0:
         return None
+    tokens, ends = _packed(_standard_library() if path is None else _documents(Path(path).expanduser(), pattern))
+    cut = round((len(tokens) - 1) * (1 - evaluation_share))
     boundaries = np.union1d(ends, [cut])
     boundaries = boundaries[boundaries <= cut] if split == "train" else boundaries[boundaries >= cut]
     return TokenWindows(tokens, boundaries, context=context, vocabulary=VOCABULARY, ignore_index=ignore_index)
