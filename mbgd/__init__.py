@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mbgd.config import Averaging, AveragingName, Batch, Evaluation, Last, NoiseScale, Precision, Settings
+    from mbgd.config import Averaging, AveragingName, Batch, Check, Evaluation, Last, NoiseScale, Precision, Settings
     from mbgd.data import InMemory
     from mbgd.errors import UsageError
     from mbgd.loader import Data
@@ -19,6 +19,7 @@ __all__ = [
     "Averaging",
     "AveragingName",
     "Batch",
+    "Check",
     "CrossEntropy",
     "Data",
     "Evaluation",

@@ -19,6 +19,7 @@ from mbgd.errors import UsageError
 from mbgd.loader import Data
 from mbgd.plan import count_steps, make_plan
 from mbgd.suggestions import did_you_mean
+from mbgd.task import Task
 from mbgd.trainer import Trainer
 from mbgd.workers import Workers
 
@@ -109,7 +110,7 @@ def build_trainer(config: Config, workers: Workers) -> Trainer:
     if not isinstance(model, torch.nn.Module):
         raise UsageError(f"model is a {type(model).__name__}; it must be a torch.nn.Module.")
     objective = make("objective", config.objective, _partial_=_is_function(config.objective))
-    optimizer = make("optimizer", config.optimizer, [p for p in model.parameters() if p.requires_grad])
+    optimizer = make("optimizer", config.optimizer, Task(model, objective).trainable())
     plan = make_plan(config, len(data.train), workers.num_workers)
     schedule = None
     if config.schedule is not None:

@@ -76,6 +76,12 @@ class NoiseScale:
 
 
 @dataclass(frozen=True)
+class Check:
+    replicas_every_steps: int | None = None
+    """Optimizer steps between comparisons of the workers' copies of the state; None: before each evaluation alone."""
+
+
+@dataclass(frozen=True)
 class Settings:
     """What training depends on beside the model, the data, the objective and the optimizer."""
 
@@ -93,6 +99,7 @@ class Settings:
     evaluation: Evaluation = field(default_factory=Evaluation)
     log_every_steps: int = 50
     noise_scale: NoiseScale = field(default_factory=NoiseScale)
+    check: Check = field(default_factory=Check)
 
 
 @dataclass(frozen=True)
@@ -262,6 +269,9 @@ def problems(settings: Settings) -> list[str]:
     every = settings.evaluation.every_steps
     if every is not None and every < 1:
         found.append(f"evaluation.every_steps={every}; it must be ≥ 1, or null to evaluate after each epoch.")
+    every = settings.check.replicas_every_steps
+    if every is not None and every < 1:
+        found.append(f"check.replicas_every_steps={every}; it must be ≥ 1, or null for each evaluation alone.")
     noise = settings.noise_scale
     if noise.every_steps is not None and noise.every_steps < 1:
         found.append(f"noise_scale.every_steps={noise.every_steps}; it must be ≥ 1, or null not to measure it.")

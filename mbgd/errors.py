@@ -15,3 +15,7 @@ class Preempted(Exception):  # noqa: N818  (nothing went wrong)
     def __init__(self, step: int) -> None:
         super().__init__(f"stopped by a signal after step {step}")
         self.step = step
+
+
+class ReplicasDiffer(RuntimeError):  # noqa: N818  (the replicas are the error)
+    """The workers' copies of the state are no longer the same; names the tensors, the workers and the step."""

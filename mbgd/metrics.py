@@ -72,13 +72,8 @@ def _whole(name: str, parts: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(parts))
 
 
-def check(metrics: Mapping[str, Metric], terms: PerExample, *, has_evaluation: bool) -> None:
+def check(metrics: Mapping[str, Metric], terms: PerExample) -> None:
     """UsageError where a name is taken, or a metric cannot take what the objective gave for some examples."""
-    if not has_evaluation:
-        raise UsageError(
-            f"evaluation.metrics={', '.join(metrics)}, but there is no evaluation dataset. Give data.evaluation, or "
-            "leave them out."
-        )
     outputs, targets = (values.cpu() for values in terms.counted_predictions())
     for name, metric in metrics.items():
         if name in ("loss", *terms.metrics):

@@ -113,6 +113,13 @@ class Totals:
 
     sums: Tensor
     metric_names: tuple[str, ...]
+    wrong: Tensor | None = None
+    """More than 0 where any worker has noticed something wrong; shape (1,)."""
+
+    @property
+    def wrong_anywhere(self) -> bool:
+        """This waits for the device."""
+        return self.wrong is not None and bool(self.wrong.item())
 
     @property
     def weight(self) -> Tensor:

@@ -5,7 +5,7 @@ examples of one forward/backward on one worker; a worker's *shard* is its contig
 Positions count along the epoch's order; which example lies at a position is `order.py`'s business.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -15,6 +15,9 @@ from mbgd.errors import UsageError
 NUM_REPRODUCIBLE_LEAVES = 8
 """Micro-batches that reproducible averaging cuts a minibatch into where `batch.micro_batch_size` does not say: the same
 on any number of workers, as the result must be."""
+
+MOST_SIZES_TRIED = 1000
+"""Minibatch sizes that are looked at for one that works."""
 
 
 def cut(size: int, num_parts: int, part: int) -> int:
@@ -78,6 +81,29 @@ class Plan:
         if self.micro_batch_size is None:
             return min(self.default_num_micro_batches, size)
         return -(-size // self.micro_batch_size)
+
+    @cached_property
+    def minibatch_sizes(self) -> tuple[int, ...]:
+        """Of the whole minibatches of an epoch and of its last one."""
+        return tuple({self.minibatch(step).size for step in (0, self.steps_per_epoch - 1)})
+
+    @property
+    def smallest_micro_batch(self) -> int:
+        """Examples in the smallest micro-batch of any step."""
+        return min(size // self.num_micro_batches(size) for size in self.minibatch_sizes)
+
+    @property
+    def most_forwards(self) -> int:
+        """The most forwards that all workers together make in a step; each begins with the same state."""
+        return max(self.num_workers, *(self.num_micro_batches(size) for size in self.minibatch_sizes))
+
+    def with_micro_batches_of(self, least: int) -> list["Plan"]:
+        """The plans nearest to this one, of the same workers, none of whose micro-batches is smaller than `least`."""
+        nearby = sorted(range(1, 2 * self.minibatch_size + 1), key=lambda size: abs(size - self.minibatch_size))
+        sizes = nearby[:MOST_SIZES_TRIED]
+        plans = [replace(self, drop_last=True), *(replace(self, minibatch_size=size) for size in sizes)]
+        fits = [plan for plan in plans if plan.steps_per_epoch and plan.smallest_micro_batch >= least]
+        return fits[:3]
 
     def epoch_of(self, step: int) -> int:
         return step // self.steps_per_epoch

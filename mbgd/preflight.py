@@ -1,27 +1,35 @@
 """What can be found out about a task before the first collective, on every worker alike.
 
-The first examples go forward and backward once through the plain model; parameters, buffers and random state are
-as before afterwards.
+The first examples go forward and backward through the plain model, a few times; parameters, buffers, gradients and
+random state are as before afterwards, but for what a forward has initialised.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from mbgd.config import AveragingName, Settings
+from mbgd.buffers import Buffers
+from mbgd.config import AveragingName, Precision, Settings
 from mbgd.errors import UsageError
+from mbgd.extra_state import extra_state_kept
+from mbgd.finite import shown
 from mbgd.loader import Data, Indices, read
-from mbgd.metrics import check
 from mbgd.objective import PerExample, Totals
+from mbgd.plan import Plan
 from mbgd.precision import autocast, parameter_dtype
 from mbgd.randomness import key_generators
 from mbgd.task import Task
+from mbgd.trained import GradientHooks, Trained
 
 NUM_EXAMPLES = 4
+SCALES = 2.0**-10, 2.0**10
+"""What enters the two backwards of the trial at each loss; scaling by powers of 2 is exact."""
 
 
 @dataclass(frozen=True)
@@ -33,49 +41,202 @@ class Findings:
     has_tokens: bool
     """The objective gives losses per token."""
     metric_names: tuple[str, ...]
+    """Of training; those of an evaluation may be others."""
     moving_buffers: tuple[str, ...]
-    """Names of the model's buffers that a forward in training mode changes."""
+    """Names of the buffers that a forward in training mode changes."""
     unused_parameters: tuple[str, ...]
-    """Names of trainable parameters that got no gradient."""
+    """Names of trained parameters that got no gradient."""
+    num_outputs: int | None
+    """Size of the last dimension of what the model gives; None: not a tensor of several dimensions."""
 
 
-def try_out(task: Task, data: Data, first_minibatch: Indices, settings: Settings, device: torch.device) -> Findings:
-    """Run some examples of the first minibatch through the task; UsageError where the contract is broken."""
-    for dataset in (data.train, data.evaluation):
-        _check_skipping(dataset, task.objective)
+class Trial:
+    """Runs examples of the first minibatch through a task; UsageError where the contract is broken."""
 
-    def compute(indices: Indices) -> PerExample:
-        (batch,) = read(data.train, [indices], num_workers=0, device=device, dtype=parameter_dtype(settings.precision))
-        key_generators(device, settings.seed)
-        with autocast(settings.precision, device):
-            terms: PerExample = task(batch, len(indices))
+    def __init__(
+        self, task: Task, trained: Trained, buffers: Buffers, data: Data, plan: Plan, settings: Settings, device: Any
+    ) -> None:
+        self._task, self._trained, self._buffers = task, trained, buffers
+        self._data, self._plan, self._settings, self._device = data, plan, settings, device
+
+    def __call__(self, first_minibatch: Indices) -> Findings:
+        """first_minibatch: the numbers of its examples."""
+        few = first_minibatch[:NUM_EXAMPLES]
+        with ExitStack() as stack:
+            for context in (random_state_kept(self._device), extra_state_kept(self._task), self._clean()):
+                stack.enter_context(context)
+            stack.enter_context(_refused_operations())
+            widths = stack.enter_context(_output_widths(self._task.model))
+            terms, gradients = self._run(few, SCALES[0])
+            self._buffers.find_unseen()
+            changed, moving = self._trained.changed(), self._buffers.changed()
+            self._check_used(terms)
+            self._buffers.put_back()
+            self._trained.start_step()
+            again, gradients_again = self._run(few, SCALES[1])
+            self._check_repeated(terms, again, gradients, gradients_again)
+            if changed:
+                self._check_changed(changed, first_minibatch)
+            unused = tuple(n for n, p in self._trained.by_name.items() if p.requires_grad and n not in gradients)
+            self._check_sizes(first_minibatch, moving)
+            names = tuple(sorted(terms.metrics))
+            self._check_weights(terms, first_minibatch, names)
+        width = widths[-1] if widths else None
+        has_tokens = terms.losses.dim() > 1
+        return Findings(terms.weights is not None or has_tokens, has_tokens, names, tuple(moving), unused, width)
+
+    @contextmanager
+    def _clean(self) -> Iterator[None]:
+        """Puts buffers and gradients back, and keeps users' hooks out of it."""
+        hooks = GradientHooks(self._trained)
+        hooks.take_off()
+        self._buffers.start_step()
+        self._trained.start_step()
+        try:
+            yield
+        finally:
+            self._buffers.put_back()
+            for parameter in self._task.parameters():
+                parameter.grad = None
+            hooks.put_back()
+
+    def _forward(self, indices: Indices) -> PerExample:
+        settings = self._settings
+        dtype = parameter_dtype(settings.precision)
+        (batch,) = read(self._data.train, [indices], num_workers=0, device=self._device, dtype=dtype)
+        key_generators(self._device, settings.seed)
+        with autocast(settings.precision, self._device):
+            terms: PerExample = self._task(batch, len(indices))
             return terms
 
-    with _restored(task) as buffers_before, _output_widths(task.model) as widths, _refused_operations():
-        terms = compute(first_minibatch[:NUM_EXAMPLES])
-        if settings.averaging.name is AveragingName.reproducible:
-            _check_repeatable(terms.losses, compute(first_minibatch[:NUM_EXAMPLES]).losses)
-        _check_differentiable(terms.losses, task)
-        metric_names = tuple(sorted(terms.metrics))
-        totals = Totals(terms.sums(metric_names), metric_names)
-        torch.autograd.backward(terms.losses, torch.ones_like(terms.losses))
-        _check_dense(task.model)
-        moving = tuple(name for name, b in task.model.named_buffers() if not torch.equal(b, buffers_before[name]))
-        unused = tuple(name for name, p in task.model.named_parameters() if p.requires_grad and p.grad is None)
-        if totals.weight == 0:
+    def _run(self, indices: Indices, scale: float) -> tuple[PerExample, dict[str, Tensor]]:
+        """Forward and backward; the per-example losses, and the gradients of those parameters that have one."""
+        terms = self._forward(indices)
+        if not terms.losses.requires_grad:
+            raise UsageError(
+                "the objective's losses do not depend on any of the model's "
+                f"{len(self._trained.with_gradient())} trainable parameters; there is nothing to train. Compute the "
+                "losses from the model's output without detach() or no_grad()."
+            )
+        torch.autograd.backward(terms.losses, torch.full_like(terms.losses, scale))
+        gradients = {name: p.grad for name, p in self._trained.by_name.items() if p.grad is not None}
+        for name, gradient in gradients.items():
+            if gradient.layout is not torch.strided:
+                raise UsageError(
+                    f"the gradient of parameter {name} is sparse; only dense ones can be averaged, clipped and "
+                    "measured. Make the layer with sparse=False."
+                )
+        return terms, gradients
+
+    def _check_used(self, terms: PerExample) -> None:
+        if not any(parameter.grad is not None for parameter in self._trained.parameters):
+            raise UsageError(
+                "no parameter that the optimizer holds takes part in the objective's losses; there is nothing to "
+                f"train. The optimizer holds {shown(self._trained.by_name)}."
+            )
+
+    def _check_repeated(
+        self, once: PerExample, again: PerExample, gradients: dict[str, Tensor], others: dict[str, Tensor]
+    ) -> None:
+        if not torch.equal(once.losses.nan_to_num(), again.losses.nan_to_num()):
+            if self._settings.averaging.name is AveragingName.reproducible:
+                raise UsageError(
+                    "averaging=reproducible, but two computations of the same examples differ: losses "
+                    f"{once.losses[:2].tolist()} and {again.losses[:2].tolist()}. The model or the objective draws "
+                    "random numbers from a generator of its own, or keeps state between calls. Draw from torch's "
+                    "default generators, which the trainer keys by (seed, step, micro-batch)."
+                )
+            return
+        if self._settings.precision is Precision.fp16:
+            return  # the larger scale overflows
+        for name in gradients.keys() & others.keys():
+            small, large = (
+                gradients[name].double() if not gradients[name].is_complex() else gradients[name],
+                others[name],
+            )
+            expected = small * (SCALES[1] / SCALES[0])
+            error = torch.linalg.vector_norm(expected - large)
+            if error.isfinite() and error > 0.01 * torch.linalg.vector_norm(large):
+                raise UsageError(
+                    f"the gradient of parameter {name} does not grow in proportion to the losses: a hook on an "
+                    "activation or a backward of your own clamps, rounds or normalises it. It would see gradients of "
+                    "a sum of losses, not of the minibatch's mean, and do something else on every number of workers. "
+                    "Use a hook on the parameter (p.register_hook), which gets the mean gradient, or clip_norm."
+                )
+
+    def _check_changed(self, changed: Sequence[str], first_minibatch: Indices) -> None:
+        """Parameters that a forward changes: initialised by it, once, or changed again and again."""
+        repeatedly = self._trained.changed()
+        if not repeatedly:
+            # Initialised from the examples, as plain torch would do from the first minibatch.
+            self._buffers.put_back()
             with torch.no_grad():
-                totals = Totals(compute(first_minibatch).sums(metric_names), metric_names)
+                self._forward(first_minibatch)
+            self._buffers.start_step()  # a flag that says so is kept, too
+            return
+        if self._plan.most_forwards > 1:
+            raise UsageError(
+                f"the forward changes parameters in place ({shown(repeatedly)}), as Embedding(max_norm=…) does. Each "
+                "worker and micro-batch would change them in another way, so that the workers' copies differ. Bound "
+                "them in the loss or by a parametrization instead (torch.nn.utils.parametrize); it works as it is with "
+                "one worker and one micro-batch."
+            )
+
+    def _check_sizes(self, first_minibatch: Indices, moving: Sequence[str]) -> None:
+        """That the model takes the smallest micro-batch, and that what it counts does not depend on the size."""
+        if self._plan.most_forwards == 1 and self._plan.smallest_micro_batch > 1:
+            return
+        before = self._integers(moving)
+        smallest = self._plan.smallest_micro_batch
+        if smallest < NUM_EXAMPLES and smallest <= len(first_minibatch):
+            self._buffers.put_back()
+            try:
+                with torch.no_grad():
+                    self._forward(first_minibatch[:smallest])
+            except UsageError:
+                raise
+            except Exception as error:
+                raise UsageError(self._describe_smallest(error)) from error
+        elif before and len(first_minibatch) > 1:
+            self._buffers.put_back()
+            with torch.no_grad():
+                self._forward(first_minibatch[: NUM_EXAMPLES - 1])
+        self._buffers.changed()
+        after = self._integers(moving)
+        if self._plan.most_forwards > 1 and (found := [n for n in before if not torch.equal(before[n], after[n])]):
+            raise UsageError(
+                f"what the forward makes of the integer buffer {shown(found)} depends on the number of examples. A "
+                "minibatch is cut into micro-batches, which would each count their own. Count minibatches (+= 1) "
+                "instead of examples, or use one worker and batch.micro_batch_size=null."
+            )
+
+    def _integers(self, moving: Sequence[str]) -> dict[str, Tensor]:
+        tensors = self._buffers.tensors(caches=True)
+        return {n: tensors[n].clone() for n in moving if n in tensors and not tensors[n].is_floating_point()}
+
+    def _describe_smallest(self, error: Exception) -> str:
+        plan = self._plan
+        remedies = [
+            f"batch.size={fits.minibatch_size}" if fits.drop_last == plan.drop_last else "batch.last=drop"
+            for fits in plan.with_micro_batches_of(plan.smallest_micro_batch + 1)
+        ]
+        return (
+            f"the model cannot take the smallest micro-batch of this plan, of {plan.smallest_micro_batch} examples: "
+            f"{type(error).__name__}: {error} (BatchNorm needs at least 2 values of each channel.) Minibatches of "
+            f"{' and '.join(map(str, plan.minibatch_sizes))} examples are cut into micro-batches for "
+            f"{plan.num_workers} workers. What works: {' or '.join(remedies) or 'fewer workers'}."
+        )
+
+    def _check_weights(self, terms: PerExample, first_minibatch: Indices, names: tuple[str, ...]) -> None:
+        totals = Totals(terms.sums(names), names)
+        if totals.weight == 0:
+            self._buffers.put_back()
+            with torch.no_grad():
+                totals = Totals(self._forward(first_minibatch).sums(names), names)
         totals.check_weights("in the first minibatch")
-        if settings.evaluation.metrics:
-            check(settings.evaluation.metrics, terms, has_evaluation=data.evaluation is not None)
-    check_targets = getattr(task.objective, "check_targets", None)
-    targets = getattr(data.train, "targets", None)
-    if check_targets is not None and targets is not None and widths:
-        check_targets(targets, num_classes=widths[-1])
-    return Findings(_has_weights(terms), terms.losses.dim() > 1, metric_names, moving, unused)
 
 
-def _check_skipping(dataset: Any, objective: Any) -> None:
+def check_skipping(dataset: Any, objective: Any) -> None:
     """Examples that the dataset leaves out must weigh nothing in the objective."""
     skipped = getattr(dataset, "skipped_target", None)
     ignored = getattr(objective, "ignore_index", None)
@@ -87,14 +248,23 @@ def _check_skipping(dataset: Any, objective: Any) -> None:
         )
 
 
-def _check_repeatable(once: torch.Tensor, again: torch.Tensor) -> None:
-    if not torch.equal(once, again):
-        raise UsageError(
-            "averaging=reproducible, but two computations of the same examples differ: "
-            f"losses {once[:2].tolist()} and {again[:2].tolist()}. The model or the objective draws random numbers "
-            "from a generator of its own, or keeps state between calls. Draw from torch's default generators, which "
-            "the trainer keys by (seed, step, micro-batch)."
-        )
+def check_targets(dataset: Any, objective: Any, num_outputs: int | None) -> None:
+    """Targets that lie in memory must all be classes that the model has, where the objective can tell."""
+    check, targets = getattr(objective, "check_targets", None), getattr(dataset, "targets", None)
+    if check is not None and isinstance(targets, Tensor) and num_outputs is not None:
+        check(targets, num_classes=num_outputs)
+
+
+@contextmanager
+def random_state_kept(device: torch.device) -> Iterator[None]:
+    """Every generator of torch, numpy and `random` is afterwards in the state that it was in before."""
+    of_numpy, of_python = np.random.get_state(), random.getstate()
+    with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type=device.type):
+        try:
+            yield
+        finally:
+            np.random.set_state(of_numpy)
+            random.setstate(of_python)
 
 
 @contextmanager
@@ -112,49 +282,13 @@ def _refused_operations() -> Iterator[None]:
         ) from error
 
 
-def _has_weights(terms: PerExample) -> bool:
-    return terms.weights is not None or terms.losses.dim() > 1
-
-
-def _check_differentiable(losses: torch.Tensor, task: Task) -> None:
-    if not losses.requires_grad:
-        trainable = sum(p.requires_grad for p in task.parameters())
-        raise UsageError(
-            f"the objective's losses do not depend on any of the model's {trainable} trainable parameters; "
-            "there is nothing to train. Compute the losses from the model's output without detach() or no_grad()."
-        )
-
-
-def _check_dense(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None and parameter.grad.layout is not torch.strided:
-            raise UsageError(
-                f"the gradient of parameter {name} is sparse; only dense ones can be averaged, clipped and measured. "
-                "Make the layer with sparse=False."
-            )
-
-
-@contextmanager
-def _restored(task: Task) -> Iterator[dict[str, torch.Tensor]]:
-    """Gives the buffers as they are, and puts buffers and gradients back to that state at the end."""
-    before = {name: buffer.clone() for name, buffer in task.model.named_buffers()}
-    try:
-        yield before
-    finally:
-        with torch.no_grad():
-            for name, buffer in task.model.named_buffers():
-                buffer.copy_(before[name])
-        for parameter in task.parameters():
-            parameter.grad = None
-
-
 @contextmanager
 def _output_widths(model: nn.Module) -> Iterator[list[int]]:
     """Collects the size of the last dimension of what the model gives."""
     widths: list[int] = []
 
     def note(module: nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(output, torch.Tensor) and output.dim() > 1:
+        if isinstance(output, Tensor) and output.dim() > 1:
             widths.append(output.shape[-1])
 
     handle = model.register_forward_hook(note)

@@ -14,12 +14,11 @@ from typing import IO, Any
 import torch
 import yaml
 from safetensors.torch import save
-from torch import Tensor, nn
 
 from mbgd.conditions import conditions
 from mbgd.config import Run
 from mbgd.errors import UsageError
-from mbgd.fingerprint import weights_sha256
+from mbgd.task_state import exported
 from mbgd.trainer import Result, Trainer
 from mbgd.workers import Workers
 
@@ -86,7 +85,7 @@ class RunFolder:
         write_atomically(self.path / "model.safetensors", save(exported(model)))
         summary = {
             "metrics": result.metrics,
-            "weights_sha256": weights_sha256(model),
+            "weights_sha256": trainer.weights_sha256(),
             "steps": result.steps,
             "examples_seen": result.examples_seen,
             "examples_per_second": result.examples_per_second,
@@ -186,11 +185,6 @@ def _lock(folder: Path) -> tuple[IO[str] | None, str]:
     lock.write(f"process {os.getpid()} on {platform.node()}\n")
     lock.flush()
     return lock, ""
-
-
-def exported(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers under their own names, on the CPU; tied parameters under each of their names."""
-    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
 
 
 def write_atomically(path: Path, content: bytes) -> None:

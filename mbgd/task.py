@@ -6,10 +6,14 @@ workers.
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from mbgd.errors import UsageError
 from mbgd.objective import Objective, PerExample
+
+OBJECTIVE = "objective."
+"""What the names of the objective's parameters and buffers begin with; the model's stand as they are."""
 
 
 class Task(nn.Module):
@@ -18,7 +22,7 @@ class Task(nn.Module):
     def __init__(self, model: nn.Module, objective: Objective) -> None:
         super().__init__()
         self.model = model
-        self.objective = objective
+        self.objective = _module_of(objective, model)
         self._parts = (objective, model)  # nn.Module's own way to `self.model` costs microseconds in every step
 
     def forward(self, batch: Any, num_examples: int) -> PerExample:
@@ -31,3 +35,38 @@ class Task(nn.Module):
             )
         terms.check(num_examples)
         return terms
+
+    @property
+    def given_objective(self) -> Objective:
+        """The objective as the user gave it: a module, an object or a function."""
+        return self._parts[0]
+
+    def parameters_by_name(self) -> dict[str, nn.Parameter]:
+        """Every parameter once, under the first of its names; see `plain_name`."""
+        return {plain_name(name): parameter for name, parameter in self.named_parameters()}
+
+    def trainable(self) -> list[nn.Parameter]:
+        """Every parameter of model and objective, also those that do not require a gradient yet."""
+        return list(self.parameters())
+
+    def move_(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Move parameters and buffers to the device; floating ones to `dtype`, complex ones to its complex twin."""
+        self._apply(lambda tensor: tensor.to(device, dtype_of(tensor, dtype)))  # type: ignore[no-untyped-call]
+
+
+def _module_of(objective: Objective, model: nn.Module) -> nn.Module | None:
+    """The module whose parameters the objective brings: itself, or what it is a method of."""
+    owner = objective if isinstance(objective, nn.Module) else getattr(objective, "__self__", None)
+    return owner if isinstance(owner, nn.Module) and owner is not model else None
+
+
+def plain_name(name: str) -> str:
+    """A name within a `Task` as users know it: without the task's `model.` and without torch.compile's `_orig_mod.`."""
+    return ".".join(part for part in name.removeprefix("model.").split(".") if part != "_orig_mod")
+
+
+def dtype_of(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """What a tensor is cast to where the run computes in `dtype`; integers stay what they are."""
+    if tensor.is_complex():
+        return dtype.to_complex()
+    return dtype if tensor.is_floating_point() else tensor.dtype

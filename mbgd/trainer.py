@@ -1,7 +1,6 @@
 """The training loop: one optimizer step is the gradient of the weighted mean loss over the whole minibatch."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,29 +9,41 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mbgd import averaging as averagings
+from mbgd import diagnosis, extra_state
 from mbgd.averaging.norms import MicroBatchNorms
-from mbgd.buffers import MovingBuffers
+from mbgd.buffers import Buffers
 from mbgd.checkpoint import differences
-from mbgd.clock import Clock
 from mbgd.config import AveragingName, Precision, Settings, problems
 from mbgd.errors import Preempted, UsageError
 from mbgd.evaluation import Evaluation
-from mbgd.fingerprint import examples_sha256, weights_sha256
+from mbgd.fingerprint import weights_sha256
+from mbgd.finite import Watch, Wrong, not_finite, shown
 from mbgd.loader import Data, Examples, Loader, Shard
+from mbgd.modes import set_training
 from mbgd.noise_scale import NUM_NOISE_SUMS, NoiseScale, noise_sums
 from mbgd.objective import NUM_SUMS, Objective, PerExample, Totals
-from mbgd.plan import MicroBatch, Minibatch, count_steps, make_plan
+from mbgd.plan import MicroBatch, count_steps, make_plan
 from mbgd.precision import autocast, parameter_dtype
 from mbgd.preemption import NoStop, Stop
-from mbgd.preflight import try_out
+from mbgd.preflight import Trial, check_skipping, check_targets
 from mbgd.profiling import NoProfiler, Profiler, part
 from mbgd.randomness import key_generators
+from mbgd.replicas import Replicas
 from mbgd.saving import Checkpoints, NoCheckpoints
 from mbgd.snapshot import Snapshot, SnapshotMemory
 from mbgd.task import Task
+from mbgd.task_state import TaskState, refuse_odd_parts
 from mbgd.tracking import NoTracker, Tracker
+from mbgd.trained import Trained, check_module_hooks, describe_not_held
+from mbgd.training_log import TrainingLog
 from mbgd.update import Norms, Update
 from mbgd.workers import Workers
+
+NOT_FINITE, LATE_BUFFERS = 1, 2
+"""Notes that workers exchange with the gradients, as bits."""
+
+MOST_SKIPPED = 50
+"""Steps skipped in a row, in fp16, after which no loss scale will help: each has halved it."""
 
 
 @dataclass
@@ -44,7 +55,7 @@ class State:
     metrics: dict[str, float] = field(default_factory=dict)
     """The last value of each."""
     tracking: dict[str, str] = field(default_factory=dict)
-    """By what trackers know the run, so that one that goes on is the same to them."""
+    """The trackers' run ids, so that a resumed run continues them."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +83,8 @@ class Trainer:
     """Trains a model on this worker as one of `workers`.
 
     The model is moved to the worker's device and the precision's dtype; `optimizer` must have been made from its
-    parameters. Raises UsageError, on every worker alike and before anything is exchanged, where the settings or
-    the objective break a rule.
+    parameters and, where the objective is a module, from the objective's. Raises UsageError, on every worker alike and
+    before anything is exchanged, where the settings, the optimizer or the objective break a rule.
     """
 
     def __init__(
@@ -93,29 +104,74 @@ class Trainer:
         self.num_steps = count_steps(settings, self.plan)
         averagings.prepare(settings.averaging, self.plan, workers.device)
         self.state = State()
-        dtype = parameter_dtype(settings.precision)
-        task = Task(model, objective).to(device=workers.device, dtype=dtype).train()
+        dtype, device = parameter_dtype(settings.precision), workers.device
+        self._task = task = Task(model, objective)
+        refuse_odd_parts(task)
+        check_module_hooks(task)
+        extra_state.check(task)
+        task.move_(device, dtype)
+        self._trained = Trained(task, optimizer)
+        self.warnings = self._set_up_modes()
         own_copies = settings.averaging.name is AveragingName.reproducible
         self._loader = Loader(data, self.plan, settings.seed, workers, dtype=dtype, own_copies=own_copies)
-        self._findings = findings = try_out(task, data, self._loader.minibatch_indices(0), settings, workers.device)
+        self._buffers = Buffers(task, device)
+        self._task_state = TaskState(task, self._buffers)
+        self._findings = findings = self._try_out(data, objective)
+        self._evaluation = self._make_evaluation(data)
         self._averaging = averagings.create(
-            settings.averaging, task, self.plan, workers, parameters_vary=bool(findings.unused_parameters)
+            settings.averaging,
+            task,
+            self._trained,
+            self.plan,
+            workers,
+            parameters_vary=bool(findings.unused_parameters),
         )
         self.averaging_description = self._averaging.describe()
-        self._autocast = autocast(settings.precision, workers.device)
-        self._buffers = MovingBuffers(model, findings.moving_buffers)
-        self._update = Update(list(model.parameters()), optimizer, settings, workers.device)
-        self.noise_scale = NoiseScale(settings.noise_scale, self.plan, workers.device)
-        self._evaluation = (
-            Evaluation(task, data, findings.metric_names, settings, workers, self._averaging)
-            if data.evaluation is not None
-            else None
-        )
+        self._autocast = autocast(settings.precision, device)
+        self._watch, self._watch_here = Watch(device), Watch(device)
+        self._replicas = Replicas(workers)
+        self._update = Update(self._trained, optimizer, settings, device, self._watch)
+        self._on_gpu = device.type == "cuda"
+        self._must_be_finite = settings.precision is not Precision.fp16  # whose overflows are skipped
+        self.noise_scale = NoiseScale(settings.noise_scale, self.plan, device)
         self.num_evaluation_examples = 0 if data.evaluation is None else len(data.evaluation)
-        self._snapshot_memory = SnapshotMemory(pinned=workers.device.type == "cuda")
-        self._clock = Clock(workers.device)
-        self._num_tokens = torch.zeros((), dtype=torch.float64, device=workers.device)  # since the last logged step
-        self._last_logged = 0
+        self._snapshot_memory = SnapshotMemory(pinned=self._on_gpu)
+        self._log = self._make_log()
+
+    def _set_up_modes(self) -> list[str]:
+        """Training mode for what came wholly in evaluation mode; what to tell of it and of parameters left out."""
+        told = [describe_not_held(self._trained.not_held)] if self._trained.not_held else []
+        for name, module in (("model", self._task.model), ("objective", self._task.objective)):
+            if module is not None and set_training(module):
+                told.append(
+                    f"note: the {name} came in evaluation mode and is trained in training mode. Parts that are to stay "
+                    "in evaluation mode, such as a frozen BatchNorm, are left so where other parts are not."
+                )
+        return told
+
+    def _try_out(self, data: Data, objective: Objective) -> Any:
+        check_skipping(data.train, objective)
+        trial = Trial(self._task, self._trained, self._buffers, data, self.plan, self.settings, self.workers.device)
+        findings = trial(self._loader.minibatch_indices(0))
+        check_targets(data.train, objective, findings.num_outputs)
+        self._buffers.expect(findings.moving_buffers)
+        return findings
+
+    def _make_evaluation(self, data: Data) -> Evaluation | None:
+        settings = self.settings
+        if data.evaluation is not None:
+            num_outputs = self._findings.num_outputs
+            return Evaluation(self._task, self._buffers, data, settings, self.workers, num_outputs=num_outputs)
+        if metrics := settings.evaluation.metrics:
+            raise UsageError(
+                f"evaluation.metrics={', '.join(metrics)}, but there is no evaluation dataset. Give data.evaluation, "
+                "or leave them out."
+            )
+        return None
+
+    def _make_log(self) -> TrainingLog:
+        has_tokens = self._findings.has_tokens
+        return TrainingLog(self.settings, self.plan, self.workers, num_steps=self.num_steps, has_tokens=has_tokens)
 
     def fit(
         self,
@@ -134,45 +190,80 @@ class Trainer:
 
         def log(metrics: dict[str, float]) -> None:
             self.state.metrics.update(metrics)
-            tracker.log(self.state.step, {**metrics, **self._fingerprints(metrics)})
+            fingerprints = self._log.fingerprints(metrics, self.state.step, self._loader, self._task)
+            tracker.log(self.state.step, {**metrics, **fingerprints})
 
         evaluation: dict[str, float] = {}
-        first_step, self._clock = self.state.step, Clock(self.workers.device)
-        shards = self._clock.laps(self._loader.shards(first_step, self.num_steps))
+        first_step, last_logged = self.state.step, self._log.last_logged
+        self._log = self._make_log()
+        self._log.last_logged = last_logged
+        shards = self._log.clock.laps(self._loader.shards(first_step, self.num_steps))
         for shard in profiler.steps(shards, first_step):
             result = self.train_step(shard)
             self.state.step = shard.step + 1
             tracker.progress(self.state.step)
             if result is not None:
-                log(self._train_metrics(result))
+                log(self._metrics(result))
             evaluation = {}
+            if self._compares_after(self.state.step):
+                self.check()
             if self._evaluates_after(self.state.step):
-                with self._clock.paused():
+                with self._log.clock.paused():
                     log(evaluation := self.evaluate())
             checkpoints.after_step(self.state.step, evaluation, self.snapshot)
             if stop.agreed(self.state.step):
                 checkpoints.at_end(self.state.step, evaluation, self.snapshot)
                 self.workers.barrier()  # whoever left first would make torchrun end the others while they write
                 raise Preempted(self.state.step)
-        if self.state.step == 0:
-            log(self.evaluate())
-        else:
+        if not evaluation and not any(name.startswith("eval/") for name in self.state.metrics):
+            log(evaluation := self.evaluate())
+        if self.state.step > 0:
             checkpoints.at_end(self.state.step, evaluation, self.snapshot)
         examples_seen = self.plan.examples_seen(self.state.step)
         return Result(
             metrics=self.state.metrics,
             steps=self.state.step,
             examples_seen=examples_seen,
-            examples_per_second=(examples_seen - self.plan.examples_seen(first_step)) / self._clock.seconds(),
+            examples_per_second=(examples_seen - self.plan.examples_seen(first_step)) / self._log.clock.seconds(),
             num_skipped_steps=self._update.num_skipped,
         )
 
+    def check(self) -> None:
+        """Raise, on every worker alike, where the state is not finite or not the same on all workers."""
+        wrong = self.workers.max_(self._watch_here.indicator() + self._watch.indicator())
+        if wrong.item():
+            raise self._found(self.state.step - 1)
+        if spoilt := not_finite(self._trained.by_name):
+            raise UsageError(
+                f"after step {self.state.step} parameters are not finite: {shown(spoilt)}. The gradient of that "
+                f"step was not, although its loss was. {diagnosis.remedy(self._findings.has_weights)}"
+            )
+        if unseen := self._buffers.find_unseen():
+            raise UsageError(
+                f"by step {self.state.step} the buffers {shown(unseen)} have moved, by an operation that does not tell "
+                "torch of it, and not in the trial before training: they were not averaged. Let them move from the "
+                "first step on, or change them by operations of torch (copy_, lerp_)."
+            )
+        state = {f"{file}.{name}": t for file, of_file in self._tensors().items() for name, t in of_file.items()}
+        values = self._update.values()
+        self._replicas.compare(self.state.step, state, {**self._task_state.values(), "optimizer": values})
+
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        return {**self._task_state.tensors(), "optimizer": self._update.tensors()}
+
     def snapshot(self) -> Snapshot:
-        """The whole state of the run, in memory of its own."""
+        """The whole state of the run, in memory of its own; UsageError where it is not finite."""
+        tensors = self._tensors()
+        spoilt = not_finite({**self._trained.by_name, **{f"optimizer.{n}": t for n, t in tensors["optimizer"].items()}})
+        if spoilt:
+            raise UsageError(
+                f"the state after step {self.state.step} is not finite, so it is not saved: {shown(spoilt)}"
+            )
         return self._snapshot_memory.snapshot(
             self.state.step,
-            tensors={"model": _model_tensors(self.model), "optimizer": self._update.tensors()},
+            tensors=tensors,
             values={
+                **self._task_state.values(),
                 "optimizer": self._update.values(),
                 "metrics": dict(self.state.metrics),
                 "noise_scale": self.noise_scale.values(),
@@ -183,19 +274,17 @@ class Trainer:
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go on from a snapshot; UsageError, with nothing changed, where it does not fit model, optimizer and data."""
-        tensors, saved = _model_tensors(self.model), snapshot.tensors["model"]
-        found = differences({**snapshot.values["run"], **_kinds(saved)}, {**self._kind_of_run(), **_kinds(tensors)})
+        found = differences(snapshot.values["run"], self._kind_of_run())
+        found += self._task_state.mismatches(snapshot.tensors)
         found += self._update.misfits(snapshot.tensors["optimizer"])
         if found:
             raise UsageError("the checkpoint does not fit this run:\n" + "\n".join(f"  - {one}" for one in found))
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                tensor.copy_(saved[name])
+        self._task_state.restore(snapshot.tensors, snapshot.values)
         self._update.restore(snapshot.tensors["optimizer"], snapshot.values["optimizer"])
         self.state.step, self.state.metrics = snapshot.step, dict(snapshot.values["metrics"])
         self.noise_scale.restore(snapshot.values["noise_scale"])
         self.state.tracking = dict(snapshot.values.get("tracking", {}))
-        self._last_logged = snapshot.step
+        self._log.last_logged = snapshot.step
 
     def _kind_of_run(self) -> dict[str, Any]:
         """What must be the same, beside the model, for the state of one run to mean anything in another."""
@@ -210,39 +299,59 @@ class Trainer:
 
         Returns what is logged, at the steps that are logged.
         """
-        step, lap = shard.step, self._clock.lap
-        log = self._logs(step)
+        self._trained.start_step()
+        self._buffers.start_step()
+        self._averaging.start()
+        self._update.hooks.take_off()
+        try:
+            return self._step(shard)
+        finally:
+            self._update.hooks.put_back()
+
+    def _step(self, shard: Shard) -> StepResult | None:
+        step, lap = shard.step, self._log.clock.lap
+        log = self._log.logs(step)
         measure_noise = self.noise_scale.measures(step)
         want_sums = log or measure_noise or self._findings.has_weights or bool(self._buffers)
         metric_names = self._findings.metric_names if log else ()
         sums = []
-        self._averaging.norms = MicroBatchNorms(self._update.parameters) if measure_noise else None
-        self._update.clear_gradients()
-        self._buffers.start_step()
+        self._averaging.norms = MicroBatchNorms(self._trained.parameters) if measure_noise else None
+        first, *_, last = (shard.micro_batches[0], *shard.micro_batches)
         for examples in shard.micro_batches:
-            terms = self._forward_backward(step, examples, is_last=examples is shard.micro_batches[-1])
-            if want_sums and examples.micro_batch.counts:
-                sums.append((examples.micro_batch.number, self._sums(terms, examples.micro_batch, metric_names)))
+            terms = self._forward_backward(step, examples, is_first=examples is first, is_last=examples is last)
+            if examples.micro_batch.counts:
+                if want_sums:
+                    sums.append((examples.micro_batch.number, self._sums(terms, examples.micro_batch, metric_names)))
+                elif self._must_be_finite:
+                    self._watch_here.check_finite(Wrong.loss, step, terms.losses.detach().sum())
         lap("forward_backward")
+        self._check_parameters(step)
         with part("averaging"):
-            self._averaging.finish()  # every gradient is now the sum over every example of every worker
-            totals, noise = self._totals(shard.minibatch, sums, metric_names) if want_sums else (None, None)
+            notes = self._averaging.finish(self._note())  # every gradient is now the sum over all workers' examples
+            if notes is not None and any(note & NOT_FINITE for note in notes):
+                raise self._found(step, shard)
+            self._agree_on_late_buffers(notes)
+            totals, noise = self._totals(shard, sums, metric_names) if want_sums else (None, None)
+            if not want_sums and self._buffers:
+                self._take_buffers(shard)
         lap("averaging")
-        if log:
-            assert totals is not None
-            self._check(step, totals)
+        if totals is not None and (log or self._findings.has_weights):
+            self._check_totals(shard, totals, log=log)
         weight = totals.weight if totals is not None and self._findings.has_weights else shard.minibatch.size
         with part("optimizer"):
-            norms = self._update(step, weight, want_norm=measure_noise, want_change=log)
+            norms = self._update(step, weight, want_norm=measure_noise or self._on_gpu, want_change=log)
+        if self._watch.found():
+            raise self._found(step, shard)
         if noise is not None and norms is not None:
             self.noise_scale.add(noise, weight=weight, size=shard.minibatch.size, gradient_norm=norms.gradient)
         lap("optimizer")
         return StepResult(totals, norms) if log and totals is not None and norms is not None else None
 
-    def _forward_backward(self, step: int, examples: Examples, *, is_last: bool) -> PerExample:
+    def _forward_backward(self, step: int, examples: Examples, *, is_first: bool, is_last: bool) -> PerExample:
         """Add Σ w_i ∇L_i over this micro-batch to the parameters' gradients."""
         micro_batch = examples.micro_batch
-        self._buffers.start_micro_batch()
+        if not is_first:
+            self._buffers.put_back()
         key_generators(self.workers.device, self.settings.seed, step, micro_batch.number)
         with self._averaging.micro_batch(micro_batch, is_last=is_last):
             with part("forward"), self._autocast:
@@ -250,81 +359,106 @@ class Trainer:
             with part("backward"):
                 # Backward from the vector of losses, w_i into L_i, is the gradient of their weighted sum.
                 torch.autograd.backward(terms.losses, self._update.backward_weights(terms, counts=micro_batch.counts))
+        self._buffers.end_micro_batch(micro_batch.number, micro_batch.size, counts=micro_batch.counts)
         return terms
 
+    def _forward_again(self, step: int, examples: Examples) -> PerExample:
+        """The forward of a micro-batch once more, as it was."""
+        self._buffers.put_back()
+        key_generators(self.workers.device, self.settings.seed, step, examples.micro_batch.number)
+        with self._autocast:
+            terms: PerExample = self._task(examples.batch, examples.micro_batch.size)
+            return terms
+
     def _sums(self, terms: PerExample, micro_batch: MicroBatch, metric_names: Sequence[str]) -> Tensor:
-        """What of a micro-batch is added up beside gradients: for the means, the moving buffers, and the noise."""
-        parts = [terms.sums(metric_names)]
-        if self._buffers:
-            parts.append(self._buffers.values())
-        if self._averaging.norms is not None:
-            squared_norm = self._averaging.norms.squared(micro_batch.number) / self._update.loss_scale().square()
-            parts.append(noise_sums(squared_norm, weight=parts[0][1]))
-        return torch.cat(parts)
+        """What of a micro-batch is added up beside gradients and buffers: for the means and the noise."""
+        sums = terms.sums(metric_names)
+        if self._averaging.norms is None:
+            return sums
+        squared_norm = self._averaging.norms.squared(micro_batch.number) / self._update.loss_scale().square()
+        return torch.cat([sums, noise_sums(squared_norm, weight=sums[1])])
 
     def _totals(
-        self, minibatch: Minibatch, sums: Sequence[tuple[int, Tensor]], metric_names: tuple[str, ...]
+        self, shard: Shard, sums: Sequence[tuple[int, Tensor]], metric_names: tuple[str, ...]
     ) -> tuple[Totals, Tensor | None]:
         """Add up `_sums` over micro-batches and workers; the moving buffers become their means."""
-        num_leaves = self.plan.num_micro_batches(minibatch.size)
-        sizes = [NUM_SUMS + len(metric_names), self._buffers.num_values]
-        if self._averaging.norms is not None:
-            sizes.append(NUM_NOISE_SUMS)
-        total = self._averaging.sum(sums, num_leaves=num_leaves, num_values=sum(sizes))
-        means, buffers, *noise = torch.split(total, sizes)
+        num_leaves = self.plan.num_micro_batches(shard.minibatch.size)
+        num_noise_sums = NUM_NOISE_SUMS if self._averaging.norms is not None else 0
+        sizes = [NUM_SUMS + len(metric_names), num_noise_sums, self._buffers.num_values, 1]
+        wrong = self._watch_here.indicator()
+        moved = dict(self._buffers.sums())
+        leaves = [(n, torch.cat([one, *([moved[n]] if n in moved else []), wrong])) for n, one in sums]
+        total = self._averaging.sum(leaves, num_leaves=num_leaves, num_values=sum(sizes))
+        means, noise, buffers, wrong_anywhere = torch.split(total, sizes)
         if self._buffers:
-            self._buffers.set_to(buffers / num_leaves)
-        totals = Totals(means, metric_names)
-        if self._findings.has_tokens:
-            self._num_tokens += totals.count
-        return totals, noise[0] if noise else None
+            self._set_buffers(shard, buffers)
+        totals = Totals(means, metric_names, wrong_anywhere)
+        self._log.count_tokens(totals.count)
+        return totals, noise if num_noise_sums else None
 
-    def _check(self, step: int, totals: Totals) -> None:
-        """Stop, on every worker alike and before the update, where weights or losses make no mean."""
-        totals.check_weights(f"in the minibatch of step {step + 1}")
-        loss = totals.means()["loss"]
-        if not math.isfinite(loss):
+    def _take_buffers(self, shard: Shard) -> None:
+        """Average the buffers in a step in which nothing else is added up."""
+        num_leaves = self.plan.num_micro_batches(shard.minibatch.size)
+        num_values = self._buffers.num_values
+        self._set_buffers(
+            shard, self._averaging.sum(self._buffers.sums(), num_leaves=num_leaves, num_values=num_values)
+        )
+
+    def _set_buffers(self, shard: Shard, totals: Tensor) -> None:
+        are_alike = self._buffers.take(totals, shard.minibatch.size)
+        self._watch.check_true(Wrong.buffers, shard.step, are_alike)
+        if self._watch.found():
+            raise UsageError(f"step {shard.step + 1}: {self._buffers.unlike()}")
+
+    def _agree_on_late_buffers(self, notes: Sequence[int] | None) -> None:
+        """Buffers that have begun to move in this step move on all workers from now on."""
+        mine = sorted(self._buffers.late_names)
+        if mine if notes is None else any(note & LATE_BUFFERS for note in notes):
+            names = sorted({name for of_worker in self.workers.gather(mine) for name in of_worker})
+            self._buffers.expect(names)
+
+    def _note(self) -> int:
+        return NOT_FINITE * self._watch_here.found() | LATE_BUFFERS * bool(self._buffers.late_names)
+
+    def _check_parameters(self, step: int) -> None:
+        """A forward must not change what is trained; the trial before training has refused what it saw."""
+        changed = self._trained.changed()
+        if changed and self.plan.most_forwards > 1:
             raise UsageError(
-                f"the loss is {loss} at step {step + 1}; it was finite at step {self._last_logged}, so it went wrong "
-                f"in steps {self._last_logged + 1} to {step + 1}. Usual remedies: a smaller optimizer.lr, clip_norm=1, "
-                "precision=fp32, or a look at the examples of these steps."
+                f"the forward of step {step + 1} changed parameters in place ({shown(changed)}), which it did not do "
+                "before training. Each worker and micro-batch would change them in another way, so that the workers' "
+                "copies differ. Let the optimizer alone change parameters; bound them by a parametrization."
             )
 
-    def _train_metrics(self, result: StepResult) -> dict[str, float]:
-        """What is logged of a step; this waits for the device."""
-        metrics = {f"train/{name}": value for name, value in result.totals.means().items()}
-        metrics["train/learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
-        metrics |= {f"train/{name}": value for name, value in result.norms.values().items()}
-        metrics |= {f"train/{name}": value for name, value in self.noise_scale.metrics().items()}
-        if self.settings.precision is Precision.fp16:
-            metrics["train/skipped_steps"] = self._update.num_skipped
-        metrics["train/epoch"] = self.plan.examples_seen(self.state.step) / self.plan.examples_per_epoch
-        return metrics | {f"time/{name}": value for name, value in self._times().items()}
+    def _check_totals(self, shard: Shard, totals: Totals, *, log: bool) -> None:
+        """Stop, on every worker alike and before the update, where weights or losses make no mean."""
+        self._watch.check_sums(shard.step, totals.sums, loss=self._must_be_finite)
+        if (log and totals.wrong_anywhere) or self._watch.found():
+            raise self._found(shard.step, shard)
+        if log and not self._must_be_finite and self._update.num_skipped_in_a_row >= MOST_SKIPPED:
+            raise UsageError(
+                f"step {shard.step + 1}: the gradients of the last {self._update.num_skipped_in_a_row} steps were not "
+                "finite in fp16, at ever smaller loss scales. Use precision=bf16 or fp32, or a smaller optimizer.lr."
+            )
 
-    def _times(self) -> dict[str, float]:
-        """How fast training went since the last logged step."""
-        step, last = self.state.step, self._last_logged
-        times = self._clock.read(
-            num_steps=step - last,
-            num_examples=self.plan.examples_seen(step) - self.plan.examples_seen(last),
-            num_tokens=int(self._num_tokens.item()) if self._findings.has_tokens else None,
+    def _found(self, step: int, shard: Shard | None = None) -> UsageError:
+        """The error of a run that cannot go on; called by every worker alike, after the forwards of `step`."""
+        known = [one for watch in (self._watch, self._watch_here) if (one := watch.read()) is not None]
+        found = min(known, default=None, key=lambda one: one[0])
+        examples: list[int] = []
+        if found is not None and found == (step, Wrong.loss) and shard is not None:
+            indices = self._loader.minibatch_indices(step)
+            examples = diagnosis.examples_not_finite(shard, self._forward_again, indices)
+        return diagnosis.stop(step, found, self._trained, self._findings.has_weights, examples, self.workers)
+
+    def _metrics(self, result: StepResult) -> dict[str, float]:
+        return self._log.metrics(
+            self.state.step, result.totals, result.norms, self.optimizer, self._update, self.noise_scale
         )
-        self._num_tokens.zero_()
-        self._last_logged = step
-        return {**times, "num_workers": self.workers.num_workers}
 
-    def _fingerprints(self, metrics: Mapping[str, float]) -> dict[str, str]:
-        """With reproducible averaging, hashes by which two runs can be compared line by line."""
-        if self.settings.averaging.name is not AveragingName.reproducible:
-            return {}
-        if "train/loss" in metrics:
-            return {"train/examples_sha256": examples_sha256(self._loader.minibatch_indices(self.state.step - 1))}
-        return {"eval/weights_sha256": weights_sha256(self.model)} if metrics else {}
-
-    def _logs(self, step: int) -> bool:
-        """The first step is logged, so that mistakes show at once, then every `log_every_steps` and the last."""
-        done = step + 1
-        return done == 1 or done % self.settings.log_every_steps == 0 or done == self.num_steps
+    def _compares_after(self, num_steps: int) -> bool:
+        every = self.settings.check.replicas_every_steps
+        return self._evaluates_after(num_steps) or (every is not None and num_steps % every == 0)
 
     def _evaluates_after(self, num_steps: int) -> bool:
         every = self.settings.evaluation.every_steps or self.plan.steps_per_epoch
@@ -335,20 +469,15 @@ class Trainer:
         """Names of what `evaluate` gives."""
         if self._evaluation is None:
             return []
-        names = ("loss", *self._findings.metric_names, *self.settings.evaluation.metrics)
+        names = ("loss", *self._evaluation.metric_names, *self.settings.evaluation.metrics)
         return [f"eval/{name}" for name in names]
 
     def evaluate(self) -> dict[str, float]:
         """Metrics of the evaluation examples by names such as eval/loss; empty without an evaluation dataset."""
         if self._evaluation is None:
             return {}
-        return {f"eval/{name}": value for name, value in self._evaluation().items()}
+        return {f"eval/{name}": value for name, value in self._evaluation(self._averaging.sum).items()}
 
-
-def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters (tied ones once) and buffers, as they lie."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
-def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    return {name: f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for name, t in tensors.items()}
+    def weights_sha256(self) -> str:
+        """Hash of the parameters of model and objective: equal if and only if they are, bit for bit."""
+        return weights_sha256(self._task)

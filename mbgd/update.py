@@ -1,15 +1,17 @@
 """From the gradients' sum to the optimizer's step. The one division of the program is here."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from mbgd.config import Precision, Settings
+from mbgd.finite import Watch, Wrong
 from mbgd.objective import PerExample
+from mbgd.trained import GradientHooks, Trained
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,15 @@ class Update:
 
     def __init__(
         self,
-        parameters: Sequence[nn.Parameter],
+        trained: Trained,
         optimizer: Optimizer,
         settings: Settings,
         device: torch.device,
+        watch: Watch,
     ) -> None:
-        self.parameters = [p for p in parameters if p.requires_grad]
-        self._optimizer = optimizer
+        self.watch = watch
+        self._trained, self._optimizer = trained, optimizer
+        self.hooks = GradientHooks(trained)
         self._clip_norm = settings.clip_norm
         self._schedule = settings.schedule
         self._base_rates = [group["lr"] for group in optimizer.param_groups]
@@ -68,11 +72,17 @@ class Update:
         self._scales: dict[int, Tensor] = {}
         self._device = device
         self._num_skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self._skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
 
     @property
     def num_skipped(self) -> int:
         """Steps skipped so far because of an overflow in fp16; this waits for the device."""
         return int(self._num_skipped.item())
+
+    @property
+    def num_skipped_in_a_row(self) -> int:
+        """Steps skipped since the last one that was not; this waits for the device."""
+        return int(self._skipped_in_a_row.item())
 
     def tensors(self) -> dict[str, Tensor]:
         """The optimizer's state by <parameter's number>.<name>, as it lies."""
@@ -135,10 +145,6 @@ class Update:
         if self._scaler is not None and "scaler" in values:
             self._scaler.load_state_dict(values["scaler"])
 
-    def clear_gradients(self) -> None:
-        for parameter in self.parameters:
-            parameter.grad = None
-
     def backward_weights(self, terms: PerExample, *, counts: bool) -> Tensor:
         """What enters the backward at each loss: its weight, times the loss scale; 0 for a stand-in."""
         weights = terms.weights.to(terms.losses.dtype) if terms.weights is not None else self._ones_like(terms.losses)
@@ -164,52 +170,70 @@ class Update:
         weight: an int where the plan knows it, otherwise a tensor of shape () on the device.
         Returns the norms that are wanted or needed; that of the change takes a copy of the parameters.
         """
-        before = [parameter.detach().clone() for parameter in self.parameters] if want_change else []
+        updated = [p.detach() for p in self._trained.with_gradient()] if want_change else []
+        before = [parameter.clone() for parameter in updated]
         gradient_norm = self._step(step, weight, want_norm=want_norm or want_change)
         if gradient_norm is None:
             return None
         if not before:
             return Norms(gradient_norm, None)
         parameter_norm = torch.nn.utils.get_total_norm(before)
-        torch._foreach_sub_(before, [parameter.detach() for parameter in self.parameters])
+        torch._foreach_sub_(before, updated)
         return Norms(gradient_norm, (parameter_norm, torch.nn.utils.get_total_norm(before)))
 
     def _step(self, step: int, weight: int | Tensor, *, want_norm: bool) -> Tensor | None:
         """Returns the mean gradient's norm before clipping, if wanted or needed."""
         if self._scaler is not None:
             self._scaler.unscale_(self._optimizer)
-        if self._divides_in_kernel and isinstance(weight, int):
+        in_kernel = self._divides_in_kernel and isinstance(weight, int) and not self.hooks
+        if in_kernel:
+            assert isinstance(weight, int)
             norm = torch.nn.utils.get_total_norm(self._gradients()) / weight if want_norm else None
-            self._optimizer.grad_scale = self._scale(weight)  # type: ignore[attr-defined]
         else:
             norm = self._divide_and_clip(weight, want_norm=want_norm)
+        if norm is not None and self._scaler is None:
+            self.watch.check_finite(Wrong.gradient, step, norm)
+            if self.watch.found():
+                return norm  # nothing is spoilt yet
         self._set_learning_rate(step)
-        if self._scaler is None:
+        if in_kernel:
+            assert isinstance(weight, int)
+            self._optimizer.grad_scale = self._scale(weight)  # type: ignore[attr-defined]
+            self._optimizer.step()
+            self._optimizer.grad_scale = None  # type: ignore[attr-defined]  # the optimizer is the user's
+        elif self._scaler is None:
             self._optimizer.step()
         else:
             self._scaler.step(self._optimizer)
             self._scaler.update()
             assert norm is not None
-            self._num_skipped += ~norm.isfinite()
+            self._count_skipped(~norm.isfinite())
         return norm
 
+    def _count_skipped(self, is_skipped: Tensor) -> None:
+        self._num_skipped += is_skipped
+        self._skipped_in_a_row = (self._skipped_in_a_row + 1) * is_skipped
+
     def _gradients(self) -> list[Tensor]:
-        return [p.grad for p in self.parameters if p.grad is not None]
+        return [p.grad for p in self._trained.parameters if p.grad is not None]
 
     def _scale(self, weight: int) -> Tensor:
         if weight not in self._scales:
-            self._scales[weight] = torch.tensor(float(weight), device=self._device)
+            self._scales[weight] = torch.tensor(float(weight), dtype=torch.float32, device=self._device)
         return self._scales[weight]
 
     def _divide_and_clip(self, weight: int | Tensor, *, want_norm: bool) -> Tensor | None:
         gradients = self._gradients()
         divisor = weight if isinstance(weight, Tensor) else float(weight)
         torch._foreach_div_(gradients, divisor)
+        if self.hooks:
+            self.hooks.call()
+            gradients = self._gradients()
         if not want_norm and self._clip_norm is None and self._scaler is None:
             return None
         norm = torch.nn.utils.get_total_norm(gradients)
         if self._clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self._clip_norm, norm)
+            torch.nn.utils.clip_grads_with_norm_(self._trained.parameters, self._clip_norm, norm)
         return norm
 
     def _set_learning_rate(self, step: int) -> None:

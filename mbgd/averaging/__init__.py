@@ -24,6 +24,7 @@ from mbgd.errors import UsageError
 from mbgd.objective import PerExample
 from mbgd.plan import MicroBatch, Plan
 from mbgd.task import Task
+from mbgd.trained import Trained
 from mbgd.workers import Workers
 
 
@@ -39,8 +40,15 @@ class Averaging(Protocol):
     def micro_batch(self, micro_batch: MicroBatch, *, is_last: bool) -> AbstractContextManager[object]:
         """Around a micro-batch's forward and backward; gradients are exchanged in the backward of the shard's last."""
 
-    def finish(self) -> None:
-        """Wait until every parameter's `.grad` is the sum over all workers' micro-batches (None if none used it)."""
+    def start(self) -> None:
+        """Before the first micro-batch of a step."""
+
+    def finish(self, note: int = 0) -> list[int] | None:
+        """Wait until every parameter's `.grad` is the sum over all workers' micro-batches (None if none used it).
+
+        note: a number up to 254 that the workers tell each other. Returns every worker's, or None where the averaging
+        exchanges none.
+        """
 
     def sum(self, leaves: Sequence[tuple[int, Tensor]], *, num_leaves: int, num_values: int) -> Tensor:
         """Add up one vector (float64, num_values values) for each of `num_leaves` micro-batches over all workers.
@@ -87,7 +95,9 @@ def prepare(settings: Settings, plan: Plan, device: torch.device) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def create(settings: Settings, task: Task, plan: Plan, workers: Workers, *, parameters_vary: bool) -> Averaging:
+def create(
+    settings: Settings, task: Task, trained: Trained, plan: Plan, workers: Workers, *, parameters_vary: bool
+) -> Averaging:
     """The averaging that the settings name, the same on every worker; the workers' models are alike from then on.
 
     parameters_vary: not every parameter takes part in every loss.
@@ -100,8 +110,8 @@ def create(settings: Settings, task: Task, plan: Plan, workers: Workers, *, para
         try:
             memory = HostMemory(workers)
             if is_reproducible:
-                return Reproducible(task, workers, plan, memory, find_unused_parameters=parameters_vary)
-            return SharedMemory(task, workers, memory)
+                return Reproducible(task, trained, workers, plan, memory, find_unused_parameters=parameters_vary)
+            return SharedMemory(task, trained, workers, memory)
         except CannotShareError as error:
             if settings.name is AveragingName.shared_memory:
                 raise UsageError(
@@ -109,5 +119,5 @@ def create(settings: Settings, task: Task, plan: Plan, workers: Workers, *, para
                 ) from error
             note = f"; not through shared memory: {error}"
     if is_reproducible:
-        return Reproducible(task, workers, plan, find_unused_parameters=parameters_vary, note=note)
-    return DDP(task, workers, find_unused_parameters=parameters_vary, note=note)
+        return Reproducible(task, trained, workers, plan, find_unused_parameters=parameters_vary, note=note)
+    return DDP(task, trained, workers, find_unused_parameters=parameters_vary, note=note)

@@ -11,11 +11,13 @@ from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
+from mbgd.averaging.exchange import NO_NOTE
 from mbgd.averaging.norms import MicroBatchNorms
 from mbgd.errors import UsageError
 from mbgd.objective import PerExample
 from mbgd.plan import MicroBatch
 from mbgd.task import Task
+from mbgd.trained import Trained
 from mbgd.workers import Workers
 
 # `buffers.py` averages the buffers that move. torch 2.13 renamed the option.
@@ -28,8 +30,14 @@ _NOTHING: AbstractContextManager[object] = nullcontext()
 Hook = Callable[[object, GradBucket], torch.futures.Future[Tensor]]
 
 
-def wrap(task: Task, hook: Hook, *, find_unused_parameters: bool) -> DistributedDataParallel:
+def wrap(task: Task, trained: Trained, hook: Hook, *, find_unused_parameters: bool) -> DistributedDataParallel:
     """The task under DDP, whose buckets of gradients go to `hook` instead of being averaged."""
+    of_optimizer = set(trained.parameters)
+    if not trained.with_gradient():
+        raise UsageError("none of the optimizer's parameters requires a gradient; there is nothing to train.")
+    others = [name for name, p in task.named_parameters(remove_duplicate=False) if p not in of_optimizer]
+    ignore = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+    ignore(task, others)  # type: ignore[no-untyped-call]
     ddp = DistributedDataParallel(
         task,
         init_sync=False,  # `start_alike` has done it
@@ -52,15 +60,21 @@ def later(buffer: Tensor) -> torch.futures.Future[Tensor]:
     return ready
 
 
-def check_exchanged(task: Task, exchanged: bool) -> None:
+def check_exchanged(trained: Trained, exchanged: bool) -> None:
     """Raise UsageError if the last backward did not complete DDP's buckets, which would leave the others waiting."""
     if not exchanged:
-        missing = [name for name, p in task.model.named_parameters() if p.requires_grad and p.grad is None]
+        missing = [name for name, p in trained.by_name.items() if p.grad is None]
         raise UsageError(
             f"parameters {missing or 'of the model'} took no part in this step's loss on this worker, but did in the "
             "first step. Set averaging.find_unused_parameters=true: which parameters take part then may differ from "
             "step to step."
         )
+
+
+def used_anywhere(parameters: Sequence[Tensor], workers: Workers) -> list[bool]:
+    """Whether each has a gradient on any worker."""
+    flags = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int64, device=workers.device)
+    return [bool(flag) for flag in workers.max_(flags).tolist()] if parameters else []
 
 
 class DDP:
@@ -70,15 +84,24 @@ class DDP:
     if every worker holds equal weight. A communication hook leaves the division to the trainer.
     """
 
-    def __init__(self, task: Task, workers: Workers, *, find_unused_parameters: bool, note: str = "") -> None:
+    def __init__(
+        self, task: Task, trained: Trained, workers: Workers, *, find_unused_parameters: bool, note: str = ""
+    ) -> None:
         """note: what `describe` adds."""
-        self._workers, self._task, self._note = workers, task, note
+        self._workers, self._task, self._trained, self._note = workers, task, trained, note
+        self._parameters_vary = find_unused_parameters
         self._ddp: DistributedDataParallel | None = None
         self.norms: MicroBatchNorms | None = None
         self._exchanged = True
         self._works: list[dist.Work] = []
-        if workers.num_workers > 1:
-            self._ddp = wrap(task, self._sum_bucket, find_unused_parameters=find_unused_parameters)
+        trained.moved_on()
+        self._wrap()
+
+    def _wrap(self) -> None:
+        if self._workers.num_workers > 1:
+            self._ddp = None  # its hooks leave the parameters first
+            self._wrapped = set(self._trained.with_gradient())
+            self._ddp = wrap(self._task, self._trained, self._sum_bucket, find_unused_parameters=self._parameters_vary)
 
     def _sum_bucket(self, state: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         self._exchanged = bucket.is_last()
@@ -110,19 +133,34 @@ class DDP:
     @contextmanager
     def _measured(self, norms: MicroBatchNorms, micro_batch: MicroBatch, *, is_last: bool) -> Iterator[None]:
         self._number = micro_batch.number
-        self._before: dict[Tensor, Tensor] = {p: p.grad.clone() for p in self._task.parameters() if p.grad is not None}
+        self._before: dict[Tensor, Tensor] = {p: p.grad.clone() for p in self._trained.parameters if p.grad is not None}
         with self._exchanging(is_last=is_last):
             yield
         if self._ddp is None or not is_last:
-            gradients: dict[Tensor, Tensor] = {p: p.grad for p in self._task.parameters() if p.grad is not None}
+            gradients: dict[Tensor, Tensor] = {p: p.grad for p in self._trained.parameters if p.grad is not None}
             norms.take(self._number, gradients, self._before)
         self._before.clear()
 
-    def finish(self) -> None:
-        check_exchanged(self._task, self._exchanged)
+    def start(self) -> None:
+        if self._trained.moved_on():
+            self._wrap()
+
+    def finish(self, note: int = NO_NOTE) -> list[int] | None:
+        check_exchanged(self._trained, self._exchanged)
         for work in self._works:
             work.wait()
         self._works.clear()
+        if self._trained.moved_on() and self._ddp is not None:
+            self._sum_late([p for p in self._trained.with_gradient() if p not in self._wrapped])
+            self._wrap()
+        return [note] if self._workers.num_workers == 1 else None
+
+    def _sum_late(self, parameters: Sequence[Tensor]) -> None:
+        """Add up the gradients of parameters that began to require one in a forward, and so are in no bucket."""
+        for parameter, is_used in zip(parameters, used_anywhere(parameters, self._workers), strict=True):
+            if is_used:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                self._workers.sum_(parameter.grad)
 
     def sum(self, leaves: Sequence[tuple[int, Tensor]], *, num_leaves: int, num_values: int) -> Tensor:
         total = torch.zeros(num_values, dtype=torch.float64, device=self._workers.device)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mbgd.averaging.memory import HostMemory
+from mbgd.errors import UsageError
 from mbgd.plan import cut
 
 Row = Sequence[Tensor | None]
@@ -24,17 +25,23 @@ CHUNK_BYTES = 2**18
 """What is added up of every row at once, so that it is still in the processor's cache when the sum is written."""
 
 
+NO_NOTE = 0
+MOVED_ON = 255
+"""A worker's note that the parameters it trains are no longer those of this exchange."""
+
+
 class Exchange:
     """Adds up rows of gradients over all workers of a host.
 
     Where no worker has a gradient for a parameter there is none afterwards; where some have, the others count as zeros.
+    Each worker gives a note of its own, which all have read before anything is added up.
     """
 
     def __init__(self, parameters: Sequence[Tensor], num_rows: int, memory: HostMemory, *, rank: int) -> None:
         """num_rows: the most that a worker has. Made by all workers alike; raises CannotShareError."""
         self._parameters, self._memory = parameters, memory
         layout = _Layout(parameters)
-        flags_bytes = _whole_lines(num_rows * len(parameters))
+        flags_bytes = _whole_lines(num_rows * len(parameters) + 1)
         pieces = memory.allocate(flags_bytes + num_rows * layout.num_bytes)
         rows = [piece[flags_bytes:].view(num_rows, layout.num_bytes) for piece in pieces]
         self.places = [layout.gradients(row) for row in rows[rank]]
@@ -42,20 +49,30 @@ class Exchange:
         self._chunks = list(_chunks(rows, layout, rank))
         self._flags = [piece[: num_rows * len(parameters)].view(num_rows, -1).numpy() for piece in pieces]
         self._my_flags = self._flags[rank]
+        self._notes = [piece[flags_bytes - 1 : flags_bytes].numpy() for piece in pieces]
+        self._my_note = self._notes[rank]
         self._written: list[list[bool]] = [[] for _ in range(num_rows)]
         self._read: list[bytes] = []
         self._used: list[bool] = []
         self.everywhere = True
         """Whether what took part in any row of the last exchange took part in all."""
 
-    def __call__(self, rows: Sequence[Row], rows_of_workers: Sequence[int], fold: Fold) -> None:
-        """Make the parameters' gradients the sum of all workers' rows.
+    def __call__(
+        self, rows: Sequence[Row], rows_of_workers: Sequence[int], fold: Fold, note: int = NO_NOTE
+    ) -> list[int]:
+        """Make the parameters' gradients the sum of all workers' rows; every worker's note, by rank.
 
         rows: this worker's; what lies where it belongs is not copied. rows_of_workers: how many each worker has.
+        Where one worker's note is `MOVED_ON`, nothing is added up.
         """
         for number, row in enumerate(rows):
             self._put(number, row)
+        self._my_note[0] = note
         self._memory.barrier()
+        notes = [int(of_worker[0]) for of_worker in self._notes]
+        if MOVED_ON in notes:
+            self._memory.barrier()  # all have read them
+            return notes
         self._read_flags(rows_of_workers)
         for of_workers in self._chunks:
             total = fold([row for rows, held in zip(of_workers, rows_of_workers, strict=True) for row in rows[:held]])
@@ -65,6 +82,7 @@ class Exchange:
         self._memory.barrier()
         for parameter, place, used in zip(self._parameters, self.places[0], self._used, strict=True):
             parameter.grad = place if used else None
+        return notes
 
     def _put(self, number: int, row: Row) -> None:
         places = self.places[number]
@@ -85,6 +103,17 @@ class Exchange:
             of_parameters = [together[number :: len(self._parameters)] for number in range(len(self._parameters))]
             self._used = [any(flags) for flags in of_parameters]
             self.everywhere = all(any(flags) == all(flags) for flags in of_parameters)
+
+
+def check_moved_on(notes: Sequence[int]) -> None:
+    """UsageError, on every worker alike, where parameters began or ceased to be trained on some workers only."""
+    if others := [rank for rank, note in enumerate(notes) if note != MOVED_ON]:
+        changed = [rank for rank, note in enumerate(notes) if note == MOVED_ON]
+        raise UsageError(
+            f"requires_grad of some parameters changed on worker {', '.join(map(str, changed))}, but not on worker "
+            f"{', '.join(map(str, others))}. All workers must change it in the same step: let it depend on the step "
+            "alone, never on the rank or on a worker's own examples."
+        )
 
 
 class _Layout:

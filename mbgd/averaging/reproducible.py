@@ -12,8 +12,8 @@ from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
-from mbgd.averaging.ddp import check_exchanged, later, wrap
-from mbgd.averaging.exchange import Exchange
+from mbgd.averaging.ddp import check_exchanged, later, used_anywhere, wrap
+from mbgd.averaging.exchange import MOVED_ON, NO_NOTE, Exchange, check_moved_on
 from mbgd.averaging.memory import HostMemory
 from mbgd.averaging.norms import MicroBatchNorms
 from mbgd.averaging.tree import Counter, Node, fold, worker_nodes
@@ -21,6 +21,7 @@ from mbgd.errors import UsageError
 from mbgd.objective import PerExample
 from mbgd.plan import MicroBatch, Plan, cut
 from mbgd.task import Task
+from mbgd.trained import Trained
 from mbgd.workers import Workers
 
 Gradients = dict[Tensor, Tensor]
@@ -39,6 +40,7 @@ class Reproducible:
     def __init__(
         self,
         task: Task,
+        trained: Trained,
         workers: Workers,
         plan: Plan,
         memory: HostMemory | None = None,
@@ -50,22 +52,36 @@ class Reproducible:
 
         Raises CannotShareError, on all workers alike, where there is not enough memory to share.
         """
-        self._task, self._workers, self._memory, self._note = task, workers, memory, note
+        self._task, self._trained, self._workers, self._memory, self._note = task, trained, workers, memory, note
+        self._most_nodes = most_nodes(plan)
         # Where a parameter lacks a gradient, zeros are added for it, which makes −0 into 0; then every leaf must do so.
         self._parameters_vary = find_unused_parameters
-        self._parameters = [p for p in task.parameters() if p.requires_grad]
         self._ddp: DistributedDataParallel | None = None
         self.norms: MicroBatchNorms | None = None
         self._in_memory: Exchange | None = None
-        if memory is not None:
-            self._in_memory = Exchange(self._parameters, most_nodes(plan), memory, rank=workers.rank)
-        elif workers.num_workers > 1:
-            self._ddp = wrap(task, self._send_bucket, find_unused_parameters=find_unused_parameters)
         self._counter = Counter[Gradients](_add_gradients)
         self._last = MicroBatch(0, 1, 0, 0)
         self._exchanges: dict[int, _Exchange] = {}
+        self._has_moved_on = False
+        """Other parameters require a gradient than those that DDP was made for."""
         self._sent: list[_Exchange] = []
         self._exchanged = True
+        trained.moved_on()
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Prepare the exchange of the gradients of those parameters that require one now."""
+        self._parameters = self._trained.with_gradient()
+        if self._memory is not None:
+            self._in_memory = Exchange(self._parameters, self._most_nodes, self._memory, rank=self._workers.rank)
+        elif self._workers.num_workers > 1:
+            self._ddp = None  # its hooks leave the parameters first
+            self._exchanges.clear()
+            self._ddp = wrap(self._task, self._trained, self._send_bucket, find_unused_parameters=self._parameters_vary)
+
+    def start(self) -> None:
+        if self._ddp is not None and self._trained.moved_on():
+            self._prepare()
 
     def task(self, batch: Any, num_examples: int) -> PerExample:
         forward = self._task.forward if self._ddp is None else self._ddp
@@ -82,7 +98,11 @@ class Reproducible:
                 self._zero_gradients_of_used_parameters()
             self._exchanged = False
             yield
-            check_exchanged(self._task, self._exchanged)
+            check_exchanged(self._trained, self._exchanged)
+            if self._trained.moved_on():
+                self._has_moved_on = True
+                wrapped = set(self._parameters)
+                self._send_late([p for p in self._trained.with_gradient() if p not in wrapped])
             return  # `_send_bucket` has the gradients
         else:
             with self._ddp.no_sync():
@@ -101,7 +121,7 @@ class Reproducible:
 
     def _take_gradients(self) -> Gradients:
         """The gradients of one micro-batch, which the next one then does not add to."""
-        gradients: Gradients = {p: p.grad for p in self._parameters if p.grad is not None}
+        gradients: Gradients = {p: p.grad for p in self._trained.parameters if p.grad is not None}
         for parameter in gradients:
             parameter.grad = None
         if self._parameters_vary:
@@ -113,6 +133,21 @@ class Reproducible:
         if self._parameters_vary:
             buffer += 0.0
         gradients: Gradients = dict(zip(bucket.parameters(), bucket.gradients(), strict=True))
+        self._send(bucket.index(), buffer, bucket.parameters(), gradients)
+        self._exchanged = bucket.is_last()
+        return later(buffer)
+
+    def _send_late(self, parameters: Sequence[Tensor]) -> None:
+        """Send the gradients of parameters that began to require one in a forward, and so are in no bucket."""
+        used = used_anywhere(parameters, self._workers)
+        late = [parameter for parameter, is_used in zip(parameters, used, strict=True) if is_used]
+        for index, parameter in enumerate(late):
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = gradient
+            self._send(-1 - index, gradient.view(-1), [parameter], {parameter: gradient})
+
+    def _send(self, index: int, buffer: Tensor, parameters: Sequence[Tensor], gradients: Gradients) -> None:
+        """Begin to send the nodes of some parameters, whose gradients of the last micro-batch are views of `buffer`."""
         if self.norms is not None:
             self.norms.take(self._last.number, gradients)
         counter = Counter[Gradients](_add_into_right)
@@ -120,47 +155,59 @@ class Reproducible:
         if self._last.counts:
             # Folded into the bucket itself, which the gradients are views of.
             counter.push(self._last.number, gradients)
-        nodes: list[Tensor] = [_flat(gradients, bucket.parameters()) for _, gradients in counter.nodes[:-1]]
+        nodes: list[Tensor] = [_flat(of_node, parameters) for _, of_node in counter.nodes[:-1]]
         if counter.nodes:
             nodes.append(buffer)
-        index = bucket.index()
         exchange = self._exchanges.get(index)
         if exchange is None or not exchange.fits(buffer, self._last.of):
             exchange = self._exchanges[index] = _Exchange(buffer, self._last.of, self._workers)
         exchange.start(buffer, nodes)
         self._sent.append(exchange)
-        self._exchanged = bucket.is_last()
-        return later(buffer)
 
-    def finish(self) -> None:
+    def finish(self, note: int = NO_NOTE) -> list[int] | None:
+        notes: list[int] | None = None
         if self._in_memory is not None:
-            self._add_up(self._in_memory)
+            notes = self._add_up(self._in_memory, note)
         elif self._ddp is None:
             total = fold(dict(self._counter.nodes), self._last.of, _add_gradients)
             for parameter, gradient in total.items():
                 parameter.grad = gradient
+            self._trained.moved_on()
+            notes = [note]
         for exchange in self._sent:
             exchange.fold()
         for exchange in self._sent:
             exchange.finish()
         self._sent.clear()
         self._counter.nodes.clear()
+        if self._has_moved_on:
+            self._has_moved_on = False
+            self._prepare()
+        return notes
 
-    def _add_up(self, in_memory: Exchange) -> None:
+    def _add_up(self, in_memory: Exchange, note: int) -> list[int]:
         nodes = nodes_of_workers(self._last.of, self._workers.num_workers)
         rows = [[gradients.get(p) for p in self._parameters] for _, gradients in self._counter.nodes]
         order = [node for held in nodes for node in held]
-        in_memory(
+        has_moved_on = self._trained.moved_on()
+        notes = in_memory(
             rows,
             [len(held) for held in nodes],
             lambda values: fold(dict(zip(order, values, strict=True)), self._last.of, Tensor.add_),
+            MOVED_ON if has_moved_on else note,
         )
+        if MOVED_ON in notes:
+            check_moved_on(notes)
+            self._prepare()
+            assert self._in_memory is not None
+            return self._add_up(self._in_memory, note)
         if not in_memory.everywhere and not self._parameters_vary:
             raise UsageError(
                 "some parameters took part in this step's loss in some micro-batches only, but all did in the first "
                 "step. Set averaging.find_unused_parameters=true: which parameters take part then may differ from step "
                 "to step."
             )
+        return notes
 
     def sum(self, leaves: Sequence[tuple[int, Tensor]], *, num_leaves: int, num_values: int) -> Tensor:
         counter = Counter[Tensor](torch.add)

@@ -4,19 +4,20 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from mbgd.averaging.exchange import Exchange
+from mbgd.averaging.exchange import MOVED_ON, NO_NOTE, Exchange, check_moved_on
 from mbgd.averaging.memory import HostMemory
 from mbgd.averaging.norms import MicroBatchNorms
 from mbgd.objective import PerExample
 from mbgd.plan import MicroBatch
 from mbgd.task import Task
+from mbgd.trained import Trained
 from mbgd.workers import Workers
 
 PLACED_AT_ONCE_BYTES = 2**18
@@ -33,19 +34,26 @@ class SharedMemory:
     parameters take part may differ from step to step and from worker to worker.
     """
 
-    def __init__(self, task: Task, workers: Workers, memory: HostMemory) -> None:
-        self._task, self._memory = task, memory
+    def __init__(self, task: Task, trained: Trained, workers: Workers, memory: HostMemory) -> None:
+        """Raises CannotShareError, on all workers alike, where there is not enough memory to share."""
+        self._task, self._trained, self._workers, self._memory = task, trained, workers, memory
         self.norms: MicroBatchNorms | None = None
-        self._parameters = [p for p in task.parameters() if p.requires_grad]
-        self._exchange = Exchange(self._parameters, 1, memory, rank=workers.rank)
         self._num_rows = [1] * workers.num_workers
         self._step = _Step()
-        hooks: list[RemovableHandle] = [
-            parameter.register_post_accumulate_grad_hook(partial(_place, self._step, place))  # type: ignore[no-untyped-call]
-            for parameter, place in zip(self._parameters, self._exchange.places[0], strict=True)
-            if parameter.nbytes >= PLACED_AT_ONCE_BYTES
-        ]
-        weakref.finalize(self, _remove, hooks)
+        self._hooks: list[RemovableHandle] = []
+        weakref.finalize(self, _remove, self._hooks)
+        trained.moved_on()
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Make room for the gradients of those parameters that require one now."""
+        _remove(self._hooks)
+        self._parameters = self._trained.with_gradient()
+        self._exchange = Exchange(self._parameters, 1, self._memory, rank=self._workers.rank)
+        for parameter, place in zip(self._parameters, self._exchange.places[0], strict=True):
+            if parameter.nbytes >= PLACED_AT_ONCE_BYTES:
+                hook = _Place(self._step, place)
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
 
     def task(self, batch: Any, num_examples: int) -> PerExample:
         self._step.runs = True
@@ -62,9 +70,19 @@ class SharedMemory:
         gradients: dict[Tensor, Tensor] = {p: p.grad for p in self._parameters if p.grad is not None}
         norms.take(number, gradients, before)
 
-    def finish(self) -> None:
-        self._exchange([[p.grad for p in self._parameters]], self._num_rows, in_order)
+    def start(self) -> None:
+        pass
+
+    def finish(self, note: int = NO_NOTE) -> list[int] | None:
+        rows = [[p.grad for p in self._parameters]]
+        has_moved_on = self._trained.moved_on()
+        notes = self._exchange(rows, self._num_rows, in_order, MOVED_ON if has_moved_on else note)
         self._step.runs = False
+        if MOVED_ON not in notes:
+            return notes
+        check_moved_on(notes)
+        self._prepare()
+        return self.finish(note)
 
     def sum(self, leaves: Sequence[tuple[int, Tensor]], *, num_leaves: int, num_values: int) -> Tensor:
         total = torch.zeros(num_values, dtype=torch.float64)
@@ -82,15 +100,23 @@ class _Step:
     """Whether the gradients that are made now are this averaging's: the model may have other trainers, too."""
 
 
-def _place(step: _Step, place: Tensor, parameter: Tensor) -> None:
-    """Move a gradient to where it belongs; further micro-batches then add to it there."""
-    if step.runs and parameter.grad is not None and parameter.grad is not place:
-        parameter.grad = place.copy_(parameter.grad)
+class _Place:
+    """Moves a gradient to where it belongs; further micro-batches then add to it there."""
+
+    is_averaging_hook = True
+
+    def __init__(self, step: _Step, place: Tensor) -> None:
+        self._step, self._place = step, place
+
+    def __call__(self, parameter: Tensor) -> None:
+        if self._step.runs and parameter.grad is not None and parameter.grad is not self._place:
+            parameter.grad = self._place.copy_(parameter.grad)
 
 
-def _remove(hooks: Sequence[RemovableHandle]) -> None:
+def _remove(hooks: list[RemovableHandle]) -> None:
     for hook in hooks:
         hook.remove()
+    hooks.clear()
 
 
 def in_order(rows: Sequence[Tensor]) -> Tensor:
