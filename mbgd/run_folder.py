@@ -16,6 +16,7 @@ import yaml
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from mbgd.atomic_file import write_atomically
 from mbgd.conditions import conditions
 from mbgd.config import Run
 from mbgd.errors import UsageError
@@ -191,13 +192,3 @@ def _lock(folder: Path) -> tuple[IO[str] | None, str]:
 def exported(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers under their own names, on the CPU; tied parameters under each of their names."""
     return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """The file holds the old content or the new, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
