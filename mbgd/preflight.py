@@ -51,7 +51,7 @@ def try_out(task: Task, data: Data, first_minibatch: Indices, settings: Settings
             terms: PerExample = task(batch, len(indices))
             return terms
 
-    with _restored(task) as buffers_before, _output_widths(task.model) as widths, _refused_operations():
+    with _restored(task) as buffers_before, _output_shapes(task.model) as shapes, _refused_operations():
         terms = compute(first_minibatch[:NUM_EXAMPLES])
         if settings.averaging.name is AveragingName.reproducible:
             _check_repeatable(terms.losses, compute(first_minibatch[:NUM_EXAMPLES]).losses)
@@ -70,8 +70,8 @@ def try_out(task: Task, data: Data, first_minibatch: Indices, settings: Settings
             check(settings.evaluation.metrics, terms, has_evaluation=data.evaluation is not None)
     check_targets = getattr(task.objective, "check_targets", None)
     targets = getattr(data.train, "targets", None)
-    if check_targets is not None and targets is not None and widths:
-        check_targets(targets, num_classes=widths[-1])
+    if check_targets is not None and targets is not None and shapes:
+        check_targets(targets, num_classes=shapes[-1][getattr(task.objective, "class_dim", None) or -1])
     return Findings(_has_weights(terms), terms.losses.dim() > 1, metric_names, moving, unused)
 
 
@@ -149,16 +149,16 @@ def _restored(task: Task) -> Iterator[dict[str, torch.Tensor]]:
 
 
 @contextmanager
-def _output_widths(model: nn.Module) -> Iterator[list[int]]:
-    """Collects the size of the last dimension of what the model gives."""
-    widths: list[int] = []
+def _output_shapes(model: nn.Module) -> Iterator[list[torch.Size]]:
+    """Collects the shapes of what the model gives."""
+    shapes: list[torch.Size] = []
 
     def note(module: nn.Module, inputs: Any, output: Any) -> None:
         if isinstance(output, torch.Tensor) and output.dim() > 1:
-            widths.append(output.shape[-1])
+            shapes.append(output.shape)
 
     handle = model.register_forward_hook(note)
     try:
-        yield widths
+        yield shapes
     finally:
         handle.remove()
