@@ -52,7 +52,7 @@ class CrossEntropy:
         inputs, targets = batch
         logits = self._classes_last(model(inputs), targets)
         if targets.dtype is not torch.int64:
-            self.check_targets(targets, num_classes=logits.shape[-1])
+            _check_integers(targets)
             targets = targets.long()
         rows = logits.flatten(0, -2)  # one per token: several times as fast as torch's way with (N, C, T)
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))  # neither losses nor weights in 16 bits
@@ -111,7 +111,8 @@ class CrossEntropy:
         self._check_num_classes(rows.shape[-1])
         kind = rows.dtype, rows.device
         if kind not in self._weight_tensors:
-            self._weight_tensors[kind] = torch.tensor(self.class_weights, dtype=rows.dtype, device=rows.device)
+            with torch.inference_mode(mode=False):  # an evaluation may come first, and backward needs them later
+                self._weight_tensors[kind] = torch.tensor(self.class_weights, dtype=rows.dtype, device=rows.device)
         return self._weight_tensors[kind]
 
     def _weights(self, targets: Tensor, losses: Tensor, class_weights: Tensor | None) -> Tensor | None:
@@ -124,8 +125,7 @@ class CrossEntropy:
 
     def check_targets(self, targets: Tensor, *, num_classes: int) -> None:
         """Raise UsageError unless every target is a class number or `ignore_index`."""
-        if targets.is_floating_point() or targets.is_complex() or targets.dtype is torch.bool:
-            raise UsageError(f"targets have dtype {targets.dtype}; cross-entropy takes class numbers of dtype int64.")
+        _check_integers(targets)
         if self.ignore_index is not None:
             targets = targets[targets != self.ignore_index]
         wrong = targets[(targets < 0) | (targets >= num_classes)]
@@ -145,6 +145,11 @@ class CrossEntropy:
 
 
 _NO_TARGET = -(2**62)  # torch always ignores some number; one that no target can be
+
+
+def _check_integers(targets: Tensor) -> None:
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype is torch.bool:
+        raise UsageError(f"targets have dtype {targets.dtype}; cross-entropy takes class numbers of dtype int64.")
 
 
 def _correct(logits: Tensor, targets: Tensor) -> Tensor:

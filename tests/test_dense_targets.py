@@ -297,6 +297,14 @@ def test_class_weights_are_not_rounded_under_autocast(label_smoothing: float) ->
     assert torch.equal(terms.weights, torch.tensor(CLASS_WEIGHTS, dtype=torch.float64)[targets])
 
 
+def test_class_weights_that_an_evaluation_has_made_serve_training() -> None:
+    objective = mbgd.CrossEntropy(class_weights=CLASS_WEIGHTS, label_smoothing=0.1)
+    model, batch = nn.Linear(4, CLASSES), (torch.randn(3, 4), torch.tensor([0, 1, 2]))
+    with torch.inference_mode():
+        objective(model, batch)
+    mean(objective(model, batch)).backward()
+
+
 def test_targets_of_squared_error_are_not_rounded_under_autocast() -> None:
     model, inputs, targets = nn.Linear(4, 1), torch.randn(6, 4), torch.full((6,), 0.3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
