@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from mbgd.data import InMemory
     from mbgd.errors import UsageError
     from mbgd.loader import Data
-    from mbgd.objective import CrossEntropy, MeanSquaredError, PerExample
+    from mbgd.losses import CrossEntropy, MeanSquaredError
+    from mbgd.objective import PerExample
     from mbgd.trainer import Result, Trainer
     from mbgd.workers import Workers, start_workers
 
@@ -37,7 +38,7 @@ __all__ = [
     "start_workers",
 ]
 
-_HOMES = ("config", "data", "errors", "loader", "objective", "trainer", "workers")
+_HOMES = ("config", "data", "errors", "loader", "losses", "objective", "trainer", "workers")
 
 
 def __getattr__(name: str) -> Any:

@@ -33,11 +33,18 @@ class Evaluation:
     """Evaluates a task on a dataset, every example exactly once, each worker its contiguous share."""
 
     def __init__(
-        self, task: Task, buffers: Buffers, data: Data, settings: Settings, workers: Workers, *, num_outputs: int | None
+        self,
+        task: Task,
+        buffers: Buffers,
+        data: Data,
+        settings: Settings,
+        workers: Workers,
+        *,
+        output_shape: torch.Size | None,
     ) -> None:
         """Tries the first and the last examples; UsageError where something is wrong with them.
 
-        num_outputs: of the model, where its output has one dimension for them.
+        output_shape: of the model, for a few examples.
         """
         self._task, self._buffers, self._data = task, buffers, data
         self._workers, self._precision = workers, settings.precision
@@ -47,7 +54,7 @@ class Evaluation:
         shard = micro_batches(0, num_examples, self._num_parts, workers.rank, workers.num_workers)
         self._shard = [micro_batch for micro_batch in shard if micro_batch.counts]
         check_skipping(data.evaluation, task.given_objective)
-        check_targets(data.evaluation, task.given_objective, num_outputs)
+        check_targets(data.evaluation, task.given_objective, output_shape)
         self.metric_names = self._try_out(num_examples, settings)
 
     def _try_out(self, num_examples: int, settings: Settings) -> tuple[str, ...]:

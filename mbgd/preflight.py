@@ -46,8 +46,8 @@ class Findings:
     """Names of the buffers that a forward in training mode changes."""
     unused_parameters: tuple[str, ...]
     """Names of trained parameters that got no gradient."""
-    num_outputs: int | None
-    """Size of the last dimension of what the model gives; None: not a tensor of several dimensions."""
+    output_shape: torch.Size | None
+    """Of what the model gives for a few examples; None: not a tensor of several dimensions."""
 
 
 class Trial:
@@ -66,7 +66,7 @@ class Trial:
             for context in (random_state_kept(self._device), extra_state_kept(self._task), self._clean()):
                 stack.enter_context(context)
             stack.enter_context(_refused_operations())
-            widths = stack.enter_context(_output_widths(self._task.model))
+            shapes = stack.enter_context(_output_shapes(self._task.model))
             terms, gradients = self._run(few, SCALES[0])
             self._buffers.find_unseen()
             changed, moving = self._trained.changed(), self._buffers.changed()
@@ -81,9 +81,9 @@ class Trial:
             self._check_sizes(first_minibatch, moving)
             names = tuple(sorted(terms.metrics))
             self._check_weights(terms, first_minibatch, names)
-        width = widths[-1] if widths else None
+        shape = shapes[-1] if shapes else None
         has_tokens = terms.losses.dim() > 1
-        return Findings(terms.weights is not None or has_tokens, has_tokens, names, tuple(moving), unused, width)
+        return Findings(terms.weights is not None or has_tokens, has_tokens, names, tuple(moving), unused, shape)
 
     @contextmanager
     def _clean(self) -> Iterator[None]:
@@ -248,11 +248,11 @@ def check_skipping(dataset: Any, objective: Any) -> None:
         )
 
 
-def check_targets(dataset: Any, objective: Any, num_outputs: int | None) -> None:
+def check_targets(dataset: Any, objective: Any, output_shape: torch.Size | None) -> None:
     """Targets that lie in memory must all be classes that the model has, where the objective can tell."""
     check, targets = getattr(objective, "check_targets", None), getattr(dataset, "targets", None)
-    if check is not None and isinstance(targets, Tensor) and num_outputs is not None:
-        check(targets, num_classes=num_outputs)
+    if check is not None and isinstance(targets, Tensor) and output_shape is not None:
+        check(targets, num_classes=output_shape[getattr(objective, "class_dim", None) or -1])
 
 
 @contextmanager
@@ -283,16 +283,16 @@ def _refused_operations() -> Iterator[None]:
 
 
 @contextmanager
-def _output_widths(model: nn.Module) -> Iterator[list[int]]:
-    """Collects the size of the last dimension of what the model gives."""
-    widths: list[int] = []
+def _output_shapes(model: nn.Module) -> Iterator[list[torch.Size]]:
+    """Collects the shapes of what the model gives."""
+    shapes: list[torch.Size] = []
 
     def note(module: nn.Module, inputs: Any, output: Any) -> None:
         if isinstance(output, Tensor) and output.dim() > 1:
-            widths.append(output.shape[-1])
+            shapes.append(output.shape)
 
     handle = model.register_forward_hook(note)
     try:
-        yield widths
+        yield shapes
     finally:
         handle.remove()

@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from mbgd.config import profiled_steps
 from mbgd.errors import UsageError
+from mbgd.tracking.base import optional
 from mbgd.workers import Workers
 
 T = TypeVar("T")
@@ -66,21 +67,23 @@ class TraceOfSteps:
 
     @contextmanager
     def _trace(self) -> Iterator[None]:
-        trace = profile(activities=self._activities)
+        trace = None
+        with optional("the profiler could not be started", "Training goes on without a trace."):
+            started = profile(activities=self._activities)
+            started.start()
+            trace = started
         try:
-            with trace:
-                yield
+            yield
         finally:
-            self._write(trace)
+            if trace is not None:
+                with optional(f"the trace {self._path} could not be written", "Training goes on."):
+                    self._write(trace)
 
     def _write(self, trace: profile) -> None:
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            trace.export_chrome_trace(str(self._path))
-        except (OSError, RuntimeError) as error:  # torch's own writer gives the latter
-            print(f"warning: the trace {self._path} could not be written: {error}. Training goes on.", flush=True)
-        else:
-            self._say(f"{self._path}, and one for each other worker; open them at ui.perfetto.dev")
+        trace.stop()
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        trace.export_chrome_trace(str(self._path))
+        self._say(f"{self._path}, and one for each other worker; open them at ui.perfetto.dev")
 
     def _say(self, what: str) -> None:
         if not self._quiet:

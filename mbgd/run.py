@@ -13,13 +13,14 @@ import yaml
 
 from mbgd import profiling, saving
 from mbgd.build import build_trainer, resolved_yaml, run_name, typed
-from mbgd.config import identity
+from mbgd.config import Config, identity
 from mbgd.errors import Preempted, UsageError, WorkersLost
 from mbgd.preemption import EXIT_CODE, StopOnSignal
 from mbgd.resume import resume
-from mbgd.run_folder import open_run_folder
-from mbgd.tracking import NoTracker, Tracker, told_of_its_end, wording
+from mbgd.run_folder import RunFolder, open_run_folder
+from mbgd.tracking import Trackers, told_of_its_end, wording
 from mbgd.tracking.opening import check_installed, open_trackers
+from mbgd.trainer import Result
 from mbgd.worker_log import start_log
 from mbgd.workers import start_workers
 
@@ -28,6 +29,18 @@ def run(composed: Any, choices: Mapping[str, Any]) -> None:
     """Train what Hydra has composed from the `choices` of the configuration's groups."""
     config = typed(composed)
     check_installed(config.tracking)
+    trackers = Trackers()
+    with told_of_its_end(trackers):  # after the last barrier: no worker waits for what the main one still uploads
+        done = _train(composed, config, choices, trackers)
+    if done is not None and not config.tracking.quiet:
+        result, folder = done
+        print(wording.describe_end(result, folder.path))
+
+
+def _train(
+    composed: Any, config: Config, choices: Mapping[str, Any], trackers: Trackers
+) -> tuple[Result, RunFolder] | None:
+    """Train on this worker; on the main one also open the trackers, and give what came of it and the locked folder."""
     with start_workers(config.backend.name.value, config.backend.timeout_seconds) as workers:
         trainer = build_trainer(config, workers)
         name = run_name(config.run, choices)
@@ -38,20 +51,16 @@ def run(composed: Any, choices: Mapping[str, Any]) -> None:
         if not resume(trainer, folder, config, plain):
             if workers.is_main:
                 print(f"{folder.path} holds this run already, complete; give another run.dir for a new one.")
-            return
-        quiet = config.tracking.quiet
-        profiler = profiling.create(config.profile, folder.path, workers, quiet=quiet)
-        tracker: Tracker = NoTracker()
+            return None
+        profiler = profiling.create(config.profile, folder.path, workers, quiet=config.tracking.quiet)
         checkpoints = saving.create(config.checkpoint, folder.path, folder.checkpoints_path, identity(plain), workers)
         if workers.is_main:
             folder.write_config(text)
-            tracker = open_trackers(config, folder, trainer)
-        with told_of_its_end(tracker):
-            result = trainer.fit(tracker, checkpoints, StopOnSignal(workers), profiler)
-            if workers.is_main:
-                folder.write_results(result, trainer)
-        if workers.is_main and not quiet:
-            print(wording.describe_end(result, folder.path))
+            open_trackers(trackers, config, folder, trainer)
+        result = trainer.fit(trackers, checkpoints, StopOnSignal(workers), profiler)
+        if workers.is_main:
+            folder.write_results(result, trainer)
+    return (result, folder) if workers.is_main else None
 
 
 def run_or_explain(composed: Any, choices: Mapping[str, Any]) -> None:

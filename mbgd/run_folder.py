@@ -15,6 +15,7 @@ import torch
 import yaml
 from safetensors.torch import save
 
+from mbgd.atomic_file import write_atomically
 from mbgd.conditions import conditions
 from mbgd.config import Run
 from mbgd.errors import UsageError
@@ -185,13 +186,3 @@ def _lock(folder: Path) -> tuple[IO[str] | None, str]:
     lock.write(f"process {os.getpid()} on {platform.node()}\n")
     lock.flush()
     return lock, ""
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """The file holds the old content or the new, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

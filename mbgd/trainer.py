@@ -153,15 +153,15 @@ class Trainer:
         check_skipping(data.train, objective)
         trial = Trial(self._task, self._trained, self._buffers, data, self.plan, self.settings, self.workers.device)
         findings = trial(self._loader.minibatch_indices(0))
-        check_targets(data.train, objective, findings.num_outputs)
+        check_targets(data.train, objective, findings.output_shape)
         self._buffers.expect(findings.moving_buffers)
         return findings
 
     def _make_evaluation(self, data: Data) -> Evaluation | None:
         settings = self.settings
         if data.evaluation is not None:
-            num_outputs = self._findings.num_outputs
-            return Evaluation(self._task, self._buffers, data, settings, self.workers, num_outputs=num_outputs)
+            output_shape = self._findings.output_shape
+            return Evaluation(self._task, self._buffers, data, settings, self.workers, output_shape=output_shape)
         if metrics := settings.evaluation.metrics:
             raise UsageError(
                 f"evaluation.metrics={', '.join(metrics)}, but there is no evaluation dataset. Give data.evaluation, "

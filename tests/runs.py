@@ -17,7 +17,7 @@ from mbgd.build import build_trainer, typed
 from mbgd.config import identity
 from mbgd.resume import resume
 from mbgd.run_folder import open_run_folder
-from mbgd.tracking import told_of_its_end
+from mbgd.tracking import Trackers, told_of_its_end
 from mbgd.tracking.opening import open_trackers
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -43,7 +43,8 @@ def run(
     opened = open_run_folder(config.run, "", workers, may_hold_a_run=True)
     assert resume(trainer, opened, config, plain)
     opened.write_config(yaml.safe_dump(plain))
-    tracker = open_trackers(config, opened, trainer)
+    tracker = Trackers()
+    open_trackers(tracker, config, opened, trainer)
     checkpoints = saving.create(config.checkpoint, opened.path, opened.checkpoints_path, identity(plain), workers)
     if after_step is not None:
         tracker.progress = after_step  # type: ignore[method-assign]

@@ -75,7 +75,7 @@ def test_mean_squared_error_refuses_shapes_that_would_broadcast() -> None:
     [
         (mbgd.PerExample(torch.tensor(1.0)), "scalar"),
         (mbgd.PerExample(torch.zeros(3)), r"shape \(3,\) for 4 examples"),
-        (mbgd.PerExample(torch.zeros(4, 2, 2)), "expected one loss per example"),
+        (mbgd.PerExample(torch.zeros(2, 4, 2)), r"expected one loss per example, shape \(4,\) or \(4, …\)"),
         (mbgd.PerExample(torch.zeros(4), torch.zeros(4, 1)), "weights of shape"),
     ],
 )

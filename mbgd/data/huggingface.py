@@ -3,9 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import partial
-from importlib.util import find_spec
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mbgd.data.dataset_files import name_of, open_dataset
 from mbgd.data.images import Images
 from mbgd.errors import UsageError
-
-READERS = {".parquet": "from_parquet", ".csv": "from_csv", ".json": "from_json", ".jsonl": "from_json"}
 
 
 class HuggingFace:
@@ -69,34 +66,40 @@ class HuggingFace:
         return self._num_classes or int(self.targets.max()) + 1
 
 
-def huggingface(path: str | None, split: str, inputs: str | Sequence[str], targets: str) -> HuggingFace | None:
+def huggingface(
+    path: str | Sequence[str] | None, split: str, inputs: str | Sequence[str], targets: str
+) -> HuggingFace | None:
     """Columns of numbers of the dataset at `path`; None where the path is.
 
-    path: a folder made by `save_to_disk`, or a .parquet, .csv, .json or .jsonl file. split: which one, where the folder
-    holds several. Nothing is fetched from a network; `datasets` keeps what it makes of files in a cache of its own.
-    UsageError where `datasets` is not installed or the path or its columns cannot be used.
+    path: a folder made by `save_to_disk`; a .parquet, .arrow, .csv, .json or .jsonl file; a folder of such files; a
+    glob; or a list of these (`open_dataset`). split: which one, where a folder or a glob's files hold several. Nothing
+    is fetched from a network; `datasets` keeps what it makes of files in a cache of its own. UsageError where it is not
+    installed or the path or its columns cannot be used.
     """
-    return None if path is None else HuggingFace(_open(path, split), inputs, targets, name=path)
+    return None if path is None else HuggingFace(open_dataset(path, split), inputs, targets, name=name_of(path))
 
 
-def huggingface_images(path: str | None, split: str, inputs: str, targets: str, **options: Any) -> Images | None:
+def huggingface_images(
+    path: str | Sequence[str] | None, split: str, inputs: str, targets: str, **options: Any
+) -> Images | None:
     """A column of images, as `datasets` or other tools store their files' bytes, and one of class numbers.
 
     The rest is as for `huggingface`. For further arguments see `Images`.
     """
     if path is None:
         return None
-    dataset = _open(path, split)
-    rows = HuggingFace(dataset, targets, targets, name=path)
+    dataset = open_dataset(path, split)
+    name = name_of(path)
+    rows = HuggingFace(dataset, targets, targets, name=name)
     if rows.targets.is_floating_point() or rows.targets.dim() > 1:
-        raise UsageError(f"{path}: column {targets!r} must hold a class number in each row.")
-    images = _column(dataset, inputs, path)
+        raise UsageError(f"{name}: column {targets!r} must hold a class number in each row.")
+    images = _column(dataset, inputs, name)
     if not _holds_files(images.type):
         raise UsageError(
-            f"{path}: column {inputs!r} is of type {images.type}; it must hold images: files' bytes, or the type Image "
+            f"{name}: column {inputs!r} is of type {images.type}; it must hold images: files' bytes, or the type Image "
             "of `datasets`. Columns of numbers are read by data=huggingface."
         )
-    source = partial(_image, dataset.select_columns([inputs]).with_format("arrow"), path)
+    source = partial(_image, dataset.select_columns([inputs]).with_format("arrow"), name)
     return Images(source, rows.targets, rows.num_outputs, **options)
 
 
@@ -120,37 +123,6 @@ def _column(dataset: Any, name: str, path: str) -> Any:
     if name not in dataset.column_names:
         raise UsageError(f"{path} has no column {name!r}; it has {', '.join(dataset.column_names)}.")
     return dataset.data.column(name)
-
-
-def _open(path: str, split: str) -> Any:
-    """The `datasets.Dataset` at a path."""
-    if find_spec("datasets") is None:
-        raise UsageError(
-            "data=huggingface needs the package datasets, not installed here: pip install 'mbgd[huggingface]'"
-        )
-    import datasets  # takes seconds
-
-    place = Path(path).expanduser()
-    if not place.exists():
-        raise UsageError(f"data.path={path}: there is no such file or folder. Datasets are not downloaded.")
-    datasets.disable_progress_bars()
-    try:
-        if place.is_dir():
-            dataset = datasets.load_from_disk(str(place))
-        elif place.suffix in READERS:
-            dataset = getattr(datasets.Dataset, READERS[place.suffix])(str(place))
-        else:
-            raise UsageError(f"data.path={path}; a file must end in {', '.join(READERS)}.")
-    except UsageError:
-        raise
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = error.__cause__ or error
-        raise UsageError(f"{path} cannot be read: {type(reason).__name__}: {reason}") from error
-    if isinstance(dataset, dict):
-        if split not in dataset:
-            raise UsageError(f"{path} has no split {split!r}; it has {', '.join(dataset)}.")
-        dataset = dataset[split]
-    return dataset
 
 
 def _check(column: Any, name: str) -> None:

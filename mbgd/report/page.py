@@ -6,11 +6,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from mbgd.atomic_file import write_atomically
 from mbgd.report.chart import Series, draw
 from mbgd.report.history import History, read_history
 from mbgd.report.numbers import short
 from mbgd.report.panels import Panel, panels, time_split
-from mbgd.run_folder import write_atomically
 
 NUM_COLOURS = 8
 NO_NETWORK = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"

@@ -6,9 +6,10 @@ from pathlib import Path
 from safetensors.torch import save
 
 from mbgd import checkpoint
+from mbgd.atomic_file import write_atomically
 from mbgd.config import Direction
 from mbgd.errors import UsageError
-from mbgd.run_folder import RunFolder, write_atomically
+from mbgd.run_folder import RunFolder
 
 DESCRIPTION = "list and verify the checkpoints of a run, or export a model from one"
 

@@ -1,7 +1,7 @@
 """The interface of everything that is told how a run goes."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -54,10 +54,15 @@ class NoTracker:
 
 
 class Trackers:
-    """Tells several trackers. One that fails is left out from then on, with a warning: training goes on."""
+    """Tells several trackers. One that fails, also while it is opened, is left out with a warning: training goes on."""
 
-    def __init__(self, trackers: Sequence[Tracker]) -> None:
-        self._trackers = list(trackers)
+    def __init__(self, trackers: Sequence[Tracker] = ()) -> None:
+        self._trackers = [(type(tracker).__name__, tracker) for tracker in trackers]
+
+    def open(self, name: str, opened: Callable[[], Tracker]) -> None:
+        """Take in the tracker that `opened` gives; name: what warnings call it."""
+        with optional(f"{name} could not be opened", "Training goes on without it."):
+            self._trackers.append((name, opened()))
 
     def progress(self, step: int) -> None:
         self._tell(lambda tracker: tracker.progress(step))
@@ -66,19 +71,36 @@ class Trackers:
         self._tell(lambda tracker: tracker.log(step, metrics))
 
     def close(self, ending: Ending) -> None:
-        self._tell(lambda tracker: tracker.close(ending))
+        for name, tracker in self._trackers:
+            with optional(f"{name} could not be closed", "What is trained is not affected."):
+                tracker.close(ending)
 
     def _tell(self, call: Callable[[Tracker], None]) -> None:
-        for tracker in tuple(self._trackers):
+        for named in tuple(self._trackers):
+            name, tracker = named
             try:
                 call(tracker)
-            except Exception as error:
-                self._trackers.remove(tracker)
-                print(
-                    f"warning: {type(tracker).__name__} failed ({type(error).__name__}: {error}) and is left out from "
-                    "now on. Training goes on.",
-                    flush=True,
-                )
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
+                self._trackers.remove(named)
+                _warn(f"{name} failed", error, "It is left out from now on. Training goes on.")
+
+
+@contextmanager
+def optional(failure: str, consequence: str) -> Iterator[None]:
+    """Whatever is raised inside, but for Ctrl-C, becomes a warning: what failed, why, and what follows from it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        _warn(failure, error, consequence)
+
+
+def _warn(failure: str, error: BaseException, consequence: str) -> None:
+    with suppress(Exception):  # standard output may be what failed
+        print(f"warning: {failure} ({type(error).__name__}: {error}). {consequence}", flush=True)
 
 
 @contextmanager

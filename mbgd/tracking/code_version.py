@@ -11,7 +11,7 @@ def code_version(script: str) -> dict[str, str | bool]:
     folder = Path(script).resolve().parent
     command = ["git", "-C", str(folder), "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=SECONDS, check=True)
     except (OSError, subprocess.SubprocessError):
         return {}
     lines = done.stdout.splitlines()

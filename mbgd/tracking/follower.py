@@ -11,11 +11,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import BinaryIO
 
 from mbgd.tracking.base import Ending, Metrics
 
 MOST_STARTS = 3
 SECONDS_FOR_ANOTHER_START = 10.0
+SECONDS_TO_DIE = 5.0
+"""What the kernel may need for a process that is killed; one that waits for a dead file system stays for ever."""
+
+MOST_MESSAGE_CHARACTERS = 4000
+"""With escapes they fit a pipe's 64 KiB, so that telling a process that does not read never waits."""
 
 
 class Follower:
@@ -52,7 +58,7 @@ class Follower:
     def _start(self) -> None:
         self._num_starts += 1
         path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
-        with (self._folder / self._sink / "output.log").open("ab") as output:
+        with _append(self._folder / self._sink / "output.log") as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "mbgd.tracking.follow", self._sink, str(self._folder), str(self._num_starts)],
                 stdin=subprocess.PIPE,
@@ -67,7 +73,7 @@ class Follower:
     def _ends_well(self, ending: Ending, deadline: float) -> bool:
         """Tell the process of the end and wait for it until the deadline."""
         assert self._process.stdin is not None
-        order = json.dumps({"outcome": ending.outcome.value, "message": ending.message})
+        order = json.dumps({"outcome": ending.outcome.value, "message": ending.message[:MOST_MESSAGE_CHARACTERS]})
         try:
             with self._process.stdin as orders:
                 orders.write(order.encode() + b"\n")
@@ -77,10 +83,15 @@ class Follower:
         except subprocess.TimeoutExpired:
             self._process.kill()
         self._show_messages()
-        return self._process.wait() == 0
+        return self._process.wait(SECONDS_TO_DIE) == 0
 
     def _show_messages(self) -> None:
         assert self._process.stdout is not None
         said = self._process.stdout.read()  # None: nothing new
         for line in [] if self._quiet else (said or b"").decode(errors="replace").splitlines():
             print(f"{self._sink:<11} {line}", flush=True)
+
+
+def _append(path: Path) -> BinaryIO:
+    """O_NONBLOCK: a named pipe in the file's place is an error, and not waited for until somebody reads it."""
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666), "ab")

@@ -2,6 +2,7 @@
 
 import os
 from importlib.util import find_spec
+from pathlib import Path
 
 from mbgd.config import Config, Tracking, WandbMode
 from mbgd.errors import UsageError
@@ -26,24 +27,35 @@ def check_installed(tracking: Tracking) -> None:
             )
 
 
-def open_trackers(config: Config, folder: RunFolder, trainer: Trainer) -> Tracker:
-    """On the main worker: open the run's trackers; the terminal's begins with what the run is."""
-    tracking = config.tracking
-    trackers: list[Tracker] = [
-        JsonLines(folder.metrics_path),
-        Record(folder.path, trainer, report=tracking.report),
-    ]
+def open_trackers(trackers: Trackers, config: Config, folder: RunFolder, trainer: Trainer) -> None:
+    """On the main worker: open the run's trackers among these; the terminal's begins with what the run is.
+
+    One that cannot be opened is left out, with a warning.
+    """
+    tracking, path = config.tracking, folder.path
+    trackers.open("metrics.jsonl", lambda: JsonLines(folder.metrics_path))
+    trackers.open("run.json", lambda: Record(path, trainer, report=tracking.report))
     if not tracking.quiet:
-        print(wording.describe_start(trainer), flush=True)
-        trackers.append(console.tracker(trainer.num_steps, trainer.state.step))
+        trackers.open("the terminal's progress", lambda: _terminal(trainer))
     if _uses_wandb(tracking):
-        known = trainer.state.tracking.get("wandb") if config.resume == "auto" else None
-        trainer.state.tracking["wandb"] = wandb_sink.remember_run_id(folder.path, known)
-        seconds = tracking.wandb.finish_seconds
-        trackers.append(Follower("wandb", folder.path, finish_seconds=seconds, quiet=tracking.quiet))
+        trackers.open("wandb", lambda: _wandb(config, path, trainer))
     if tracking.tensorboard:
-        trackers.append(Follower("tensorboard", folder.path, finish_seconds=TENSORBOARD_SECONDS, quiet=tracking.quiet))
-    return Trackers(trackers)
+        trackers.open(
+            "tensorboard",
+            lambda: Follower("tensorboard", path, finish_seconds=TENSORBOARD_SECONDS, quiet=tracking.quiet),
+        )
+
+
+def _terminal(trainer: Trainer) -> Tracker:
+    print(wording.describe_start(trainer), flush=True)
+    return console.tracker(trainer.num_steps, trainer.state.step)
+
+
+def _wandb(config: Config, folder: Path, trainer: Trainer) -> Tracker:
+    known = trainer.state.tracking.get("wandb") if config.resume == "auto" else None
+    trainer.state.tracking["wandb"] = wandb_sink.remember_run_id(folder, known)
+    tracking = config.tracking
+    return Follower("wandb", folder, finish_seconds=tracking.wandb.finish_seconds, quiet=tracking.quiet)
 
 
 def _uses_wandb(tracking: Tracking) -> bool:

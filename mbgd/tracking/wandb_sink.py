@@ -3,13 +3,15 @@
 import json
 import os
 import secrets
+import stat
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import yaml
 
+from mbgd.atomic_file import write_atomically
 from mbgd.tracking.base import Ending, Metrics, Outcome
 from mbgd.tracking.follow import say
 
@@ -26,7 +28,7 @@ def remember_run_id(folder: Path, known: str | None) -> str:
 
     known: the id by a checkpoint that this run goes on from. WANDB_RUN_ID, which W&B's own sweeps set, comes first.
     """
-    state = _read_json(folder / FOLDER / STATE)
+    state = _usable_state(folder / FOLDER / STATE)
     run_id = str(os.environ.get("WANDB_RUN_ID") or state.get("id") or known or secrets.token_hex(4))
     if run_id != state.get("id"):
         (folder / FOLDER).mkdir(exist_ok=True)
@@ -156,9 +158,37 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def _usable_state(path: Path) -> dict[str, Any]:
+    """What `_write_state` wrote; {} where nothing is, or something else, which is set aside with a warning."""
+    try:
+        with _open_file(path) as file:
+            state: dict[str, Any] = json.load(file)
+        if not isinstance(state["id"], str) or not state["id"] or type(state["sent_step"]) is not int:
+            raise ValueError("it does not hold an id and the last step that was sent")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        from mbgd import checkpoint  # with torch, which W&B's process does without
+
+        aside = checkpoint.set_aside(path)
+        print(
+            f"warning: {path} cannot be used ({type(error).__name__}: {error}) and is now {aside.name}. The W&B run's "
+            "id is taken from the checkpoint if there is one, and the run's whole history is sent again.",
+            flush=True,
+        )
+        return {}
+    return state
+
+
+def _open_file(path: Path) -> BinaryIO:
+    """Open a regular file to read; another kind, a named pipe say, could make the reader wait for ever."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError("it is not a file")
+    return os.fdopen(descriptor, "rb")
+
+
 def _write_state(folder: Path, run_id: str, sent_step: int) -> None:
     """sent_step: every line up to this step is with W&B, or in an offline file of it."""
-    path = folder / FOLDER / STATE
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"id": run_id, "sent_step": sent_step}))
-    temporary.replace(path)
+    write_atomically(folder / FOLDER / STATE, json.dumps({"id": run_id, "sent_step": sent_step}).encode())
