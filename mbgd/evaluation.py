@@ -31,6 +31,7 @@ class Evaluation:
     ) -> None:
         self._task, self._data, self._metric_names = task, data, metric_names
         self._workers, self._averaging, self._precision = workers, averaging, settings.precision
+        self._seed = settings.seed
         self._metrics = Metrics(settings.evaluation.metrics, workers)
         num_examples = len(data.evaluation)
         self._num_parts = -(-num_examples // settings.evaluation.batch_size)
@@ -60,5 +61,6 @@ class Evaluation:
             num_workers=self._data.num_workers,
             device=self._workers.device,
             dtype=parameter_dtype(self._precision),
+            seed=self._seed,
         )
         return zip(self._shard, batches, strict=True)

@@ -45,7 +45,8 @@ def try_out(task: Task, data: Data, first_minibatch: Indices, settings: Settings
         _check_skipping(dataset, task.objective)
 
     def compute(indices: Indices) -> PerExample:
-        (batch,) = read(data.train, [indices], num_workers=0, device=device, dtype=parameter_dtype(settings.precision))
+        dtype = parameter_dtype(settings.precision)
+        (batch,) = read(data.train, [indices], num_workers=0, device=device, dtype=dtype, seed=settings.seed)
         key_generators(device, settings.seed)
         with autocast(settings.precision, device):
             terms: PerExample = task(batch, len(indices))

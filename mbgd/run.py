@@ -18,6 +18,7 @@ from mbgd.errors import Preempted, UsageError, WorkersLost
 from mbgd.preemption import EXIT_CODE, StopOnSignal
 from mbgd.resume import resume
 from mbgd.run_folder import open_run_folder
+from mbgd.same_program import check_same_config
 from mbgd.tracking import NoTracker, Tracker, told_of_its_end, wording
 from mbgd.tracking.opening import check_installed, open_trackers
 from mbgd.worker_log import start_log
@@ -29,12 +30,13 @@ def run(composed: Any, choices: Mapping[str, Any]) -> None:
     config = typed(composed)
     check_installed(config.tracking)
     with start_workers(config.backend.name.value, config.backend.timeout_seconds) as workers:
+        text = resolved_yaml(composed)
+        plain = yaml.safe_load(text)
+        check_same_config(workers, plain)
         trainer = build_trainer(config, workers)
         name = run_name(config.run, choices)
         folder = open_run_folder(config.run, name, workers, may_hold_a_run=config.resume != "never")
         start_log(folder.log_path(workers.rank), workers.rank, workers.num_workers)
-        text = resolved_yaml(composed)
-        plain = yaml.safe_load(text)
         if not resume(trainer, folder, config, plain):
             if workers.is_main:
                 print(f"{folder.path} holds this run already, complete; give another run.dir for a new one.")

@@ -27,6 +27,7 @@ from mbgd.preemption import NoStop, Stop
 from mbgd.preflight import try_out
 from mbgd.profiling import NoProfiler, Profiler, part
 from mbgd.randomness import key_generators
+from mbgd.same_program import check_same_program
 from mbgd.saving import Checkpoints, NoCheckpoints
 from mbgd.snapshot import Snapshot, SnapshotMemory
 from mbgd.task import Task
@@ -89,6 +90,7 @@ class Trainer:
             raise UsageError("\n".join(found))
         self.workers = workers = workers or Workers()
         self.settings, self.model, self.optimizer = settings, model, optimizer
+        check_same_program(workers, model, objective, optimizer, data, settings)
         self.plan = make_plan(settings, len(data.train), workers.num_workers)
         self.num_steps = count_steps(settings, self.plan)
         averagings.prepare(settings.averaging, self.plan, workers.device)
