@@ -46,7 +46,7 @@ def module_of(value: Any) -> str:
 def _named(value: Any) -> Any:
     while isinstance(value, partial | MethodType):
         value = value.func if isinstance(value, partial) else value.__self__
-    return value if isinstance(value, type) or hasattr(value, "__qualname__") else type(value)
+    return value if isinstance(getattr(value, "__qualname__", None), str) else type(value)
 
 
 def attributes(value: Any) -> Iterator[tuple[str, Any]]:

@@ -44,11 +44,14 @@ def check_same_program(
     if workers.num_workers == 1:
         return
     examples = dict(_examples(data))
-    mine = dict(_program(model, objective, optimizer, data, settings))
-    found = _differences(workers, mine | {name: _look(*examples[name]) for name in examples})
-    for name in [name for name in examples if name in found]:  # the same on every worker
-        found[name] = _without_draws(workers, found[name], *examples[name])
-    _refuse({name: values for name, values in found.items() if len(set(values)) > 1})
+    looks = {name: _look(dataset, end) for name, (_, dataset, end) in examples.items()}
+    found = _differences(workers, dict(_program(model, objective, optimizer, data, settings)) | looks)
+    for name, (length, dataset, end) in examples.items():
+        if length in found:
+            found.pop(name, None)  # for that reason
+        elif name in found and not _differs(workers, dataset, end):
+            del found[name]
+    _refuse(found)
 
 
 def check_same_config(workers: Workers, config: Mapping[str, Any]) -> None:
@@ -68,13 +71,13 @@ def _differences(workers: Workers, mine: Mapping[str, str]) -> dict[str, list[st
 def _refuse(found: Mapping[str, list[str]]) -> None:
     """UsageError where there are differences."""
     if found:
-        lines = [f"  - {name}: {_who_has_what(values)}" for name, values in found.items()]
-        more = [f"  - and {len(lines) - MOST_DIFFERENCES} more"] if len(lines) > MOST_DIFFERENCES else []
+        told = [f"{name}: {_who_has_what(values)}" for name, values in found.items()]
+        if len(told) > MOST_DIFFERENCES:
+            told[MOST_DIFFERENCES:] = [f"and {len(told) - MOST_DIFFERENCES} more"]
         raise UsageError(
-            "the workers do not run the same program:\n"
-            + "\n".join(lines[:MOST_DIFFERENCES] + more)
-            + "\nStart every worker with the same code, configuration and data. Every worker needs the whole dataset: "
-            "which examples it computes is the trainer's business."
+            f"the workers do not run the same program: {'; '.join(told)}. Start every worker with the same code, "
+            "configuration and data. Every worker needs the whole dataset: which examples it computes is the trainer's "
+            "business."
         )
 
 
@@ -142,15 +145,18 @@ def _of_part(name: str, part: Any) -> Iterator[tuple[str, str]]:
 
 def _of_dataset(name: str, dataset: Any) -> Iterator[tuple[str, str]]:
     yield f"the {name} dataset", "none" if dataset is None else kind(dataset)
-    if dataset is not None:
-        yield f"number of {name} examples", str(len(dataset))
+    yield _length(name), "none" if dataset is None else str(len(dataset))
 
 
-def _examples(data: Data) -> Iterator[tuple[str, tuple[Any, str]]]:
-    """The datasets and ends that are looked at, by name; the same names on every worker."""
+def _length(name: str) -> str:
+    return f"number of {name} examples"
+
+
+def _examples(data: Data) -> Iterator[tuple[str, tuple[str, Any, str]]]:
+    """The examples that are looked at, by name: what their dataset's length is called, the dataset, and which end."""
     for key, name in _NAMES_OF_DATASETS.items():
         for end in ("first", "last"):
-            yield f"the {end} {name} example", (getattr(data, key), end)
+            yield f"the {end} {name} example", (_length(name), getattr(data, key), end)
 
 
 def _look(dataset: Any, end: str) -> str:
@@ -167,15 +173,14 @@ def _form_and_content(dataset: Any, end: str) -> tuple[str, str]:
     return form(example), content(example)
 
 
-def _without_draws(workers: Workers, values: list[str], dataset: Any, end: str) -> list[str]:
-    """By rank, what is to be compared of an example that differs: not what a generator of the dataset's own draws."""
+def _differs(workers: Workers, dataset: Any, end: str) -> bool:
+    """Whether an example that looks different is so, not by what a generator of the dataset's own draws."""
     looks = [_form_and_content(dataset, end) for _ in range(NUM_LOOKS)]
-    forms, contents = (sorted(set(seen)) for seen in zip(*looks, strict=True))
-    of_workers = workers.gather([forms, contents])
+    of_workers = workers.gather([sorted(set(seen)) for seen in zip(*looks, strict=True)])
     if all(len(contents) == 1 for _, contents in of_workers):
-        return values
-    are_comparable = all(len(forms) == 1 for forms, _ in of_workers)
-    return [forms[0] if are_comparable else "" for forms, _ in of_workers]
+        return True
+    forms = [forms for forms, _ in of_workers]
+    return all(len(seen) == 1 for seen in forms) and forms.count(forms[0]) < len(forms)
 
 
 def _read(dataset: Any, index: int) -> Any:
