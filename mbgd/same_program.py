@@ -98,7 +98,7 @@ def _program(
     yield "version of Python", platform.python_version()
     yield "code of mbgd", code_of_package()
     yield from _of_settings(settings, fields(Settings))
-    yield from _of_optimizer(optimizer)
+    yield from _of_optimizer(optimizer, model)
     yield from _of_part("objective", objective)
     for name, module in model.named_modules():
         yield f"model.{name}" if name else "model", description(module)
@@ -127,14 +127,18 @@ def _of_settings(settings: Any, its_fields: Iterable[Field[Any]], prefix: str = 
             yield f"{prefix}{field.name}", description(value)
 
 
-def _of_optimizer(optimizer: Optimizer) -> Iterator[tuple[str, str]]:
+def _of_optimizer(optimizer: Optimizer, model: nn.Module) -> Iterator[tuple[str, str]]:
     yield "optimizer", kind(optimizer)
     groups = optimizer.param_groups
-    yield "optimizer.param_groups", str(len(groups))
+    held = {id(parameter) for group in groups for parameter in group["params"]}
+    yield "parameters of the model that the optimizer lacks", str(sum(id(p) not in held for p in model.parameters()))
     for number, group in enumerate(groups):
         prefix = f"optimizer.param_groups[{number}]" if len(groups) > 1 else "optimizer"
+        if len(groups) > 1:
+            yield f"{prefix}.params", str(len(group["params"]))
         for name, value in group.items():
-            yield f"{prefix}.{name}", str(len(value)) if name == "params" else description(value)
+            if name != "params":
+                yield f"{prefix}.{name}", description(value)
 
 
 def _of_part(name: str, part: Any) -> Iterator[tuple[str, str]]:

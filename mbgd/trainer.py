@@ -73,8 +73,8 @@ class Trainer:
     """Trains a model on this worker as one of `workers`.
 
     The model is moved to the worker's device and the precision's dtype; `optimizer` must have been made from its
-    parameters. Raises UsageError, on every worker alike and before anything is exchanged, where the settings or
-    the objective break a rule.
+    parameters. Raises UsageError, on every worker alike and before training, where the settings or the objective
+    break a rule, or the workers do not run the same program.
     """
 
     def __init__(

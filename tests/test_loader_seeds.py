@@ -12,7 +12,8 @@ import mbgd
 from mbgd.loader import Loader, read
 from mbgd.plan import Plan
 from mbgd.randomness import key_reading
-from tests.processes import run_workers
+
+from processes import run_workers
 
 NUM_EXAMPLES, SIZE, NUM_EPOCHS = 23, 8, 2
 PLACE = {"device": torch.device("cpu"), "dtype": torch.float64}

@@ -15,7 +15,8 @@ from torch.distributed import distributed_c10d
 import mbgd
 from mbgd.config import AveragingName
 from mbgd.data import digits
-from tests.processes import run_workers
+
+from processes import run_workers
 
 VALUES: list[Any] = [
     None,

@@ -16,7 +16,8 @@ import mbgd
 from mbgd.config import AveragingName
 from mbgd.same_program import check_same_config, check_same_program
 from mbgd.schedule import Cosine
-from tests.processes import run_workers
+
+from processes import run_workers
 
 
 class Numbers(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
@@ -113,6 +114,14 @@ def sgd(**options: Any) -> Any:
     return functools.partial(torch.optim.SGD, **options)
 
 
+def in_groups(first: int) -> Any:
+    def make(parameters: Any) -> torch.optim.Optimizer:
+        parameters = list(parameters)
+        return torch.optim.SGD([{"params": parameters[:first]}, {"params": parameters[first:], "lr": 0.5}])
+
+    return make
+
+
 CASES: dict[str, tuple[Callable[[Program], None], Callable[[Program], None], list[str]]] = {
     # name: what worker 0 does, what the others do, what is said
     "seed": (
@@ -129,6 +138,16 @@ CASES: dict[str, tuple[Callable[[Program], None], Callable[[Program], None], lis
         lambda p: setattr(p, "optimizer", sgd(lr=0.1)),
         lambda p: setattr(p, "optimizer", torch.optim.Adam),
         ["optimizer: torch.optim.sgd.SGD on worker 0, torch.optim.adam.Adam on worker 1"],
+    ),
+    "groups": (
+        lambda p: setattr(p, "optimizer", in_groups(1)),
+        lambda p: setattr(p, "optimizer", in_groups(2)),
+        ["optimizer.param_groups[0].params: 1 on worker 0, 2 on worker 1", "optimizer.param_groups[1].params: 3 on"],
+    ),
+    "a parameter without optimizer": (
+        lambda p: None,
+        lambda p: setattr(p, "optimizer", lambda parameters: torch.optim.SGD(list(parameters)[1:])),
+        ["parameters of the model that the optimizer lacks: 0 on worker 0, 1 on worker 1"],
     ),
     "precision": (
         lambda p: p.set(precision=mbgd.Precision.fp32),
