@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from mbgd.messages import bytes_of
 
-OF_THIS_WORKER = frozenset(
+WORDS_OF_ONE_WORKER = frozenset(
     {"rank", "worker", "workers", "device", "gpu", "host", "hostname", "pid", "time", "date", "uuid"}
     | {"path", "paths", "dir", "folder", "file", "root"}
 )
-"""Words in the names of attributes that rightly differ from worker to worker."""
+"""In names of what says where a worker runs and finds things, which may differ from worker to worker."""
 
 LONGEST_TEXT = 200
 MOST_ELEMENTS = 100
@@ -60,11 +60,22 @@ def attributes(value: Any) -> Iterator[tuple[str, Any]]:
         given = {name: cell.cell_contents for name, cell in cells}
         given |= {"defaults": list(value.__defaults__ or ()), **(value.__kwdefaults__ or {})}
     else:
-        given = getattr(value, "__dict__", {})
+        given = _state(value)
     hidden = _OF_EVERY_MODULE if isinstance(value, nn.Module) else frozenset()
     for name, one in given.items():
-        if name not in hidden and not OF_THIS_WORKER & set(name.lower().split("_")) and _is_plain(one):
+        if name not in hidden and not may_differ(name) and _is_plain(one):
             yield name, one
+
+
+def _state(value: Any) -> dict[str, Any]:
+    """Its attributes, also those in slots."""
+    state = object.__getstate__(value)
+    return (state[0] or {}) | state[1] if isinstance(state, tuple) else state or {}
+
+
+def may_differ(name: str) -> bool:
+    """Whether the name of an attribute, or a key of a configuration, is of what may differ from worker to worker."""
+    return bool(WORDS_OF_ONE_WORKER & set(name.lower().split("_")))
 
 
 def description(value: Any) -> str:
@@ -102,7 +113,7 @@ def _bytes(value: Any) -> Iterator[Any]:
     if isinstance(value, list | tuple):
         for part in value:
             yield from _bytes(part)
-    elif isinstance(value, Tensor) and value.layout is torch.strided:
+    elif isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta:
         yield bytes_of(value)[:MOST_BYTES].cpu().numpy().data
     elif isinstance(value, np.ndarray | np.generic) and not value.dtype.hasobject:
         yield np.ascontiguousarray(value).tobytes()[:MOST_BYTES]

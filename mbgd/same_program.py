@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from mbgd.config import Settings
-from mbgd.describing import attributes, content, description, form, kind, module_of
+from mbgd.describing import attributes, content, description, form, kind, may_differ, module_of
 from mbgd.errors import UsageError
 from mbgd.loader import Data
 from mbgd.randomness import key_reading, undisturbed
@@ -30,8 +30,8 @@ MOST_WORKERS = 8
 NUM_LOOKS = 8
 """At an example, for whether reading it draws from a generator of the dataset's own."""
 
-MAY_DIFFER = frozenset({"run", "tracking", "num_workers", "folder", "path", "dir", "root"})
-"""Parts and keys of the configuration that say where a worker finds or leaves things, not what it computes."""
+OF_THE_MAIN_WORKER = frozenset({"run", "tracking"})
+"""Sections of the configuration that the other workers have no use for."""
 
 
 def check_same_program(
@@ -105,7 +105,7 @@ def _program(
     for key, value in vars(data).items():
         if key in _NAMES_OF_DATASETS:
             yield from _of_dataset(_NAMES_OF_DATASETS[key], value)
-        elif key not in MAY_DIFFER:
+        elif not may_differ(key):
             yield f"data.{key}", description(value)
     yield from _of_code(*model.modules(), objective, optimizer, data.train, data.evaluation, settings.schedule)
 
@@ -216,7 +216,7 @@ def _of_code(*parts: Any) -> Iterator[tuple[str, str]]:
 
 def _of_config(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     for key, value in config.items():
-        if key in MAY_DIFFER:
+        if key in OF_THE_MAIN_WORKER or may_differ(key):
             continue
         if isinstance(value, Mapping):
             yield from _of_config(value, f"{prefix}{key}.")

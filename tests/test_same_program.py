@@ -2,9 +2,13 @@
 
 import dataclasses
 import functools
+import os
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +21,9 @@ from mbgd.config import AveragingName
 from mbgd.same_program import check_same_config, check_same_program
 from mbgd.schedule import Cosine
 
-from processes import run_workers
+from processes import environment, free_port, run_workers
+
+ROOT = Path(__file__).parent.parent
 
 
 class Numbers(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
@@ -75,6 +81,14 @@ class Scaled:
     def __call__(self, model: nn.Module, batch: Any) -> mbgd.PerExample:
         inputs, targets = batch
         return mbgd.PerExample(self._scale * (model(inputs) - targets) ** 2)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Slotted:
+    scale: float
+
+    def __call__(self, model: nn.Module, batch: Any) -> mbgd.PerExample:
+        return squared(model, batch, self.scale)
 
 
 def squared(model: nn.Module, batch: Any, scale: float = 1.0) -> mbgd.PerExample:
@@ -193,6 +207,11 @@ CASES: dict[str, tuple[Callable[[Program], None], Callable[[Program], None], lis
         lambda p: setattr(p, "objective", Scaled(1.0)),
         lambda p: setattr(p, "objective", Scaled(2.0)),
         ["objective._scale: 1.0 on worker 0, 2.0 on worker 1"],
+    ),
+    "objective with slots": (
+        lambda p: setattr(p, "objective", Slotted(1.0)),
+        lambda p: setattr(p, "objective", Slotted(2.0)),
+        ["objective.scale: 1.0 on worker 0, 2.0 on worker 1"],
     ),
     "objective's closure": (
         lambda p: setattr(p, "objective", with_scale(1.0)),
@@ -353,9 +372,29 @@ def compare_configs(workers: mbgd.Workers, key: str) -> str:
         ("run.dir", ""),
         ("data.num_workers", ""),
         ("data.folder", ""),
+        ("data.cache_dir", ""),
     ],
 )
 def test_the_configuration_is_compared_places_aside(key: str, wanted: str) -> None:
     for error in run_workers(compare_configs, 2, key):
         assert bool(error) == bool(wanted)
         assert wanted in error
+
+
+def test_train_py_compares_the_whole_configuration(tmp_path: Path) -> None:
+    port = free_port()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), f"run.dir={tmp_path / 'run'}", f"checkpoint.keep={2 + rank}"],
+            env={**os.environ, **environment(rank, 2, port)},
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        _, told = process.communicate(timeout=120)
+        assert "do not run the same program: checkpoint.keep: 2 on worker 0, 3 on worker 1. Start every" in told
+        assert process.returncode == 1
+    assert not (tmp_path / "run").exists()
