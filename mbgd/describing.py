@@ -69,7 +69,7 @@ def attributes(value: Any) -> Iterator[tuple[str, Any]]:
 
 def _state(value: Any) -> dict[str, Any]:
     """Its attributes, also those in slots."""
-    state = object.__getstate__(value)
+    state: Any = object.__getstate__(value)
     return (state[0] or {}) | state[1] if isinstance(state, tuple) else state or {}
 
 
