@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from mbgd.describing import content
 from mbgd.errors import UsageError
 from mbgd.order import Order, mix, mix_array
 from mbgd.plan import MicroBatch, Minibatch, Plan
@@ -200,17 +201,19 @@ def read(
 
 
 def _gather_first(dataset: Any, indices: Tensor) -> Any:
-    """`dataset.gather(indices)`; UsageError where that draws random numbers."""
+    """`dataset.gather(indices)`; UsageError where it depends on random numbers."""
     with undisturbed():
         key_reading(0)
         gathered = dataset.gather(indices)
         if has_drawn_since(0):
-            raise UsageError(
-                f"gather of {type(dataset).__name__} draws random numbers; it must give the same examples for the same "
-                "indices, since how many are gathered at once depends on the number of workers. Draw in "
-                "augmented(index, key); or leave gather out, for what __getitem__ draws follows from (seed, epoch, "
-                "example)."
-            )
+            key_reading(1)
+            if content(dataset.gather(indices)) != content(gathered):
+                raise UsageError(
+                    f"gather of {type(dataset).__name__} draws random numbers; it must give the same examples for the "
+                    "same indices, since how many are gathered at once depends on the number of workers. Draw in "
+                    "augmented(index, key); or leave gather out, for what __getitem__ draws follows from (seed, epoch, "
+                    "example)."
+                )
     return gathered
 
 

@@ -47,12 +47,11 @@ def _next_draws() -> tuple[float, float, float]:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """torch (on the CPU), numpy and `random` draw afterwards as if nothing had been drawn or seeded inside."""
-    of_torch, of_numpy, of_random = (
-        torch.default_generator.get_state(),
-        get_bit_generator(),
-        random.getstate(),
-    )
+    """torch (on the CPU), numpy and `random` draw afterwards as if nothing had been drawn or seeded inside.
+
+    But numpy forgets the second of a pair of normal draws.
+    """
+    of_torch, of_numpy, of_random = torch.default_generator.get_state(), get_bit_generator(), random.getstate()
     # Another generator meanwhile: to copy the state of numpy's own and to put it back takes 60 µs.
     set_bit_generator(_NUMPY_MEANWHILE)
     try:
