@@ -47,7 +47,7 @@ class Evaluation:
         output_shape: of the model, for a few examples.
         """
         self._task, self._buffers, self._data = task, buffers, data
-        self._workers, self._precision = workers, settings.precision
+        self._workers, self._precision, self._seed = workers, settings.precision, settings.seed
         self._metrics = Metrics(settings.evaluation.metrics, workers)
         num_examples = len(data.evaluation)
         self._num_parts = -(-num_examples // settings.evaluation.batch_size)
@@ -125,6 +125,7 @@ class Evaluation:
             num_workers=self._data.num_workers,
             device=self._workers.device,
             dtype=parameter_dtype(self._precision),
+            seed=self._seed,
         )
 
 

@@ -3,22 +3,27 @@
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, islice
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from mbgd.describing import content
 from mbgd.errors import UsageError
 from mbgd.order import Order, mix, mix_array
 from mbgd.plan import MicroBatch, Minibatch, Plan
 from mbgd.precision import move
+from mbgd.randomness import has_drawn_since, key_reading, undisturbed
 from mbgd.workers import Workers
 
 Indices = NDArray[np.int64]
-"""Shape (N,): numbers of examples; or (N, 2): numbers of examples, and the keys with which they are augmented."""
+"""Shape (N,): numbers of examples; or (N, 2): numbers of examples, and the keys that all randomness in reading them
+follows from."""
 
 # Examples in memory are gathered for several micro-batches at once, up to this many, so that small ones do not pay
 # the price of a gathering each.
@@ -29,8 +34,9 @@ BLOCK_EXAMPLES = 2048
 class Data:
     """The examples of a run: map-style datasets (`__len__` and `__getitem__`, `__getitems__` or `gather`).
 
-    A training dataset with `augmented(index, key)` gives altered examples: key, an int from 0 to 2**63 − 1, follows
-    from (seed, epoch, index), and all randomness of the alteration must follow from it.
+    What `__getitem__` draws from torch's, numpy's or Python's global generators follows from (seed, epoch, index). A
+    training dataset with `augmented(index, key)` gives altered examples: key, an int from 0 to 2**63 − 1, follows from
+    (seed, epoch, index), and all randomness of the alteration must follow from it. `gather` draws nothing.
     """
 
     train: Any
@@ -87,6 +93,7 @@ class Loader:
         self._device, self._dtype, self._own_copies = workers.device, dtype, own_copies
         self._order = Order(plan.num_examples, seed, data.shuffle)
         self._augments = hasattr(data.train, "augmented")
+        self._is_keyed = self._augments or not hasattr(data.train, "gather")
 
     def minibatch_indices(self, step: int) -> Indices:
         """The example indices of a step, all workers together."""
@@ -137,18 +144,21 @@ class Loader:
         ends = np.cumsum(stops - starts)
         positions = np.arange(ends[-1]) + np.repeat(stops - ends, stops - starts)
         indices = self._order.at(epoch, positions)
-        if self._augments:
+        if self._is_keyed:
             indices = np.stack([indices, augmentation_keys(self._order.seed, epoch, indices)], axis=1)
         return [indices[end - mb.size : end] for end, mb in zip(ends.tolist(), micro_batches, strict=True)]
 
 
 def augmentation_keys(seed: int, epoch: int, indices: Indices) -> Indices:
     """For each example a key, shape (N,), from 0 to 2**63 − 1, whatever worker or process reads it."""
-    keys = mix_array(indices.astype(np.uint64), mix(seed, epoch, _AUGMENTATION))
-    return (keys >> np.uint64(1)).astype(np.int64)
+    return _keys(indices, seed, epoch, _AUGMENTATION)
 
 
-_AUGMENTATION = 0x61756721  # apart from the keys of the order and of dropout
+def _keys(indices: Indices, *key: int) -> Indices:
+    return (mix_array(indices.astype(np.uint64), mix(*key)) >> np.uint64(1)).astype(np.int64)
+
+
+_AUGMENTATION, _READING = 0x61756721, 0x72656164  # apart from each other, and from the keys of the order and of dropout
 
 
 def read(
@@ -160,24 +170,29 @@ def read(
     dtype: torch.dtype,
     own_copies: bool = True,
     augment: bool = False,
+    seed: int = 0,
 ) -> Iterator[Any]:
     """The batch of each array of example indices, on the device; a view of a larger one unless `own_copies`.
 
-    augment: the arrays hold keys too, and examples come from `augmented`, even where the dataset has `gather`.
+    augment: the arrays hold keys, and examples come from `augmented`, even where the dataset has `gather`.
+    seed: where the arrays hold no keys, what reading an example draws follows from (seed, example).
     """
     if hasattr(dataset, "gather") and not augment:
+        gather = partial(_gather_first, dataset)
         for block in _blocks(indices, 0 if own_copies else BLOCK_EXAMPLES):
-            gathered = dataset.gather(torch.from_numpy(np.concatenate(block)))
-            gathered = move(gathered, device, dtype)
+            gathered = move(gather(torch.from_numpy(np.concatenate(block))), device, dtype)
+            gather = dataset.gather
             sizes = [len(part) for part in block]
             yield from zip(*(tensor.split(sizes) for tensor in gathered), strict=True)
     else:
+        keyed = (part if part.ndim > 1 else np.stack([part, _keys(part, seed, _READING)], axis=1) for part in indices)
         loader: DataLoader[Any] = DataLoader(
             _Fetched(dataset, augment),
-            batch_sampler=(part.tolist() for part in indices),
+            batch_sampler=(part.tolist() for part in keyed),
             num_workers=num_workers,
             collate_fn=_collate,
             pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # or each pass would draw from the default one
         )
         for batch in loader:
             if isinstance(batch, UsageError):
@@ -185,22 +200,72 @@ def read(
             yield move(batch, device, dtype)
 
 
+def _gather_first(dataset: Any, indices: Tensor) -> Any:
+    """`dataset.gather(indices)`; UsageError where it depends on random numbers."""
+    with undisturbed():
+        key_reading(0)
+        gathered = dataset.gather(indices)
+        if has_drawn_since(0):
+            key_reading(1)
+            if content(dataset.gather(indices)) != content(gathered):
+                raise UsageError(
+                    f"gather of {type(dataset).__name__} draws random numbers; it must give the same examples for the "
+                    "same indices, since how many are gathered at once depends on the number of workers. Draw in "
+                    "augmented(index, key); or leave gather out, for what __getitem__ draws follows from (seed, epoch, "
+                    "example)."
+                )
+    return gathered
+
+
 class _Fetched(Dataset[Any]):
-    """A dataset as loader processes see it: a mistake of the user's comes back as it is, not as a traceback in text."""
+    """A dataset as loader processes see it: what reading an example draws follows from its key alone.
+
+    Examples are read one by one, each after its generators are seeded, from the first read on that draws anything;
+    seeding takes longer than reading a tensor's row does. A mistake of the user's comes back as it is, not as a
+    traceback in text.
+    """
 
     def __init__(self, dataset: Any, augment: bool) -> None:
         self._dataset, self._augment = dataset, augment
+        self._draws: bool | None = None
+        """None until an example is read."""
 
-    def __getitems__(self, wanted: list[Any]) -> Any:
-        dataset = self._dataset
+    def __getitems__(self, wanted: list[tuple[int, int]]) -> Any:
         try:
-            if self._augment:
-                return [dataset.augmented(index, key) for index, key in wanted]
-            if hasattr(dataset, "__getitems__"):
-                return dataset.__getitems__(wanted)
-            return [dataset[index] for index in wanted]
+            with undisturbed():
+                return self._read(wanted)
         except UsageError as error:
             return error
+
+    def _read(self, wanted: list[tuple[int, int]]) -> list[Any]:
+        examples: list[Any] = []
+        if self._draws is None:
+            examples = self._read_each(wanted[:1])
+            self._draws = has_drawn_since(wanted[0][1])
+        rest = wanted[len(examples) :]
+        if rest and not self._draws:
+            first_key = rest[0][1]
+            key_reading(first_key)
+            together = self._read_together(rest)
+            self._draws = has_drawn_since(first_key)
+            if not self._draws:
+                return examples + together
+        return examples + self._read_each(rest)
+
+    def _read_each(self, wanted: list[tuple[int, int]]) -> list[Any]:
+        examples = []
+        for one in wanted:
+            key_reading(one[1])
+            examples += self._read_together([one])
+        return examples
+
+    def _read_together(self, wanted: list[tuple[int, int]]) -> list[Any]:
+        dataset = self._dataset
+        if self._augment:
+            return [dataset.augmented(index, key) for index, key in wanted]
+        if hasattr(dataset, "__getitems__"):
+            return list(dataset.__getitems__([index for index, _ in wanted]))
+        return [dataset[index] for index, _ in wanted]
 
 
 def _collate(examples: Any) -> Any:

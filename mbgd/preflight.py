@@ -103,7 +103,8 @@ class Trial:
     def _forward(self, indices: Indices) -> PerExample:
         settings = self._settings
         dtype = parameter_dtype(settings.precision)
-        (batch,) = read(self._data.train, [indices], num_workers=0, device=self._device, dtype=dtype)
+        data, device, seed = self._data.train, self._device, settings.seed
+        (batch,) = read(data, [indices], num_workers=0, device=device, dtype=dtype, seed=seed)
         key_generators(self._device, settings.seed)
         with autocast(settings.precision, self._device):
             terms: PerExample = self._task(batch, len(indices))
@@ -150,12 +151,8 @@ class Trial:
         if self._settings.precision is Precision.fp16:
             return  # the larger scale overflows
         for name in gradients.keys() & others.keys():
-            small, large = (
-                gradients[name].double() if not gradients[name].is_complex() else gradients[name],
-                others[name],
-            )
-            expected = small * (SCALES[1] / SCALES[0])
-            error = torch.linalg.vector_norm(expected - large)
+            large = others[name]
+            error = torch.linalg.vector_norm(gradients[name] * (SCALES[1] / SCALES[0]) - large)
             if error.isfinite() and error > 0.01 * torch.linalg.vector_norm(large):
                 raise UsageError(
                     f"the gradient of parameter {name} does not grow in proportion to the losses: a hook on an "

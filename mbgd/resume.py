@@ -35,7 +35,10 @@ def resume(trainer: Trainer, folder: RunFolder, config: Config, now: Mapping[str
     decision = _Decision()
     if workers.is_main:
         decision = _decide(folder, config, identity(now), trainer.num_steps, in_memory)
-    decision = workers.broadcast(decision)
+    path, is_complete, problem = workers.broadcast(
+        [decision.checkpoint and str(decision.checkpoint), decision.is_complete, decision.problem]
+    )
+    decision = _Decision(path and Path(path), is_complete, problem)
     if decision.problem:
         raise UsageError(decision.problem)
     if decision.is_complete:

@@ -18,6 +18,7 @@ from mbgd.errors import Preempted, UsageError, WorkersLost
 from mbgd.preemption import EXIT_CODE, StopOnSignal
 from mbgd.resume import resume
 from mbgd.run_folder import RunFolder, open_run_folder
+from mbgd.same_program import check_same_config
 from mbgd.tracking import Trackers, told_of_its_end, wording
 from mbgd.tracking.opening import check_installed, open_trackers
 from mbgd.trainer import Result
@@ -42,12 +43,13 @@ def _train(
 ) -> tuple[Result, RunFolder] | None:
     """Train on this worker; on the main one also open the trackers, and give what came of it and the locked folder."""
     with start_workers(config.backend.name.value, config.backend.timeout_seconds) as workers:
+        text = resolved_yaml(composed)
+        plain = yaml.safe_load(text)
+        check_same_config(workers, plain)
         trainer = build_trainer(config, workers)
         name = run_name(config.run, choices)
         folder = open_run_folder(config.run, name, workers, may_hold_a_run=config.resume != "never")
         start_log(folder.log_path(workers.rank), workers.rank, workers.num_workers)
-        text = resolved_yaml(composed)
-        plain = yaml.safe_load(text)
         if not resume(trainer, folder, config, plain):
             if workers.is_main:
                 print(f"{folder.path} holds this run already, complete; give another run.dir for a new one.")

@@ -186,8 +186,8 @@ def newest_in_memory(run: Path, workers: Workers) -> Path | None:
     """The newest snapshot that every host has in its memory, the same on every worker."""
     path, names = memory_path(run), None
     if workers.local_rank == 0:
-        names = {one.name for one in checkpoint.complete(path) if checkpoint.verify(one) is None}
-    of_hosts = [names for names in workers.gather(names) if names is not None]
+        names = [one.name for one in checkpoint.complete(path) if checkpoint.verify(one) is None]
+    of_hosts = [set(names) for names in workers.gather(names) if names is not None]
     on_all = set.intersection(*of_hosts)
     return path / max(on_all) if on_all else None
 

@@ -29,6 +29,7 @@ from mbgd.preflight import Trial, check_skipping, check_targets
 from mbgd.profiling import NoProfiler, Profiler, part
 from mbgd.randomness import key_generators
 from mbgd.replicas import Replicas
+from mbgd.same_program import check_same_program
 from mbgd.saving import Checkpoints, NoCheckpoints
 from mbgd.snapshot import Snapshot, SnapshotMemory
 from mbgd.task import Task
@@ -84,7 +85,8 @@ class Trainer:
 
     The model is moved to the worker's device and the precision's dtype; `optimizer` must have been made from its
     parameters and, where the objective is a module, from the objective's. Raises UsageError, on every worker alike and
-    before anything is exchanged, where the settings, the optimizer or the objective break a rule.
+    before training, where the settings, the optimizer or the objective break a rule, or the workers do not run the same
+    program.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class Trainer:
             raise UsageError("\n".join(found))
         self.workers = workers = workers or Workers()
         self.settings, self.model, self.optimizer = settings, model, optimizer
+        check_same_program(workers, model, objective, optimizer, data, settings)
         self.plan = make_plan(settings, len(data.train), workers.num_workers)
         self.num_steps = count_steps(settings, self.plan)
         averagings.prepare(settings.averaging, self.plan, workers.device)

@@ -9,18 +9,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from mbgd.errors import UsageError, WorkersLost
+from mbgd.messages import bytes_of, empty, message, value_of
 from mbgd.roll_call import RollCall, describe
-
-T = TypeVar("T")
 
 SECONDS_FOR_THREADS_TO_END = 0.1
 
@@ -53,40 +53,58 @@ class Workers:
             dist.all_reduce(values, dist.ReduceOp.MAX)
         return values
 
-    def broadcast(self, value: T) -> T:
-        """The main worker's `value`, on every worker."""
-        if self.num_workers > 1:
-            values = [value]
-            dist.broadcast_object_list(values, src=0)
-            return values[0]
-        return value
+    def broadcast(self, value: Any) -> Any:
+        """The main worker's `value`, on every worker.
+
+        value: what JSON holds (None, bool, int, float, str, lists, dicts with str keys); tuples arrive as lists.
+        TypeError for anything else.
+        """
+        mine = message(value).to(self.device)
+        if self.num_workers == 1:
+            return value_of(mine)
+        length = torch.tensor([len(mine)], device=self.device)
+        dist.broadcast(length, src=0)
+        received = mine if self.is_main else mine.new_empty(int(length.item()))
+        dist.broadcast(received, src=0)
+        return value_of(received)
 
     def broadcast_(self, values: Tensor) -> None:
         """Give `values` the main worker's, in place."""
         if self.num_workers > 1:
             dist.broadcast(values, src=0)
 
-    def gather(self, value: T) -> list[T]:
-        """Every worker's `value` by rank, on every worker."""
-        if self.num_workers > 1:
-            values: list[Any] = [None] * self.num_workers
-            dist.all_gather_object(values, value)
-            return values
-        return [value]
+    def gather(self, value: Any) -> list[Any]:
+        """Every worker's `value` by rank, on every worker; for what it may be see `broadcast`."""
+        mine = message(value).to(self.device)
+        if self.num_workers == 1:
+            return [value_of(mine)]
+        lengths = [int(length) for length in self._all_gather(torch.tensor([len(mine)], device=self.device))]
+        padded = self._all_gather(F.pad(mine, (0, max(lengths) - len(mine))))
+        return [value_of(values[:length]) for values, length in zip(padded, lengths, strict=True)]
+
+    def _all_gather(self, values: Tensor) -> list[Tensor]:
+        """Every worker's `values`, of one shape and dtype, by rank."""
+        gathered = [torch.empty_like(values) for _ in range(self.num_workers)]
+        dist.all_gather(gathered, values)
+        return gathered
 
     def collect(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Every worker's tensors, on the host and of any shapes, by rank on the main worker; nothing on the others."""
-        kinds = self.gather([(tensor.shape, tensor.dtype) for tensor in tensors])
+        kinds = self.gather([(tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors])
         if not self.is_main:
             for tensor in tensors:
-                dist.send(tensor.to(self.device).contiguous(), dst=0)
+                if tensor.numel():
+                    dist.send(bytes_of(tensor).to(self.device), dst=0)
             return []
         collected = list(tensors)
         for rank, of_worker in enumerate(kinds[1:], start=1):
             for shape, dtype in of_worker:
-                received = torch.empty(shape, dtype=dtype, device=self.device)
-                dist.recv(received, src=rank)
-                collected.append(received.cpu())
+                values = empty(shape, dtype)
+                if values.numel():
+                    received = torch.empty(values.nbytes, dtype=torch.uint8, device=self.device)
+                    dist.recv(received, src=rank)
+                    bytes_of(values).copy_(received)
+                collected.append(values)
         return collected
 
     def barrier(self) -> None:

@@ -76,11 +76,12 @@ class HostMemory:
 
     def _agree(self, result: T | _Failed) -> list[T]:
         """Every worker's result by rank; CannotShareError on every worker if one has failed."""
-        results = self._workers.gather(result)
-        for rank, one in enumerate(results):
-            if isinstance(one, _Failed):
-                raise CannotShareError(f"worker {rank} cannot: {one.why}")
-        return results  # type: ignore[return-value]
+        mine = [True, result.why] if isinstance(result, _Failed) else [False, result]
+        told = self._workers.gather(mine)
+        for rank, (has_failed, why) in enumerate(told):
+            if has_failed:
+                raise CannotShareError(f"worker {rank} cannot: {why}")
+        return [one for _, one in told]
 
 
 @dataclass
