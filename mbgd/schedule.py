@@ -2,12 +2,17 @@
 
 import math
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from mbgd.errors import UsageError
 
 
 class Schedule(ABC):
     """A factor that rises linearly over the first `warmup_steps` steps and then follows the schedule's shape."""
+
+    depends_on_length: ClassVar[bool] = True
+    """Whether the factor of a step may change with `num_steps`, so that a run cannot be made longer and stay the same.
+    Each class that is independent of it says so for itself: this is not inherited."""
 
     def __init__(self, *, num_steps: int, warmup_steps: int = 0) -> None:
         """num_steps: optimizer steps of the whole run; warmup_steps: how many of them warm up."""
@@ -33,6 +38,8 @@ class Schedule(ABC):
 
 class Constant(Schedule):
     """Factor 1."""
+
+    depends_on_length = False
 
     def after_warmup(self, step: int) -> float:
         return 1.0
@@ -63,6 +70,8 @@ class Linear(Schedule):
 
 class Step(Schedule):
     """Multiplied by `decay` every `every_steps` steps."""
+
+    depends_on_length = False
 
     def __init__(self, *, num_steps: int, every_steps: int, warmup_steps: int = 0, decay: float = 0.1) -> None:
         super().__init__(num_steps=num_steps, warmup_steps=warmup_steps)
