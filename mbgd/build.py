@@ -221,11 +221,12 @@ def make(name: str, node: Any, *arguments: Any, **keywords: Any) -> Any:
     """
     if not isinstance(node, dict) or not isinstance(node.get("_target_"), str) or not node["_target_"]:
         raise UsageError(f"{name} has no _target_; it must name the class or function that makes it.")
-    added = [key for key in keywords if key not in node and key not in targets.OF_HYDRA]
-    if found := list(targets.unknown_keys(name, node, len(arguments), added)):
+    node = {"_convert_": "all", **node, **{key: keywords.pop(key) for key in targets.OF_HYDRA if key in keywords}}
+    added = [key for key in keywords if key not in node]
+    if found := list(targets.mistakes(name, node, len(arguments), added)):
         raise UsageError("\n".join(found))
     try:
-        return instantiate({"_convert_": "all", **node}, *arguments, **keywords)
+        return instantiate(node, *arguments, **keywords)
     except Exception as error:  # whatever a part of the user's raises
         reason: BaseException = error  # Hydra's own message tells less than the exception at the bottom
         while reason.__cause__ is not None:

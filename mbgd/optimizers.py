@@ -1,6 +1,7 @@
 """Which optimizers the trainer can drive: those that step once, by the gradients that the parameters have."""
 
 import inspect
+import math
 from typing import Any
 
 import torch
@@ -24,6 +25,13 @@ def check(optimizer: Any) -> None:
         raise UsageError(
             "optimizer SparseAdam takes sparse gradients alone; the trainer averages dense ones. Use Adam."
         )
+    for group in optimizer.param_groups if isinstance(optimizer, Optimizer) else ():
+        rate = group.get("lr")
+        if rate is None or not 0 <= float(rate) < math.inf:
+            raise UsageError(
+                f"optimizer {kind.__name__} has lr={rate}; each of its groups must have a learning rate, a finite "
+                "number ≥ 0, which the schedule multiplies."
+            )
 
 
 def needs_closure(kind: type[Optimizer]) -> bool:

@@ -48,7 +48,7 @@ def _inside(text: str) -> str:
 
 def _targets(path: tuple[str, ...], inside: str) -> Iterator[tuple[str, ...]]:
     """The first two keys of each reference; a second key of "" stands for any."""
-    for dots, name in re.findall(rf"(?:^|[{OPEN}:,\s])(\.*)([\w.\['\"\]]*{OPEN}?)", inside):
+    for dots, name in re.findall(rf"(?<![^{OPEN}:,\s])(\.*)(\w[\w.\['\"\]]*{OPEN}?)", inside):
         keys = [key for key in re.split(r"[.\[\]'\"]+", name.rstrip(OPEN)) if key]
         start = path[: -len(dots)] if dots else ()
         if name.endswith(OPEN):

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from typing import ClassVar
 
 from mbgd.errors import UsageError
+from mbgd.field_types import converted
 
 
 class Schedule(ABC):
@@ -16,6 +17,7 @@ class Schedule(ABC):
 
     def __init__(self, *, num_steps: int, warmup_steps: int = 0) -> None:
         """num_steps: optimizer steps of the whole run; warmup_steps: how many of them warm up."""
+        converted(f"schedule.warmup_steps={warmup_steps}", warmup_steps, int)
         if warmup_steps < 0 or 0 < num_steps < warmup_steps:
             raise UsageError(
                 f"schedule.warmup_steps={warmup_steps} in a run of {num_steps} steps; it must lie between 0 and that."
@@ -36,6 +38,11 @@ class Schedule(ABC):
     def after_warmup(self, step: int) -> float: ...
 
 
+def _check_factor(name: str, factor: float) -> None:
+    if not 0 <= converted(f"schedule.{name}={factor}", factor, float) < math.inf:
+        raise UsageError(f"schedule.{name}={factor}; it must be a finite number ≥ 0.")
+
+
 class Constant(Schedule):
     """Factor 1."""
 
@@ -50,6 +57,7 @@ class Cosine(Schedule):
 
     def __init__(self, *, num_steps: int, warmup_steps: int = 0, final_factor: float = 0.0) -> None:
         super().__init__(num_steps=num_steps, warmup_steps=warmup_steps)
+        _check_factor("final_factor", final_factor)
         self.final_factor = final_factor
 
     def after_warmup(self, step: int) -> float:
@@ -62,6 +70,7 @@ class Linear(Schedule):
 
     def __init__(self, *, num_steps: int, warmup_steps: int = 0, final_factor: float = 0.0) -> None:
         super().__init__(num_steps=num_steps, warmup_steps=warmup_steps)
+        _check_factor("final_factor", final_factor)
         self.final_factor = final_factor
 
     def after_warmup(self, step: int) -> float:
@@ -75,6 +84,8 @@ class Step(Schedule):
 
     def __init__(self, *, num_steps: int, every_steps: int, warmup_steps: int = 0, decay: float = 0.1) -> None:
         super().__init__(num_steps=num_steps, warmup_steps=warmup_steps)
+        converted(f"schedule.every_steps={every_steps}", every_steps, int)
+        _check_factor("decay", decay)
         if every_steps < 1:
             raise UsageError(f"schedule.every_steps={every_steps}; it must be ≥ 1.")
         self.every_steps, self.decay = every_steps, decay

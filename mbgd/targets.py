@@ -3,8 +3,7 @@
 import inspect
 import pkgutil
 import types
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from enum import Enum
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -25,36 +24,36 @@ def find(node: Mapping[str, Any]) -> Any:
         return None
 
 
-def unknown_keys(name: str, node: Any, num_positional: int = 0, added: Collection[str] = ()) -> Iterator[str]:
-    """A problem for each target, of the node or of nodes inside it, that is given keys which it does not take.
+def mistakes(name: str, node: Any, num_positional: int = 0, added: Collection[str] = ()) -> Iterator[str]:
+    """What is wrong with the keywords of each target, of the node or of nodes inside it, by the target's signature.
 
     num_positional: how many arguments it gets by position; added: keywords that it gets beside the node's.
     """
     if isinstance(node, Mapping):
         for key, value in node.items():
-            yield from unknown_keys(f"{name}.{key}", value)
-        taken = _taken(node, num_positional) if "_target_" in node else None
-        if taken is not None:
-            yield from _not_taken(name, node, taken, added)
+            yield from mistakes(f"{name}.{key}", value)
+        if "_target_" in node:
+            yield from _mistakes(name, node, num_positional, added)
     elif isinstance(node, list):
         for number, value in enumerate(node):
-            yield from unknown_keys(f"{name}[{number}]", value)
+            yield from mistakes(f"{name}[{number}]", value)
 
 
-def _taken(node: Mapping[str, Any], num_positional: int) -> list[str] | None:
-    """Keywords that the target takes; None where it takes any, or cannot be asked."""
+def _mistakes(name: str, node: Mapping[str, Any], num_positional: int, added: Collection[str]) -> Iterator[str]:
     try:
         parameters = list(inspect.signature(find(node)).parameters.values())
     except (TypeError, ValueError):  # no target, or one written in C
-        return None
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return None
+        return
     num_positional = max(num_positional, len(node.get("_args_") or ()))
     by_position = [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
-    given = {one.name for one in by_position[:num_positional]} | {
-        one.name for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.VAR_POSITIONAL)
-    }
-    return [one.name for one in parameters if one.name not in given]
+    free = [one for one in parameters if one not in by_position[:num_positional]]
+    taken = [one.name for one in free if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
+    if not any(one.kind is one.VAR_KEYWORD for one in parameters):
+        yield from _not_taken(name, node, taken, added)
+    needed = [one.name for one in free if one.name in taken and one.default is one.empty]
+    if missing := [key for key in needed if key not in (*node, *added)] if not node.get("_partial_") else []:
+        give = " ".join(f"+{name}.{key}=…" for key in missing)
+        yield f"{name}: {node['_target_']} needs {', '.join(missing)}. Give it {give}."
 
 
 def _not_taken(name: str, node: Mapping[str, Any], taken: list[str], added: Collection[str]) -> Iterator[str]:
@@ -90,44 +89,51 @@ def misfits(name: str, node: Mapping[str, Any]) -> list[str]:
         return []
     found = []
     for key, value in node.items():
-        kinds = _kinds(hints[key]) if key in hints else None
-        kind = _kind(value)
-        is_tensor = kinds is not None and "a tensor" in kinds and kind in ("a number", "a list")
-        if kinds is not None and kind not in kinds and not is_tensor:
-            wanted = " or ".join(sorted(kinds - {"null", "a tensor"} or kinds))
-            example = f", such as {name}.{key}=[{value}]" if kind == "a number" and kinds == {"a list"} else ""
-            found.append(f"{name}.{key}={'null' if value is None else value} is {kind}; it takes {wanted}{example}")
+        if key in hints and not _fits(hints[key], value):
+            example = (
+                f", such as {name}.{key}=[{value}]"
+                if isinstance(value, int | float) and _fits(hints[key], [value])
+                else ""
+            )
+            shown = "null" if value is None else value
+            found.append(f"{name}.{key}={shown}; it takes {_words(hints[key])}{example}")
     return found
 
 
-def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, str):
-        return "a text"
-    return "a number" if isinstance(value, int | float) else "a dict" if isinstance(value, Mapping) else "a list"
-
-
-_KINDS: dict[Any, set[str]] = {
-    type(None): {"null"},
-    Tensor: {"a tensor"},
-    **{kind: {"a number"} for kind in (int, float, bool, complex)},
-    **{kind: {"a text"} for kind in (str, Path)},
-}
-
-
-def _kinds(annotation: Any) -> set[str] | None:
-    """The kinds of plain values that an annotation allows; None where it may be any."""
-    origin = get_origin(annotation) or annotation
+def _fits(annotation: Any, value: Any) -> bool:
+    """Whether a plain value may be meant by an annotation; true where the annotation is not known here."""
+    origin, arguments = get_origin(annotation) or annotation, get_args(annotation)
     if origin in (Union, types.UnionType):
-        parts = [_kinds(one) for one in get_args(annotation)]
-        return None if None in parts else set().union(*(part for part in parts if part is not None))
+        return any(_fits(one, value) for one in arguments)
     if origin is Literal:
-        return {_kind(one) for one in get_args(annotation)}
-    if origin in _KINDS:
-        return _KINDS[origin]
-    if not isinstance(origin, type) or issubclass(origin, Enum):
-        return None
-    if issubclass(origin, Mapping):
-        return {"a dict"}
-    return {"a list"} if origin in (list, tuple) or origin.__module__ == Iterable.__module__ else None
+        return value in arguments
+    if origin is Tensor:
+        return isinstance(value, int | float | list)
+    if origin in (int, float, bool, complex):
+        return isinstance(value, int | float)
+    if origin in (str, Path):
+        return isinstance(value, str)
+    if origin is type(None):
+        return value is None
+    if _is_list(origin):
+        inner = arguments[0] if arguments else Any
+        return isinstance(value, list | tuple) and all(_fits(inner, one) for one in value)
+    return True
+
+
+def _is_list(origin: Any) -> bool:
+    return origin in (list, tuple, Sequence, Iterable, Collection)
+
+
+def _words(annotation: Any) -> str:
+    """What an annotation asks for; tensors aside, which the configuration cannot give."""
+    origin, arguments = get_origin(annotation) or annotation, get_args(annotation)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_words(one) for one in arguments if one not in (type(None), Tensor)))
+    if origin is Literal:
+        return " or ".join(map(str, arguments))
+    if _is_list(origin):
+        return f"a list of {_words(arguments[0]).split()[-1]}s" if arguments else "a list"
+    if origin in (int, float, bool, complex):
+        return "a number"
+    return "a text" if origin in (str, Path) else getattr(origin, "__name__", str(origin))
