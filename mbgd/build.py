@@ -36,7 +36,7 @@ def typed(composed: DictConfig) -> Config:
         OmegaConf.update(composed, key, None)  # so that what refers to it resolves, and other mistakes show too
     schema = values = OmegaConf.structured(Config)
     _make_writable(schema)  # frozen classes make read-only sections, into which nothing can be merged
-    for path, value in _typed_values(OmegaConf.to_container(composed, resolve=True), schema):
+    for path, value in _typed_values(_resolved(composed), schema):
         part = value
         for key in reversed(path):
             part = {key: part}
@@ -62,6 +62,17 @@ def typed(composed: DictConfig) -> Config:
     return config
 
 
+def _resolved(composed: DictConfig) -> Any:
+    """The configuration as plain values, with every reference resolved."""
+    try:
+        return OmegaConf.to_container(composed, resolve=True)
+    except OmegaConfBaseException as error:
+        reason = str(error.msg or error).splitlines()[0]
+        named = re.search(r"Interpolation key '([^']+)' not found", reason)
+        meant = did_you_mean(named[1], _keys(composed)) if named else ""
+        raise UsageError(f"{error.full_key} refers to what is not there: {reason}.{meant}") from error
+
+
 def _mistyped(path: str, reason: str, value: Any, schema: DictConfig) -> tuple[str, list[str]]:
     """The key or value that is refused, and the valid ones where there is a choice."""
     if choices := re.search(r"expected one of \[(.*)\]", reason):
@@ -70,7 +81,7 @@ def _mistyped(path: str, reason: str, value: Any, schema: DictConfig) -> tuple[s
 
 
 def _keys(schema: DictConfig, prefix: str = "") -> Iterator[str]:
-    for key, node in schema.items():
+    for key, node in schema.items_ex(resolve=False):
         yield f"{prefix}{key!s}"
         if isinstance(node, DictConfig):
             yield from _keys(node, f"{prefix}{key!s}.")

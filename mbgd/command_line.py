@@ -37,14 +37,14 @@ def _no_choice(argument: str, groups: Path) -> str:
     key, _, value = argument.lstrip("+").partition("=")
     if (
         "=" not in argument
-        or value not in ("", "null")
+        or not {"", "null"} & set(value.split(","))
         or not re.fullmatch(r"[\w/]+", key)
         or not (groups / key).is_dir()
     ):
         return ""
     choices = ", ".join(sorted(path.stem for path in (groups / key).glob("*.yaml")))
     out = "without it there is none" if key == "experiment" else f"~{key} leaves the group out"
-    return f"{argument} names none of the choices of {key}: {choices}. Name one; {out}."
+    return f"{argument} names none of the choices of {key} ({choices}); {out}."
 
 
 def _how_to_quote(override: str) -> str:

@@ -16,8 +16,9 @@ def nearest(name: str, valid: Iterable[str], most: int = 2) -> list[str]:
     begun = [one for part, one in siblings.items() if len(last) > 2 and part.startswith(last)]
     misspelled = [siblings[one] for one in difflib.get_close_matches(last, siblings, n=most, cutoff=0.65)]
     elsewhere = difflib.get_close_matches(name, valid, n=most, cutoff=0.75)
-    elsewhere += difflib.get_close_matches(last, valid, n=most, cutoff=0.75)  # batch_size for batch.size
-    return list(dict.fromkeys([*same_last, *misspelled, *begun, *elsewhere]))[:most]
+    found = [*same_last, *misspelled, *begun, *elsewhere]
+    found = found or difflib.get_close_matches(last, valid, n=most, cutoff=0.75)  # data.batch_size for batch.size
+    return list(dict.fromkeys(found))[:most]
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
