@@ -158,7 +158,7 @@ def test_what_a_target_takes_is_not_refused() -> None:
         (["+data.num_worker=4"], ["data.num_worker:", "Did you mean data.num_workers?"]),
         (["+data.batch_sizee=3", "+data.sampler=x"], ["data.batch_sizee", "Did you mean batch.size?", "data.sampler"]),
         (["+data.helper=3", "+data.other=${data.shuffle}"], ["data.helper: ", "data.other: "]),
-        (["model.dropout=${model.drop}"], ["model.dropout", "${model.drop}"]),
+        (["model.dropout=${model.drop}"], ["model.dropout refers", "Did you mean model.dropout?"]),
         (["+data.path=3", "run.name='data.path${oc.env:HOME}'"], ["data.path"]),
         (["data.shuffle=maybe"], ["data.shuffle=maybe: it takes True or False"]),
         (["data.num_workers=1.5"], ["data.num_workers=1.5: it takes a whole number"]),
