@@ -43,7 +43,7 @@ def typed(composed: DictConfig) -> Config:
         try:
             values = OmegaConf.merge(values, part)
         except OmegaConfBaseException as error:
-            reason = str(error.msg or error).splitlines()[0]
+            reason = str(error.msg or error).splitlines()[0].rstrip(".")
             meant = did_you_mean(*_mistyped(".".join(path), reason, value, schema))
             found.append(
                 f"{'.'.join(path)}: {reason}.{_rule(reason)}{meant} `python train.py --cfg job` shows every key and "
@@ -92,6 +92,10 @@ def _rule(reason: str) -> str:
     kinds = {"Integer": int, "Float": float, "Boolean": bool}
     if found := re.search(r"could not be converted to (\w+)", reason):
         return f" It takes {WORDS[kinds[found[1]]].lower()}." if found[1] in kinds else ""
+    if "is not a subclass of" in reason:
+        return " It is a section: give values to its keys."
+    if "is not a ListConfig" in reason:
+        return " It takes a list, such as [a,b]."
     return " It cannot be null." if "is not Optional" in reason else ""
 
 
@@ -199,7 +203,7 @@ def build_data(config: Config) -> Data:
 def make_optimizer(node: Any, model: torch.nn.Module) -> torch.optim.Optimizer:
     """The optimizer of the model's trainable parameters, of a kind that the trainer can drive."""
     kind = targets.find(node) if isinstance(node, dict) else None
-    if isinstance(kind, type):
+    if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer):
         optimizers.check(kind)  # before its keys are corrected in vain
     try:
         optimizer: torch.optim.Optimizer = make("optimizer", node, [p for p in model.parameters() if p.requires_grad])
@@ -240,10 +244,10 @@ def make(name: str, node: Any, *arguments: Any, **keywords: Any) -> Any:
         return instantiate(node, *arguments, **keywords)
     except Exception as error:  # whatever a part of the user's raises
         reason: BaseException = error  # Hydra's own message tells less than the exception at the bottom
-        while reason.__cause__ is not None:
-            if isinstance(reason.__cause__, UsageError):
-                raise reason.__cause__ from None
+        while reason.__cause__ is not None and not isinstance(reason, UsageError):
             reason = reason.__cause__
+        if isinstance(reason, UsageError):
+            raise reason from None
         remedy = _remedy(reason) if isinstance(reason, ModuleNotFoundError) else ""
         said = "; ".join(targets.misfits(name, {**node, **keywords})) or f"{type(reason).__name__}: {reason}"
         raise UsageError(f"{name} ({node['_target_']}) cannot be made: {said}{remedy}") from error

@@ -48,12 +48,19 @@ def _no_choice(argument: str, groups: Path) -> str:
 
 
 def _how_to_quote(override: str) -> str:
-    key, _, value = override.partition("=")
+    key, equals, value = override.partition("=")
+    if not equals:
+        return f"{override} is neither an option nor key=value."
+    if value[:1] in ("[", "{"):
+        example = shlex.quote(f'{key}=["a b", c]')
+        return (
+            f"Hydra cannot read the value of {key}. A list or a dict stands in quotation marks for the shell, and texts "
+            f"with spaces or accents inside it in quotation marks of their own, such as {example}"
+        )
     escaped = re.sub(r'(\\*)"', r"\1\1\"", re.sub(r"(\\+)$", r"\1\1", value))
-    quoted = shlex.quote(f'{key}="{escaped}"')
     return (
-        f"Hydra cannot read the value of {key}. One with spaces, accents, brackets, commas or quotation marks stands "
-        f"in quotation marks of its own, inside those that are for the shell: {quoted}"
+        f"Hydra cannot read the value of {key}. One with spaces, accents, brackets, commas or quotation marks stands in "
+        f"quotation marks of its own, inside those that are for the shell: " + shlex.quote(f'{key}="{escaped}"')
     )
 
 

@@ -30,8 +30,9 @@ def mistakes(name: str, node: Any, num_positional: int = 0, added: Collection[st
     num_positional: how many arguments it gets by position; added: keywords that it gets beside the node's.
     """
     if isinstance(node, Mapping):
-        for key, value in node.items():
-            yield from mistakes(f"{name}.{key}", value)
+        if node.get("_recursive_", True):  # otherwise the target makes of them what it likes
+            for key, value in node.items():
+                yield from mistakes(f"{name}.{key}", value)
         if "_target_" in node:
             yield from _mistakes(name, node, num_positional, added)
     elif isinstance(node, list):
@@ -41,7 +42,8 @@ def mistakes(name: str, node: Any, num_positional: int = 0, added: Collection[st
 
 def _mistakes(name: str, node: Mapping[str, Any], num_positional: int, added: Collection[str]) -> Iterator[str]:
     try:
-        parameters = list(inspect.signature(find(node)).parameters.values())
+        # A wrapper may take other keywords than what it wraps.
+        parameters = list(inspect.signature(find(node), follow_wrapped=False).parameters.values())
     except (TypeError, ValueError):  # no target, or one written in C
         return
     num_positional = max(num_positional, len(node.get("_args_") or ()))

@@ -172,6 +172,8 @@ def test_what_a_target_takes_is_not_refused() -> None:
         (["batch.size=1e3"], ["It takes a whole number"]),
         (["clip_norm=x"], ["It takes a number"]),
         (["run.dir="], ["run.dir is empty"]),
+        (["batch=3"], ["It is a section"]),
+        (["tracking.wandb.tags=a"], ["It takes a list"]),
         (["evaluation.metrics=null"], ["It cannot be null"]),
         (["precision=FP64"], ["Did you mean fp64?"]),
         (["backend.timeout_seconds=0"], ["backend.timeout_seconds=0"]),

@@ -59,6 +59,8 @@ def test_a_sweep_over_an_unknown_experiment_is_refused(tmp_path: Path) -> None:
     [
         (["run.dir=a b é"], """'run.dir="a b é"'"""),
         (["run.dir=a=b"], """'run.dir="a=b"'"""),
+        (["tracking.wandb.tags=[é]"], "texts with spaces or accents inside it in quotation marks of their own"),
+        (["steps"], "steps is neither an option nor key=value"),
         (["model="], "names none of the choices of model (cnn, gpt, linear, mlp, own, resnet); ~model leaves"),
         (["schedule=null"], "~schedule leaves the group out"),
         (["experiment=null"], "without it there is none"),
