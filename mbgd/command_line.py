@@ -54,13 +54,13 @@ def _how_to_quote(override: str) -> str:
     if value[:1] in ("[", "{"):
         example = shlex.quote(f'{key}=["a b", c]')
         return (
-            f"Hydra cannot read the value of {key}. A list or a dict stands in quotation marks for the shell, and texts "
-            f"with spaces or accents inside it in quotation marks of their own, such as {example}"
+            f"Hydra cannot read the value of {key}. A list or a dict stands in quotation marks for the shell, and "
+            f"texts with spaces or accents inside it in quotation marks of their own, such as {example}"
         )
     escaped = re.sub(r'(\\*)"', r"\1\1\"", re.sub(r"(\\+)$", r"\1\1", value))
     return (
-        f"Hydra cannot read the value of {key}. One with spaces, accents, brackets, commas or quotation marks stands in "
-        f"quotation marks of its own, inside those that are for the shell: " + shlex.quote(f'{key}="{escaped}"')
+        f"Hydra cannot read the value of {key}. One with spaces, accents, brackets, commas or quotation marks stands "
+        "in quotation marks of its own, inside those that are for the shell: " + shlex.quote(f'{key}="{escaped}"')
     )
 
 
