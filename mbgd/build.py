@@ -193,11 +193,11 @@ def build_trainer(config: Config, workers: Workers) -> Trainer:
 
 def build_data(config: Config) -> Data:
     """The datasets, and how they are read."""
-    data = dict(config.data)
-    for split in ("train", "evaluation"):
-        if data.get(split) is not None:
-            data[split] = make(f"data.{split}", data[split])
-    return Data(**{key: data[key] for key in get_type_hints(Data) if key in data})
+    data = {key: config.data[key] for key in get_type_hints(Data) if key in config.data}
+    for key, value in data.items():
+        if isinstance(value, dict) or (key in ("train", "evaluation") and value is not None):
+            data[key] = make(f"data.{key}", value)
+    return Data(**data)
 
 
 def make_optimizer(node: Any, model: torch.nn.Module) -> torch.optim.Optimizer:

@@ -38,6 +38,8 @@ def converted(given: str, value: Any, wanted: Any) -> Any:
         if isinstance(value, origin):
             return value
         raise UsageError(f"{given}: it takes mbgd.{origin.__name__}({fields(origin)[0].name}=…).")
+    if origin not in WORDS:  # a type that only its user can check
+        return value
     result = _plain(value, origin)
     if result is None:
         raise UsageError(f"{given}: it takes {WORDS[origin]}{' or None' if may_be_none else ''}.")
@@ -45,11 +47,11 @@ def converted(given: str, value: Any, wanted: Any) -> Any:
 
 
 def _without_none(wanted: Any) -> tuple[Any, bool]:
-    """The one type of `X | None`, and whether None is allowed."""
+    """The one type of `X | None`, object where it is one of several, and whether None is allowed."""
     if get_origin(wanted) not in (Union, types.UnionType):
         return wanted, False
-    [kind] = (one for one in get_args(wanted) if one is not type(None))
-    return kind, True
+    kinds = [one for one in get_args(wanted) if one is not type(None)]
+    return kinds[0] if len(kinds) == 1 else object, len(kinds) < len(get_args(wanted))
 
 
 def _member(given: str, value: Any, choices: type[Enum]) -> Enum:
@@ -85,5 +87,4 @@ def _plain(value: Any, kind: type) -> Any:
     if kind is list:
         is_list = isinstance(value, Sequence) and not isinstance(value, str | bytes)
         return list(value) if is_list and all(isinstance(one, str) for one in value) else None
-    assert kind is dict, kind
     return dict(value) if isinstance(value, Mapping) and all(isinstance(one, str) for one in value) else None
