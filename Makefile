@@ -9,7 +9,7 @@ INSTALLED := .venv/.installed
 .PHONY: train test chaos check bench clean
 
 train: $(INSTALLED)
-	WORKERS=$(WORKERS) launch/local.sh $(ARGS)
+	WORKERS='$(WORKERS)' launch/local.sh $(ARGS)
 
 test: $(INSTALLED)
 	python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal

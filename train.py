@@ -13,6 +13,7 @@ from mbgd import command_line
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(composed: DictConfig) -> None:
+    command_line.check_sources(HydraConfig.get().runtime.config_sources)
     from torch.distributed.elastic.multiprocessing.errors import record
 
     from mbgd.run import run_or_explain

@@ -3,6 +3,7 @@
 import argparse
 import sys
 
+from mbgd import plain_output
 from mbgd.errors import UsageError
 from mbgd.tools import checkpoints, compare, report, sweep
 
@@ -10,6 +11,7 @@ TOOLS = {"checkpoints": checkpoints, "compare": compare, "report": report, "swee
 
 
 def main() -> int:
+    plain_output.start()
     parser = argparse.ArgumentParser(prog="python -m mbgd", description="Tools for runs of mbgd.")
     tools = parser.add_subparsers(dest="tool", metavar="TOOL", required=True)
     for name, tool in TOOLS.items():

@@ -5,19 +5,20 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from types import FunctionType
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
-from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mbgd import averaging, profiling, saving
+from mbgd import averaging, optimizers, profiling, saving, targets
 from mbgd.config import Config, Run, problems
 from mbgd.errors import UsageError
+from mbgd.field_types import WORDS, converted
 from mbgd.loader import Data
 from mbgd.plan import count_steps, make_plan
+from mbgd.references import referred
 from mbgd.suggestions import did_you_mean
 from mbgd.task import Task
 from mbgd.trainer import Trainer
@@ -36,30 +37,67 @@ def typed(composed: DictConfig) -> Config:
         OmegaConf.update(composed, key, None)  # so that what refers to it resolves, and other mistakes show too
     schema = values = OmegaConf.structured(Config)
     _make_writable(schema)  # frozen classes make read-only sections, into which nothing can be merged
-    for path, part in _parts(OmegaConf.to_container(composed, resolve=True), schema):
+    for path, value in _typed_values(_resolved(composed), schema):
+        part = value
+        for key in reversed(path):
+            part = {key: part}
         try:
             values = OmegaConf.merge(values, part)
         except OmegaConfBaseException as error:
-            reason = str(error.msg or error).splitlines()[0]
-            meant = did_you_mean(*_mistyped(path, reason, part, schema))
-            found.append(f"{path}: {reason}.{meant} `python train.py --cfg job` shows every key and its value.")
+            reason = str(error.msg or error).splitlines()[0].rstrip(".")
+            meant = did_you_mean(*_mistyped(".".join(path), reason, value, schema))
+            found.append(
+                f"{'.'.join(path)}: {reason}.{_rule(reason)}{meant} `python train.py --cfg job` shows every key and "
+                "its value."
+            )
     config = OmegaConf.to_object(values)
     assert isinstance(config, Config)
     found += problems(config)
+    for name in ("data", "model", "objective", "optimizer"):
+        if not isinstance(getattr(config, name), dict):
+            found.append(f"{name}={getattr(config, name)}; it must be a group's choice, or name a _target_.")
+    if isinstance(config.data, dict):
+        found += _data_problems(config.data, OmegaConf.to_container(composed))
     if found:
         raise UsageError("the configuration has mistakes:\n" + "\n".join(f"  - {problem}" for problem in found))
     return config
 
 
-def _mistyped(path: str, reason: str, part: Any, schema: DictConfig) -> tuple[str, list[str]]:
+def _resolved(composed: DictConfig) -> Any:
+    """The configuration as plain values, with every reference resolved."""
+    try:
+        return OmegaConf.to_container(composed, resolve=True)
+    except OmegaConfBaseException as error:
+        reason = str(error.msg or error).splitlines()[0]
+        named = re.search(r"Interpolation key '([^']+)' not found", reason)
+        meant = did_you_mean(named[1], _keys(composed)) if named else ""
+        raise UsageError(f"{error.full_key} refers to what is not there: {reason}.{meant}") from error
+
+
+def _mistyped(path: str, reason: str, value: Any, schema: DictConfig) -> tuple[str, list[str]]:
     """The key or value that is refused, and the valid ones where there is a choice."""
     if choices := re.search(r"expected one of \[(.*)\]", reason):
-        for key in path.split("."):
-            part = part[key]
-        return str(part), choices[1].split(", ")
-    sections = {str(key): node for key, node in schema.items() if isinstance(node, DictConfig)}
-    keys = [str(key) for key in schema] + [f"{key}.{inner!s}" for key, node in sections.items() for inner in node]
-    return path, keys if reason.startswith("Key ") else []
+        return str(value), choices[1].split(", ")
+    return path, list(_keys(schema)) if reason.startswith("Key ") else []
+
+
+def _keys(schema: DictConfig, prefix: str = "") -> Iterator[str]:
+    for key, node in schema.items_ex(resolve=False):
+        yield f"{prefix}{key!s}"
+        if isinstance(node, DictConfig):
+            yield from _keys(node, f"{prefix}{key!s}.")
+
+
+def _rule(reason: str) -> str:
+    """What OmegaConf's `reason` means, where it tells in its own words."""
+    kinds = {"Integer": int, "Float": float, "Boolean": bool}
+    if found := re.search(r"could not be converted to (\w+)", reason):
+        return f" It takes {WORDS[kinds[found[1]]].lower()}." if found[1] in kinds else ""
+    if "is not a subclass of" in reason:
+        return " It is a section: give values to its keys."
+    if "is not a ListConfig" in reason:
+        return " It takes a list, such as [a,b]."
+    return " It cannot be null." if "is not Optional" in reason else ""
 
 
 def _make_writable(section: DictConfig) -> None:
@@ -78,14 +116,40 @@ def _missing_keys(node: Any, prefix: str = "") -> Iterator[str]:
             yield from _missing_keys(value, f"{prefix}{key}.")
 
 
-def _parts(values: Any, schema: DictConfig) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(path, what to merge) for each typed value; a node that the schema leaves open comes as a whole."""
+def _typed_values(values: Any, schema: DictConfig, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """(path, value) of each typed value; a node that the schema leaves open comes as a whole."""
     for key, value in values.items():
-        if isinstance(schema.get(key) if key in schema else None, DictConfig) and isinstance(value, dict):
-            for inner_key, inner_value in value.items():
-                yield f"{key}.{inner_key}", {key: {inner_key: inner_value}}
+        section = schema.get(key) if key in schema else None
+        if (
+            isinstance(section, DictConfig)
+            and dataclasses.is_dataclass(OmegaConf.get_type(section))
+            and isinstance(value, dict)
+        ):
+            yield from _typed_values(value, section, (*path, str(key)))
         else:
-            yield str(key), {key: value}
+            yield (*path, str(key)), value
+
+
+def _data_problems(data: dict[str, Any], unresolved: Any) -> list[str]:
+    """Keys of `data` that nobody reads, and values that cannot be."""
+    types = get_type_hints(Data)
+    found = []
+    if data.get("train") is None:
+        found.append("data.train has no dataset; there is nothing to train on. Only data.evaluation may be null.")
+    for key in data.keys() & types.keys():
+        try:
+            converted(f"data.{key}={data[key]}", data[key], types[key])
+        except UsageError as error:
+            found.append(str(error))
+    unknown = set(data) - set(types)
+    for key in sorted(unknown - referred(unresolved, "data", unknown)):
+        valid = [f"data.{one}" for one in {**types, **data} if one != key] + list(_keys(OmegaConf.structured(Config)))
+        found.append(
+            f"data.{key}: there is no such key, and nothing refers to it as ${{data.{key}}}."
+            f"{did_you_mean(f'data.{key}', valid)} Beside keys that the configuration refers to, data has "
+            f"{', '.join(types)}; a dataset's own arguments stand under data.train and data.evaluation."
+        )
+    return found
 
 
 def resolved_yaml(composed: DictConfig) -> str:
@@ -110,11 +174,15 @@ def build_trainer(config: Config, workers: Workers) -> Trainer:
     if not isinstance(model, torch.nn.Module):
         raise UsageError(f"model is a {type(model).__name__}; it must be a torch.nn.Module.")
     objective = make("objective", config.objective, _partial_=_is_function(config.objective))
-    optimizer = make("optimizer", config.optimizer, Task(model, objective).trainable())
+    if not callable(objective):
+        raise UsageError(f"objective is a {type(objective).__name__}; it must be a function (model, batch).")
+    optimizer = make_optimizer(config.optimizer, Task(model, objective))
     plan = make_plan(config, len(data.train), workers.num_workers)
     schedule = None
     if config.schedule is not None:
         schedule = make("schedule", config.schedule, num_steps=count_steps(config, plan))
+        if not callable(schedule):
+            raise UsageError(f"schedule is a {type(schedule).__name__}; it must be a function of the step.")
     metrics = {name: make(f"evaluation.metrics.{name}", node) for name, node in config.evaluation.metrics.items()}
     evaluation = dataclasses.replace(config.evaluation, metrics=metrics)
     settings = dataclasses.replace(config, schedule=schedule, evaluation=evaluation)
@@ -125,13 +193,36 @@ def build_trainer(config: Config, workers: Workers) -> Trainer:
 
 
 def build_data(config: Config) -> Data:
-    """The datasets; those held in memory keep their floating values in the precision's dtype."""
-    node = config.data
-    datasets = {}
-    for split in ("train", "evaluation"):
-        dataset = make(f"data.{split}", node[split]) if node.get(split) is not None else None
-        datasets[split] = dataset
-    return Data(**datasets, shuffle=node.get("shuffle", True), num_workers=node.get("num_workers", 0))
+    """The datasets, and how they are read."""
+    data = {key: config.data[key] for key in get_type_hints(Data) if key in config.data}
+    for key, value in data.items():
+        if isinstance(value, dict) or (key in ("train", "evaluation") and value is not None):
+            data[key] = make(f"data.{key}", value)
+    return Data(**data)
+
+
+def make_optimizer(node: Any, task: Task) -> torch.optim.Optimizer:
+    """The optimizer of the parameters of model and objective, of a kind that the trainer can drive.
+
+    Of those that do not require a gradient, too: they may be unfrozen later.
+    """
+    kind = targets.find(node) if isinstance(node, dict) else None
+    if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer):
+        optimizers.check(kind)  # before its keys are corrected in vain
+    try:
+        optimizer: torch.optim.Optimizer = make("optimizer", node, list(task.parameters()))
+    except UsageError as error:
+        if "2D parameters" not in str(error):  # torch.optim.Muon
+            raise
+        others = optimizers.not_matrices(task.model)
+        raise UsageError(
+            f"optimizer ({node['_target_']}) takes matrices alone, and {len(others)} parameters of the model are "
+            f"none: {', '.join(others[:5])}{' …' if len(others) > 5 else ''}. Use another optimizer, such as "
+            "optimizer=adamw, or one of your own that gives it the matrices and the rest to another "
+            "(optimizer=own optimizer._target_=…)."
+        ) from error
+    optimizers.check(optimizer)
+    return optimizer
 
 
 def _is_function(node: Any) -> bool:
@@ -143,21 +234,27 @@ def _is_function(node: Any) -> bool:
 
 
 def make(name: str, node: Any, *arguments: Any, **keywords: Any) -> Any:
-    """Call the node's `_target_`; its mistakes are the user's to mend, so they become UsageErrors."""
-    if not isinstance(node, dict) or "_target_" not in node:
+    """Call the node's `_target_`; its mistakes are the user's to mend, so they become UsageErrors.
+
+    What it is given are plain lists and dicts, also inside of others.
+    """
+    if not isinstance(node, dict) or not isinstance(node.get("_target_"), str) or not node["_target_"]:
         raise UsageError(f"{name} has no _target_; it must name the class or function that makes it.")
+    node = {"_convert_": "all", **node, **{key: keywords.pop(key) for key in targets.OF_HYDRA if key in keywords}}
+    added = [key for key in keywords if key not in node]
+    if found := list(targets.mistakes(name, node, len(arguments), added)):
+        raise UsageError("\n".join(found))
     try:
         return instantiate(node, *arguments, **keywords)
-    except InstantiationException as error:
-        if isinstance(error.__cause__, UsageError):
-            raise error.__cause__ from None
+    except Exception as error:  # whatever a part of the user's raises
         reason: BaseException = error  # Hydra's own message tells less than the exception at the bottom
-        while reason.__cause__ is not None:
+        while reason.__cause__ is not None and not isinstance(reason, UsageError):
             reason = reason.__cause__
+        if isinstance(reason, UsageError):
+            raise reason from None
         remedy = _remedy(reason) if isinstance(reason, ModuleNotFoundError) else ""
-        raise UsageError(
-            f"{name} ({node['_target_']}) cannot be made: {type(reason).__name__}: {reason}{remedy}"
-        ) from error
+        said = "; ".join(targets.misfits(name, {**node, **keywords})) or f"{type(reason).__name__}: {reason}"
+        raise UsageError(f"{name} ({node['_target_']}) cannot be made: {said}{remedy}") from error
 
 
 def _remedy(error: ModuleNotFoundError) -> str:

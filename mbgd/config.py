@@ -3,11 +3,14 @@
 `conf/` gives the values and comments; these classes give types, units and rules.
 """
 
+import math
 import re
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
+
+from mbgd.course import identity as identity
+from mbgd.field_types import Typed
 
 
 class Precision(Enum):
@@ -40,7 +43,7 @@ class BackendName(Enum):
 
 
 @dataclass(frozen=True)
-class Batch:
+class Batch(Typed):
     size: int = 64
     """Examples of one optimizer step, all workers together."""
     micro_batch_size: int | None = None
@@ -49,7 +52,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Averaging:
+class Averaging(Typed):
     name: AveragingName = AveragingName.auto
     find_unused_parameters: bool | None = None
     """Whether the parameters that take part may differ from step to step; None: found out at the start."""
@@ -58,7 +61,7 @@ class Averaging:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Typed):
     every_steps: int | None = None
     """Optimizer steps between evaluations; None: at the end of each epoch. There is always one at the end."""
     batch_size: int = 256
@@ -68,7 +71,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class NoiseScale:
+class NoiseScale(Typed):
     every_steps: int | None = 50
     """Optimizer steps between measurements of the gradient's noise; None: not measured."""
     smoothing: int = 20
@@ -76,13 +79,13 @@ class NoiseScale:
 
 
 @dataclass(frozen=True)
-class Check:
+class Check(Typed):
     replicas_every_steps: int | None = None
     """Optimizer steps between comparisons of the workers' copies of the state; None: before each evaluation alone."""
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Typed):
     """What training depends on beside the model, the data, the objective and the optimizer."""
 
     seed: int = 0
@@ -103,14 +106,14 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Backend:
+class Backend(Typed):
     name: BackendName = BackendName.auto
     timeout_seconds: float = 600.0
     """How long a collective waits for a worker before the run ends with an error."""
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Typed):
     dir: str | None = None
     """The run's folder; None: a new one under `root`."""
     name: str | None = None
@@ -128,7 +131,7 @@ class Direction(Enum):
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Sweep(Typed):
     metric: str = "eval/loss"
     """What a sweep's jobs are ranked by."""
     direction: Direction = Direction.minimize
@@ -137,7 +140,7 @@ class Sweep:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(Typed):
     every_steps: int | None = None
     """Optimizer steps between checkpoints; None: by time alone. There is always one at the end."""
     every_seconds: float | None = 300.0
@@ -162,7 +165,7 @@ class WandbMode(Enum):
 
 
 @dataclass(frozen=True)
-class Wandb:
+class Wandb(Typed):
     mode: WandbMode = WandbMode.disabled
     project: str = "mbgd"
     entity: str | None = None
@@ -181,7 +184,7 @@ class Wandb:
 
 
 @dataclass(frozen=True)
-class Tracking:
+class Tracking(Typed):
     quiet: bool = False
     """Print nothing but warnings and errors."""
     report: bool = True
@@ -211,42 +214,18 @@ class Config(Settings):
     optimizer: Any = None
 
 
-SAME_COURSE = ("seed", "precision", "clip_norm", "model", "objective", "optimizer", "schedule")
-"""Keys of the configuration that must not change when a run goes on, beside parts of `batch` and `data`."""
-
-
-def identity(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the course of training depends on, of a whole configuration as plain values, by key.
-
-    Not in it: the number of workers, the cut into micro-batches, averaging, backend, logging, evaluation. How long
-    training lasts is in it only where the learning rate depends on it.
-    """
-    data = {key: value for key, value in config["data"].items() if key not in ("evaluation", "num_workers")}
-    course = {key: config[key] for key in SAME_COURSE}
-    course |= {"data": data, "batch": {key: config["batch"][key] for key in ("size", "last")}}
-    if not str((config["schedule"] or {}).get("_target_", "")).endswith(("Constant", "Step")):
-        course |= {key: config[key] for key in ("epochs", "steps")}
-    return dict(_flat(course))
-
-
 def profiled_steps(profile: str) -> range:
     """The steps that `profile` names, the first of all being 1; empty where it names none."""
     named = re.fullmatch(r"steps:([1-9]\d*)-(\d+)", profile)
     return range(int(named[1]), int(named[2]) + 1) if named else range(0)
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def problems(settings: Settings) -> list[str]:
     """Every rule between the settings that is broken, each as what, got, rule, remedy."""
     batch = settings.batch
     found = []
+    if not 0 <= settings.seed < 2**63:
+        found.append(f"seed={settings.seed}; it must be from 0 to 2^63 − 1.")
     if batch.size < 1:
         found.append(f"batch.size={batch.size}; a minibatch has at least 1 example.")
     if batch.micro_batch_size is not None and not 1 <= batch.micro_batch_size <= max(batch.size, 1):
@@ -262,54 +241,62 @@ def problems(settings: Settings) -> list[str]:
     for name, value in (("steps", settings.steps), ("epochs", settings.epochs)):
         if value is not None and value < 0:
             found.append(f"{name}={value}; it must be ≥ 0.")
-    if settings.clip_norm is not None and not settings.clip_norm > 0:
-        found.append(f"clip_norm={settings.clip_norm}; it must be > 0, or null to leave gradients as they are.")
-    if settings.log_every_steps < 1:
-        found.append(f"log_every_steps={settings.log_every_steps}; it must be ≥ 1.")
-    every = settings.evaluation.every_steps
-    if every is not None and every < 1:
-        found.append(f"evaluation.every_steps={every}; it must be ≥ 1, or null to evaluate after each epoch.")
-    every = settings.check.replicas_every_steps
-    if every is not None and every < 1:
-        found.append(f"check.replicas_every_steps={every}; it must be ≥ 1, or null for each evaluation alone.")
-    noise = settings.noise_scale
-    if noise.every_steps is not None and noise.every_steps < 1:
-        found.append(f"noise_scale.every_steps={noise.every_steps}; it must be ≥ 1, or null not to measure it.")
-    if noise.smoothing < 1:
-        found.append(f"noise_scale.smoothing={noise.smoothing}; it must be ≥ 1 (1: each measurement by itself).")
-    if settings.evaluation.batch_size < 1:
-        found.append(f"evaluation.batch_size={settings.evaluation.batch_size}; it must be ≥ 1.")
+    evaluation, noise = settings.evaluation, settings.noise_scale
+    found += _too_small(
+        ("log_every_steps", settings.log_every_steps, ""),
+        ("evaluation.every_steps", evaluation.every_steps, ", or null to evaluate after each epoch"),
+        ("evaluation.batch_size", evaluation.batch_size, ""),
+        ("check.replicas_every_steps", settings.check.replicas_every_steps, ", or null for each evaluation alone"),
+        ("noise_scale.every_steps", noise.every_steps, ", or null not to measure it"),
+        ("noise_scale.smoothing", noise.smoothing, " (1: each measurement by itself)"),
+    )
+    found += _not_positive(("clip_norm", settings.clip_norm, ", or null to leave gradients as they are"))
     if isinstance(settings, Config):
-        found += _checkpoint_problems(settings.checkpoint)
-        found += _tracking_problems(settings.tracking)
-        if settings.profile is not None and not profiled_steps(settings.profile):
-            found.append(
-                f"profile={settings.profile}; it must name the first and the last of some optimizer steps, counted "
-                "from 1, such as steps:10-20, or be null."
-            )
-    return found
-
-
-def _checkpoint_problems(checkpoint: Checkpoint) -> list[str]:
-    found = []
-    if checkpoint.every_steps is not None and checkpoint.every_steps < 1:
-        found.append(f"checkpoint.every_steps={checkpoint.every_steps}; it must be ≥ 1, or null to go by time alone.")
-    if checkpoint.every_seconds is not None and not checkpoint.every_seconds > 0:
-        found.append(f"checkpoint.every_seconds={checkpoint.every_seconds}; it must be > 0, or null for steps alone.")
-    if checkpoint.memory_every is not None and checkpoint.memory_every < 1:
-        found.append(f"checkpoint.memory_every={checkpoint.memory_every}; it must be ≥ 1, or null for none.")
-    if checkpoint.keep < 1:
-        found.append(f"checkpoint.keep={checkpoint.keep}; at least the newest checkpoint is kept.")
-    return found
-
-
-def _tracking_problems(tracking: Tracking) -> list[str]:
-    wandb = tracking.wandb
-    return [
-        f"tracking.wandb.{name}={value}; it must be > 0."
-        for name, value in (
-            ("init_timeout_seconds", wandb.init_timeout_seconds),
-            ("finish_seconds", wandb.finish_seconds),
+        found += _problems_of_a_run(settings)
+    elif settings.schedule is not None and not callable(settings.schedule):
+        found.append(
+            f"schedule={settings.schedule!r}; it must be a function of the step, such as "
+            "mbgd.schedule.Cosine(num_steps=1000), or None."
         )
-        if not value > 0
+    return found
+
+
+def _problems_of_a_run(config: Config) -> list[str]:
+    checkpoint, wandb = config.checkpoint, config.tracking.wandb
+    found = _too_small(
+        ("checkpoint.every_steps", checkpoint.every_steps, ", or null to go by time alone"),
+        ("checkpoint.memory_every", checkpoint.memory_every, ", or null for none"),
+        ("checkpoint.keep", checkpoint.keep, ": the newest checkpoint is kept"),
+    )
+    found += _not_positive(
+        ("checkpoint.every_seconds", checkpoint.every_seconds, ", or null to go by steps alone"),
+        ("backend.timeout_seconds", config.backend.timeout_seconds, ""),
+        ("tracking.wandb.init_timeout_seconds", wandb.init_timeout_seconds, ""),
+        ("tracking.wandb.finish_seconds", wandb.finish_seconds, ""),
+    )
+    if config.sweep.target is not None and not math.isfinite(config.sweep.target):
+        found.append(f"sweep.target={config.sweep.target}; it must be a finite number, or null for none.")
+    if config.profile is not None and not profiled_steps(config.profile):
+        found.append(
+            f"profile={config.profile}; it must name the first and the last of some optimizer steps, counted "
+            "from 1, such as steps:10-20, or be null."
+        )
+    texts = {f"run.{name}": value for name, value in vars(config.run).items()}
+    texts |= {"resume": config.resume, "checkpoint.best": checkpoint.best, "sweep.metric": config.sweep.metric}
+    return found + [f"{name} is empty; leave it out, or give a value." for name, text in texts.items() if text == ""]
+
+
+def _too_small(*numbers: tuple[str, int | None, str]) -> list[str]:
+    return [
+        f"{name}={value}; it must be ≥ 1{otherwise}."
+        for name, value, otherwise in numbers
+        if value is not None and value < 1
+    ]
+
+
+def _not_positive(*numbers: tuple[str, float | None, str]) -> list[str]:
+    return [
+        f"{name}={value}; it must be a finite number > 0{otherwise}."
+        for name, value, otherwise in numbers
+        if value is not None and not 0 < value < math.inf
     ]

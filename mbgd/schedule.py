@@ -2,15 +2,22 @@
 
 import math
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from mbgd.errors import UsageError
+from mbgd.field_types import converted
 
 
 class Schedule(ABC):
     """A factor that rises linearly over the first `warmup_steps` steps and then follows the schedule's shape."""
 
+    depends_on_length: ClassVar[bool] = True
+    """Whether the factor of a step may change with `num_steps`, so that a run cannot be made longer and stay the same.
+    Each class that is independent of it says so for itself: this is not inherited."""
+
     def __init__(self, *, num_steps: int, warmup_steps: int = 0) -> None:
         """num_steps: optimizer steps of the whole run; warmup_steps: how many of them warm up."""
+        converted(f"schedule.warmup_steps={warmup_steps}", warmup_steps, int)
         if warmup_steps < 0 or 0 < num_steps < warmup_steps:
             raise UsageError(
                 f"schedule.warmup_steps={warmup_steps} in a run of {num_steps} steps; it must lie between 0 and that."
@@ -31,8 +38,15 @@ class Schedule(ABC):
     def after_warmup(self, step: int) -> float: ...
 
 
+def _check_factor(name: str, factor: float) -> None:
+    if not 0 <= converted(f"schedule.{name}={factor}", factor, float) < math.inf:
+        raise UsageError(f"schedule.{name}={factor}; it must be a finite number ≥ 0.")
+
+
 class Constant(Schedule):
     """Factor 1."""
+
+    depends_on_length = False
 
     def after_warmup(self, step: int) -> float:
         return 1.0
@@ -43,6 +57,7 @@ class Cosine(Schedule):
 
     def __init__(self, *, num_steps: int, warmup_steps: int = 0, final_factor: float = 0.0) -> None:
         super().__init__(num_steps=num_steps, warmup_steps=warmup_steps)
+        _check_factor("final_factor", final_factor)
         self.final_factor = final_factor
 
     def after_warmup(self, step: int) -> float:
@@ -55,6 +70,7 @@ class Linear(Schedule):
 
     def __init__(self, *, num_steps: int, warmup_steps: int = 0, final_factor: float = 0.0) -> None:
         super().__init__(num_steps=num_steps, warmup_steps=warmup_steps)
+        _check_factor("final_factor", final_factor)
         self.final_factor = final_factor
 
     def after_warmup(self, step: int) -> float:
@@ -64,8 +80,12 @@ class Linear(Schedule):
 class Step(Schedule):
     """Multiplied by `decay` every `every_steps` steps."""
 
+    depends_on_length = False
+
     def __init__(self, *, num_steps: int, every_steps: int, warmup_steps: int = 0, decay: float = 0.1) -> None:
         super().__init__(num_steps=num_steps, warmup_steps=warmup_steps)
+        converted(f"schedule.every_steps={every_steps}", every_steps, int)
+        _check_factor("decay", decay)
         if every_steps < 1:
             raise UsageError(f"schedule.every_steps={every_steps}; it must be ≥ 1.")
         self.every_steps, self.decay = every_steps, decay

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 def nearest(name: str, valid: Iterable[str], most: int = 2) -> list[str]:
     """Valid names that are spelled alike, best first; keys of sections may lack their section or the end."""
     valid = list(dict.fromkeys(valid))
+    if other_case := [one for one in valid if one.casefold() == name.casefold()]:
+        return other_case[:most]
     section, _, last = name.rpartition(".")
     last_parts = {one: one.rpartition(".")[2] for one in valid}
     same_last = [one for one in valid if last_parts[one] == last]
@@ -14,7 +16,9 @@ def nearest(name: str, valid: Iterable[str], most: int = 2) -> list[str]:
     begun = [one for part, one in siblings.items() if len(last) > 2 and part.startswith(last)]
     misspelled = [siblings[one] for one in difflib.get_close_matches(last, siblings, n=most, cutoff=0.65)]
     elsewhere = difflib.get_close_matches(name, valid, n=most, cutoff=0.75)
-    return list(dict.fromkeys([*same_last, *misspelled, *begun, *elsewhere]))[:most]
+    found = [*same_last, *misspelled, *begun, *elsewhere]
+    found = found or difflib.get_close_matches(last, valid, n=most, cutoff=0.75)  # data.batch_size for batch.size
+    return list(dict.fromkeys(found))[:most]
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:

@@ -45,10 +45,6 @@ class Task(nn.Module):
         """Every parameter once, under the first of its names; see `plain_name`."""
         return {plain_name(name): parameter for name, parameter in self.named_parameters()}
 
-    def trainable(self) -> list[nn.Parameter]:
-        """Every parameter of model and objective, also those that do not require a gradient yet."""
-        return list(self.parameters())
-
     def move_(self, device: torch.device, dtype: torch.dtype) -> None:
         """Move parameters and buffers to the device; floating ones to `dtype`, complex ones to its complex twin."""
         self._apply(lambda tensor: tensor.to(device, dtype_of(tensor, dtype)))  # type: ignore[no-untyped-call]

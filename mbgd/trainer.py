@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mbgd import averaging as averagings
-from mbgd import diagnosis, extra_state
+from mbgd import diagnosis, extra_state, optimizers
 from mbgd.averaging.norms import MicroBatchNorms
 from mbgd.buffers import Buffers
 from mbgd.checkpoint import differences
@@ -110,6 +110,7 @@ class Trainer:
         dtype, device = parameter_dtype(settings.precision), workers.device
         self._task = task = Task(model, objective)
         refuse_odd_parts(task)
+        optimizers.check(optimizer)
         check_module_hooks(task)
         extra_state.check(task)
         task.move_(device, dtype)

@@ -12,7 +12,7 @@ MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted((ROOT / "mbgd").rglob("*.py"))
 }
-PURE = ["plan", "order", "objective", "losses", "config", "schedule", "errors"]
+PURE = ["plan", "order", "objective", "losses", "config", "course", "field_types", "schedule", "errors", "suggestions"]
 
 
 def imports(module: str, *, later: bool = False) -> set[str]:

@@ -34,6 +34,8 @@ NEEDED = {
     "data/own": ["data.train._target_=mbgd.data.digits", "+data.train.split=train"],
     "data/tensors": ["data.path=own.npz", "model=linear"],
     "data/regression": ["objective=mse"],
+    "optimizer/own": ["optimizer._target_=torch.optim.RMSprop", "+optimizer.lr=0.01"],
+    "schedule/own": ["schedule._target_=mbgd.schedule.Step", "+schedule.every_steps=5"],
     "objective/mse": ["data=regression"],
     "objective/own": ["objective._target_=mbgd.CrossEntropy"],
 }
