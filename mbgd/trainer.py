@@ -185,7 +185,7 @@ class Trainer:
         """Go on from a snapshot; UsageError, with nothing changed, where it does not fit model, optimizer and data."""
         tensors, saved = _model_tensors(self.model), snapshot.tensors["model"]
         found = differences({**snapshot.values["run"], **_kinds(saved)}, {**self._kind_of_run(), **_kinds(tensors)})
-        found += self._update.misfits(snapshot.tensors["optimizer"])
+        found += self._update.misfits(snapshot.tensors["optimizer"], snapshot.values["optimizer"])
         if found:
             raise UsageError("the checkpoint does not fit this run:\n" + "\n".join(f"  - {one}" for one in found))
         with torch.no_grad():
