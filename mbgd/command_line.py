@@ -9,6 +9,7 @@ from typing import Any
 from mbgd import sweep
 from mbgd.errors import UsageError
 from mbgd.suggestions import did_you_mean
+from mbgd.worker_log import guard_output
 
 
 def call(main: Callable[[], None], configuration: Path) -> None:
@@ -16,6 +17,7 @@ def call(main: Callable[[], None], configuration: Path) -> None:
 
     configuration: the file that it composes, from which valid names are taken.
     """
+    guard_output()
     try:
         main()
     except SystemExit as stop:

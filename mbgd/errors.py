@@ -15,3 +15,10 @@ class Preempted(Exception):  # noqa: N818  (nothing went wrong)
     def __init__(self, step: int) -> None:
         super().__init__(f"stopped by a signal after step {step}")
         self.step = step
+
+
+class NotSaved(Exception):  # noqa: N818  (as above)
+    """The run was asked to stop, by a signal, and its state could not be saved; says what there is to go on from."""
+
+    def __init__(self, step: int, problem: str) -> None:
+        super().__init__(f"stopped by a signal after step {step}, but {problem}")

@@ -42,6 +42,8 @@ class Flattening:
         kind = type(value)
         if id(value) in self._forbidden:
             raise _refusal(path, self._forbidden[id(value)])
+        if kind is Tensor or kind is nn.Parameter:
+            return self._tensor(value, path)
         if value is None or kind in (bool, int, str):
             return value
         if kind is float:
@@ -50,8 +52,6 @@ class Flattening:
             return {"complex": [self(value.real, path), self(value.imag, path)]}
         if kind is bytes:
             return {"bytes": value.hex()}
-        if kind in (Tensor, nn.Parameter):
-            return self._tensor(value, path)
         if isinstance(value, numpy.generic) and value.dtype.kind in NUMPY_KINDS and value.dtype.itemsize <= 16:
             return {"numpy": [value.dtype.str, value.tobytes().hex()]}
         if kind is numpy.ndarray and value.dtype.kind in NUMPY_KINDS:
@@ -59,18 +59,18 @@ class Flattening:
         return self._container(value, path)
 
     def _tensor(self, tensor: Tensor, path: str) -> Any:
-        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
-            raise _refusal(path, f"a tensor of layout {tensor.layout} and type {tensor.dtype} on {tensor.device}")
-        if id(tensor) not in self.names:
+        name = self.names.get(id(tensor))
+        if name is None:
+            if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+                raise _refusal(path, f"a tensor of layout {tensor.layout} and type {tensor.dtype} on {tensor.device}")
             name, number = path, 2
             while name in self.tensors:
                 name, number = f"{path}#{number}", number + 1
             self.names[id(tensor)] = name
             self._kept.append(tensor)
-            plain = tensor.detach()
             # safetensors has no complex128.
-            self.tensors[name] = torch.view_as_real(plain.resolve_conj()) if plain.is_complex() else plain
-        return {"tensor": self.names[id(tensor)], **({"complex": True} if tensor.is_complex() else {})}
+            self.tensors[name] = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+        return {"tensor": name, "complex": True} if tensor.is_complex() else {"tensor": name}
 
     def _container(self, value: Any, path: str) -> Any:
         if id(value) in self._inside:

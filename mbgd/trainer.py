@@ -15,7 +15,7 @@ from mbgd.buffers import MovingBuffers
 from mbgd.checkpoint import differences
 from mbgd.clock import Clock
 from mbgd.config import AveragingName, Precision, Settings, problems
-from mbgd.errors import Preempted, UsageError
+from mbgd.errors import NotSaved, Preempted, UsageError
 from mbgd.evaluation import Evaluation
 from mbgd.fingerprint import examples_sha256, weights_sha256
 from mbgd.loader import Data, Examples, Loader, Shard
@@ -27,7 +27,7 @@ from mbgd.preemption import NoStop, Stop
 from mbgd.preflight import try_out
 from mbgd.profiling import NoProfiler, Profiler, part
 from mbgd.randomness import key_generators
-from mbgd.saving import Checkpoints, NoCheckpoints
+from mbgd.saving import Checkpoints, NoCheckpoints, save_last
 from mbgd.snapshot import Snapshot, SnapshotMemory
 from mbgd.task import Task
 from mbgd.tracking import NoTracker, Tracker
@@ -126,8 +126,8 @@ class Trainer:
     ) -> Result:
         """Train from `state.step` up to the last step, evaluate, and return what the run came to.
 
-        checkpoints: what this worker keeps. Raises Preempted, on every worker, once `stop` says so and the state is
-        saved.
+        checkpoints: what this worker keeps. Once `stop` says so, raises Preempted if the state is saved and NotSaved if
+        it could not be, the same on every worker.
         """
         tracker, checkpoints, stop = tracker or NoTracker(), checkpoints or NoCheckpoints(), stop or NoStop()
         profiler = profiler or NoProfiler()
@@ -149,15 +149,19 @@ class Trainer:
             if self._evaluates_after(self.state.step):
                 with self._clock.paused():
                     log(evaluation := self.evaluate())
+            if self.state.step == first_step + 1:
+                checkpoints.check(self._update.optimizer_state.problems())
             checkpoints.after_step(self.state.step, evaluation, self.snapshot)
             if stop.agreed(self.state.step):
-                checkpoints.at_end(self.state.step, evaluation, self.snapshot)
+                problem = save_last(checkpoints, self.workers, self.state.step, evaluation, self.snapshot)
                 self.workers.barrier()  # whoever left first would make torchrun end the others while they write
-                raise Preempted(self.state.step)
+                raise NotSaved(self.state.step, problem) if problem else Preempted(self.state.step)
         if self.state.step == 0:
             log(self.evaluate())
         else:
-            checkpoints.at_end(self.state.step, evaluation, self.snapshot)
+            problem = save_last(checkpoints, self.workers, self.state.step, evaluation, self.snapshot)
+            if problem and self.workers.is_main:
+                print(f"warning: {problem}. The run's results are written all the same.", flush=True)
         examples_seen = self.plan.examples_seen(self.state.step)
         return Result(
             metrics=self.state.metrics,
