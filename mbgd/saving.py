@@ -92,16 +92,16 @@ class CheckpointFolder:
     def after_step(self, step: int, evaluation: Mapping[str, float], take: Take) -> None:
         """Raises UsageError where an earlier one could not be written and `checkpoint.required` is set."""
         if self._writer is not None and not self._writer.is_alive():
-            self._wait()  # a failure is told as soon as it is known
+            self.wait()  # a failure is told as soon as it is known
         if self._is_best(evaluation) or self._is_due(step):
             self._save(step, evaluation, take)
             if self._failure is not None and self._writer is None:
-                self._wait()
+                self.wait()
 
     def at_end(self, step: int, evaluation: Mapping[str, float], take: Take) -> bool:
-        if not self._wait() or step != self._last_step or not self._last_is_written:
+        if not self.wait() or step != self._last_step or not self._last_is_written:
             self._save(step, evaluation, take)
-        return self._wait()
+        return self.wait()
 
     def newest_step(self) -> int | None:
         whole = (path for path in checkpoint.complete(self._path) if checkpoint.verify(path) is None)
@@ -136,7 +136,7 @@ class CheckpointFolder:
         return checkpoint.best(self._path, self._settings.best, highest=self._highest)
 
     def _save(self, step: int, evaluation: Mapping[str, float], take: Take) -> None:
-        self._wait()  # one at a time: where the disk is slower than the schedule, training waits for it
+        self.wait()  # one at a time: where the disk is slower than the schedule, training waits for it
         self._last_step, self._last_time, self._last_is_written = step, time.monotonic(), False
         try:
             writer = threading.Thread(target=self._write, args=(take(), dict(evaluation)), name="checkpoint writer")
@@ -146,7 +146,7 @@ class CheckpointFolder:
         else:
             self._writer = writer
 
-    def _wait(self) -> bool:
+    def wait(self) -> bool:
         """For what is being written; whether it could be."""
         if self._writer is not None:
             self._writer.join()
@@ -201,6 +201,7 @@ class MemoryFolder:
         return self._folder.at_end(step, evaluation, take)
 
     def remove(self) -> None:
+        self._folder.wait()  # or what is being written would come after
         shutil.rmtree(self._path, ignore_errors=True)
 
 
@@ -244,6 +245,8 @@ def save_last(
             newest = checkpoints.newest_step()
             there = "none of this run is there" if newest is None else f"the newest there is of step {newest}"
             told[0] = f"the state after step {step} is in no checkpoint on disk; {there}"
+            if newest == step:  # renamed, but not flushed
+                told[0] = f"the checkpoint of step {step} may not outlast a failure of the power"
     except UsageError as error:
         told[1] = str(error)
     problem, refusal = workers.broadcast(told)
