@@ -10,6 +10,7 @@ from typing import Any
 from mbgd import plain_output, sweep
 from mbgd.errors import UsageError
 from mbgd.suggestions import did_you_mean
+from mbgd.worker_log import guard_output
 
 
 def call(main: Callable[[], None], configuration: Path) -> None:
@@ -17,6 +18,7 @@ def call(main: Callable[[], None], configuration: Path) -> None:
 
     configuration: the file that it composes, from which valid names are taken.
     """
+    guard_output()
     plain_output.start()
     for argument in sys.argv[1:]:
         if problem := _no_choice(argument, configuration.parent):

@@ -19,3 +19,10 @@ class Preempted(Exception):  # noqa: N818  (nothing went wrong)
 
 class ReplicasDiffer(RuntimeError):  # noqa: N818  (the replicas are the error)
     """The workers' copies of the state are no longer the same; names the tensors, the workers and the step."""
+
+
+class NotSaved(Exception):  # noqa: N818  (as above)
+    """The run was asked to stop, by a signal, and its state could not be saved; says what there is to go on from."""
+
+    def __init__(self, step: int, problem: str) -> None:
+        super().__init__(f"stopped by a signal after step {step}, but {problem}")

@@ -225,6 +225,11 @@ class Trial:
         )
 
     def _check_weights(self, terms: PerExample, first_minibatch: Indices, names: tuple[str, ...]) -> None:
+        if terms.weights is not None and terms.losses.dtype in (torch.bfloat16, torch.float16):
+            raise UsageError(
+                f"objective returned losses in {terms.losses.dtype} beside weights, which would be rounded to 16 bits. "
+                "Compute the losses in float32, or return losses.float()."
+            )
         totals = Totals(terms.sums(names), names)
         if totals.weight == 0:
             self._buffers.put_back()

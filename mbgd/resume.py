@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from mbgd import checkpoint
 from mbgd.config import Config, identity
 from mbgd.errors import UsageError
+from mbgd.memory_tier import newest_in_memory, remove_memory
 from mbgd.run_folder import RunFolder
-from mbgd.saving import newest_in_memory, remove_memory
 from mbgd.trainer import Trainer
 
 
@@ -31,27 +31,46 @@ def resume(trainer: Trainer, folder: RunFolder, config: Config, now: Mapping[str
     workers = trainer.workers
     if config.resume == "never" or folder.read_config() is None:
         remove_memory(folder.path, workers)  # of a run whose folder is gone
-    in_memory = newest_in_memory(folder.path, workers)
-    decision = _Decision()
-    if workers.is_main:
-        decision = _decide(folder, config, identity(now), trainer.num_steps, in_memory)
-    path, is_complete, problem = workers.broadcast(
-        [decision.checkpoint and str(decision.checkpoint), decision.is_complete, decision.problem]
-    )
-    decision = _Decision(path and Path(path), is_complete, problem)
-    if decision.problem:
-        raise UsageError(decision.problem)
+    in_memory = None
+    if config.checkpoint.memory_every is not None and config.resume != "never":
+        in_memory = newest_in_memory(folder.path, workers, identity(now))
+    decision = _agree(trainer, folder, config, now, in_memory)
     if decision.is_complete:
         return False
     if decision.checkpoint is not None:
-        _restore(trainer, decision.checkpoint)
-    if config.checkpoint.memory_every is None:
-        remove_memory(folder.path, workers)  # nobody else would, in the end
+        try:
+            _restore(trainer, decision.checkpoint)
+        except UsageError as error:
+            if decision.checkpoint != in_memory:
+                raise
+            if workers.is_main:
+                print(f"warning: {error}\nThe run goes on from the disk instead.", flush=True)
+            decision = _agree(trainer, folder, config, now, None)
+            if decision.is_complete:
+                return False
+            if decision.checkpoint is not None:
+                _restore(trainer, decision.checkpoint)
+    remove_memory(folder.path, workers, but=decision.checkpoint)  # the rest is of another course
     if workers.is_main:
         folder.reopen(trainer.state.step)
         if decision.checkpoint is not None and not config.tracking.quiet:
             print(f"resume      step {trainer.state.step}, from {decision.checkpoint}", flush=True)
     return True
+
+
+def _agree(
+    trainer: Trainer, folder: RunFolder, config: Config, now: Mapping[str, Any], in_memory: Path | None
+) -> _Decision:
+    """What the main worker decides, on every worker; UsageError on all where that is a problem."""
+    decision = _Decision()
+    if trainer.workers.is_main:
+        decision = _decide(folder, config, identity(now), trainer.num_steps, in_memory)
+    path, is_complete, problem = trainer.workers.broadcast(
+        [decision.checkpoint and str(decision.checkpoint), decision.is_complete, decision.problem]
+    )
+    if problem:
+        raise UsageError(problem)
+    return _Decision(path and Path(path), is_complete)
 
 
 def _decide(

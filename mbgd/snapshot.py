@@ -24,7 +24,7 @@ class Snapshot:
 
 
 class SnapshotMemory:
-    """Memory for snapshots that is used again once a snapshot is gone.
+    """Memory for snapshots that is used again once a snapshot's tensor is gone.
 
     Fresh memory costs several times the copy itself, for the system hands it out zeroed, page by page.
     """
@@ -39,16 +39,11 @@ class SnapshotMemory:
         copies = {file: {name: self._copy(t) for name, t in of_file.items()} for file, of_file in tensors.items()}
         if self._pinned:
             torch.cuda.synchronize()
-        snapshot = Snapshot(step, copies, values)
-        lent = [copy for of_file in copies.values() for copy in of_file.values()]
-        weakref.finalize(snapshot, self._take_back, lent).atexit = False
-        return snapshot
+        return Snapshot(step, copies, values)
 
     def _copy(self, tensor: Tensor) -> Tensor:
         free = self._free[tensor.shape, tensor.dtype]
-        copy = free.pop() if free else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._pinned)
-        return copy.copy_(tensor.detach(), non_blocking=True)
-
-    def _take_back(self, lent: list[Tensor]) -> None:
-        for tensor in lent:
-            self._free[tensor.shape, tensor.dtype].append(tensor)
+        memory = free.pop() if free else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._pinned)
+        lent = memory.detach()  # each tensor by itself: somebody may hold one, and the snapshot no longer
+        weakref.finalize(lent, self._free[tensor.shape, tensor.dtype].append, memory).atexit = False
+        return lent.copy_(tensor.detach(), non_blocking=True)

@@ -14,7 +14,7 @@ from mbgd.averaging.norms import MicroBatchNorms
 from mbgd.buffers import Buffers
 from mbgd.checkpoint import differences
 from mbgd.config import AveragingName, Precision, Settings, problems
-from mbgd.errors import Preempted, UsageError
+from mbgd.errors import NotSaved, Preempted, UsageError
 from mbgd.evaluation import Evaluation
 from mbgd.fingerprint import weights_sha256
 from mbgd.finite import Watch, Wrong, not_finite, shown
@@ -30,7 +30,7 @@ from mbgd.profiling import NoProfiler, Profiler, part
 from mbgd.randomness import key_generators
 from mbgd.replicas import Replicas
 from mbgd.same_program import check_same_program
-from mbgd.saving import Checkpoints, NoCheckpoints
+from mbgd.saving import Checkpoints, NoCheckpoints, save_last
 from mbgd.snapshot import Snapshot, SnapshotMemory
 from mbgd.task import Task
 from mbgd.task_state import TaskState, refuse_odd_parts
@@ -186,8 +186,8 @@ class Trainer:
     ) -> Result:
         """Train from `state.step` up to the last step, evaluate, and return what the run came to.
 
-        checkpoints: what this worker keeps. Raises Preempted, on every worker, once `stop` says so and the state is
-        saved.
+        checkpoints: what this worker keeps. Once `stop` says so, raises Preempted if the state is saved and NotSaved if
+        it could not be, the same on every worker.
         """
         tracker, checkpoints, stop = tracker or NoTracker(), checkpoints or NoCheckpoints(), stop or NoStop()
         profiler = profiler or NoProfiler()
@@ -197,6 +197,9 @@ class Trainer:
             fingerprints = self._log.fingerprints(metrics, self.state.step, self._loader, self._task)
             tracker.log(self.state.step, {**metrics, **fingerprints})
 
+        if self.workers.is_main:
+            for warning in self.warnings:
+                print(warning, flush=True)
         evaluation: dict[str, float] = {}
         first_step, last_logged = self.state.step, self._log.last_logged
         self._log = self._make_log()
@@ -214,15 +217,19 @@ class Trainer:
             if self._evaluates_after(self.state.step):
                 with self._log.clock.paused():
                     log(evaluation := self.evaluate())
+            if self.state.step == first_step + 1:
+                checkpoints.check(self._update.optimizer_state.problems())
             checkpoints.after_step(self.state.step, evaluation, self.snapshot)
             if stop.agreed(self.state.step):
-                checkpoints.at_end(self.state.step, evaluation, self.snapshot)
+                problem = save_last(checkpoints, self.workers, self.state.step, evaluation, self.snapshot)
                 self.workers.barrier()  # whoever left first would make torchrun end the others while they write
-                raise Preempted(self.state.step)
+                raise NotSaved(self.state.step, problem) if problem else Preempted(self.state.step)
         if not evaluation and not any(name.startswith("eval/") for name in self.state.metrics):
             log(evaluation := self.evaluate())
         if self.state.step > 0:
-            checkpoints.at_end(self.state.step, evaluation, self.snapshot)
+            problem = save_last(checkpoints, self.workers, self.state.step, evaluation, self.snapshot)
+            if problem and self.workers.is_main:
+                print(f"warning: {problem}. The run's results are written all the same.", flush=True)
         examples_seen = self.plan.examples_seen(self.state.step)
         return Result(
             metrics=self.state.metrics,
@@ -280,7 +287,7 @@ class Trainer:
         """Go on from a snapshot; UsageError, with nothing changed, where it does not fit model, optimizer and data."""
         found = differences(snapshot.values["run"], self._kind_of_run())
         found += self._task_state.mismatches(snapshot.tensors)
-        found += self._update.misfits(snapshot.tensors["optimizer"])
+        found += self._update.misfits(snapshot.tensors["optimizer"], snapshot.values["optimizer"])
         if found:
             raise UsageError("the checkpoint does not fit this run:\n" + "\n".join(f"  - {one}" for one in found))
         self._task_state.restore(snapshot.tensors, snapshot.values)

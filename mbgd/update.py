@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from mbgd.config import Precision, Settings
 from mbgd.finite import Watch, Wrong
 from mbgd.objective import PerExample
+from mbgd.optimizer_state import OptimizerState
 from mbgd.trained import GradientHooks, Trained
 
 
@@ -52,7 +53,8 @@ class Update:
         self._clip_norm = settings.clip_norm
         self._schedule = settings.schedule
         self._base_rates = [group["lr"] for group in optimizer.param_groups]
-        self._first_groups = [_plain(group) for group in optimizer.param_groups]
+        names = {parameter: name for name, parameter in trained.by_name.items()}
+        self.optimizer_state = OptimizerState(optimizer, has_schedule=settings.schedule is not None, names=names)
         self._scaler: torch.amp.GradScaler | None = None
         if settings.precision is Precision.fp16:
             # torch's usual first scale is for a mean loss; ours is a sum over up to the whole minibatch.
@@ -85,62 +87,23 @@ class Update:
         return int(self._skipped_in_a_row.item())
 
     def tensors(self) -> dict[str, Tensor]:
-        """The optimizer's state by <parameter's number>.<name>, as it lies."""
-        state = self._optimizer.state_dict()["state"]
-        return {
-            f"{number}.{name}": value
-            for number, of_parameter in state.items()
-            for name, value in of_parameter.items()
-            if isinstance(value, Tensor)
-        }
+        """The optimizer's state by <parameter's number>.<path>, as it lies."""
+        return self.optimizer_state.tensors()
 
     def values(self) -> dict[str, Any]:
         """What else there is of state, as JSON can hold it."""
-        state = self._optimizer.state_dict()["state"]
-        others = {
-            f"{number}.{name}": value
-            for number, of_parameter in state.items()
-            for name, value in of_parameter.items()
-            if not isinstance(value, Tensor)
-        }
-        # Some optimizers move values of their groups; the learning rate follows from the step.
-        groups = [
-            {name: value for name, value in _plain(group).items() if name != "lr" and value != first.get(name)}
-            for group, first in zip(self._optimizer.param_groups, self._first_groups, strict=True)
-        ]
-        values = {"state": others, "groups": groups, "skipped_steps": self.num_skipped}
+        values = {**self.optimizer_state.values(), "skipped_steps": self.num_skipped}
         if self._scaler is not None:
             values["scaler"] = self._scaler.state_dict()
         return values
 
-    def misfits(self, tensors: Mapping[str, Tensor]) -> list[str]:
-        """What in another run's `tensors` cannot be state of this optimizer; fused kernels would read past its end."""
-        parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
-        found = []
-        for key, value in tensors.items():
-            number = key.partition(".")[0]
-            if not number.isdecimal() or int(number) >= len(parameters):
-                found.append(f"optimizer state {key}: there are {len(parameters)} parameters")
-                continue
-            shape = parameters[int(number)].shape
-            # A number for the whole parameter, or as the parameter; some optimizers keep sums over dimensions.
-            fits = value.dim() == 0 or (
-                value.dim() == len(shape)
-                and all(have in (1, want) for have, want in zip(value.shape, shape, strict=True))
-            )
-            if not fits or (self._is_fused and value.dim() and value.shape != shape):
-                found.append(f"optimizer state {key}: shape {tuple(value.shape)}, of a parameter {tuple(shape)}")
-        return found
+    def misfits(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> list[str]:
+        """What in another run's `tensors` and `values` cannot be state of this optimizer."""
+        return self.optimizer_state.misfits(tensors, values)
 
     def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Take over what `tensors` and `values` of another run's gave."""
-        state: dict[int, dict[str, Any]] = {}
-        for key, value in {**values["state"], **tensors}.items():
-            number, _, name = key.partition(".")
-            state.setdefault(int(number), {})[name] = value
-        whole = self._optimizer.state_dict()
-        groups = [group | moved for group, moved in zip(whole["param_groups"], values["groups"], strict=True)]
-        self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+        """Take over what `tensors` and `values` of another run gave; nothing is shared with them afterwards."""
+        self.optimizer_state.restore(tensors, values)
         self._num_skipped.fill_(values["skipped_steps"])
         if self._scaler is not None and "scaler" in values:
             self._scaler.load_state_dict(values["scaler"])
@@ -241,8 +204,3 @@ class Update:
             factor = self._schedule(step)
             for group, base_rate in zip(self._optimizer.param_groups, self._base_rates, strict=True):
                 group["lr"] = base_rate * factor
-
-
-def _plain(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of an optimizer's group that JSON can hold."""
-    return {name: value for name, value in group.items() if isinstance(value, int | float | str | bool | None)}

@@ -1,4 +1,7 @@
-"""What a worker prints, warns of and dies of, also in a file of its own: `logs/worker-3.log`."""
+"""What a worker prints, warns of and dies of, also in a file of its own: `logs/worker-3.log`.
+
+Output is optional: where nobody reads it any more, or the disk is full, training goes on without it.
+"""
 
 import os
 import socket
@@ -8,25 +11,102 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+DESCRIPTORS = {"stdout": 1, "stderr": 2}
 
-class Tee:
-    """A text stream that also goes into a file, but for what a terminal redraws (progress bars)."""
 
-    def __init__(self, stream: TextIO, file: TextIO) -> None:
-        self._stream, self._file = stream, file
+class _LogFile:
+    """A text file that may fail, which is said once; what it cannot take is lost."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+        self._has_failed = False
 
     def write(self, text: str) -> int:
-        if "\x1b" not in text and "\r" not in text:
-            with suppress(OSError):  # a full disk is no reason to stop for this
-                self._file.write(text)
-        return self._stream.write(text)
+        try:
+            self._file.write(text)
+        except (OSError, ValueError) as error:
+            self._say(error)
+        return len(text)
 
     def flush(self) -> None:
-        self._file.flush()
-        self._stream.flush()
+        try:
+            self._file.flush()
+        except (OSError, ValueError) as error:
+            self._say(error)
+
+    def _say(self, error: OSError | ValueError) -> None:
+        if not self._has_failed:
+            self._has_failed = True
+            message = f"warning: the log {self._file.name} cannot be written to ({error}). Training goes on."
+            print(message, file=sys.stderr, flush=True)
+
+
+class Tee:
+    """Standard output or error, which also goes into a file, but for what a terminal redraws (progress bars).
+
+    A stream that fails (its reader has ended, its terminal is gone, its disk is full) is given up, and the other says
+    so. What a file or a non-blocking pipe cannot take just now is lost.
+    """
+
+    def __init__(self, stream: TextIO, name: str, file: _LogFile | None = None) -> None:
+        """name: stdout or stderr."""
+        self._stream, self._name, self.file = stream, name, file
+        self._is_given_up = False
+
+    def write(self, text: str) -> int:
+        if self.file is not None and "\x1b" not in text and "\r" not in text:
+            self.file.write(text)
+        try:
+            self._stream.write(text)
+        except BlockingIOError:
+            pass
+        except (OSError, ValueError) as error:
+            self._give_up(error)
+        return len(text)
+
+    def flush(self) -> None:
+        if self.file is not None:
+            self.file.flush()
+        try:
+            self._stream.flush()
+        except BlockingIOError:
+            pass
+        except (OSError, ValueError) as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError | ValueError) -> None:
+        if self._is_given_up:
+            return
+        self._is_given_up = True
+        # From here on it takes everything: what is still in buffers, what C libraries and child processes print, and
+        # the last flush, whose failure would be this process's exit code.
+        with suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+        other = sys.stderr if self._name == "stdout" else sys.stdout
+        print(
+            f"warning: {self._name} cannot be written to ({error}); nothing more goes there. Training goes on.",
+            file=other,
+            flush=True,
+        )
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def guard_output() -> None:
+    """From now on until the process ends, standard output and error that fail are given up, and end nothing."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed at the start: the next file to be opened would get what is printed
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    for name, descriptor in DESCRIPTORS.items():
+        stream = getattr(sys, name) or os.fdopen(descriptor, "w", closefd=False)
+        if getattr(stream, "errors", "") == "strict" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # where the terminal's encoding lacks a character
+        setattr(sys, name, Tee(stream, name))
 
 
 def start_log(path: Path, rank: int, num_workers: int) -> None:
@@ -34,8 +114,23 @@ def start_log(path: Path, rank: int, num_workers: int) -> None:
 
     What C libraries write by themselves (NCCL_DEBUG) is not in it.
     """
-    path.parent.mkdir(exist_ok=True)
-    file = path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
+    file: _LogFile | None = None
     now = time.strftime("%Y-%m-%d %H:%M:%S")
-    file.write(f"--- {now} worker {rank} of {num_workers}, process {os.getpid()} on {socket.gethostname()}\n")
-    sys.stdout, sys.stderr = Tee(sys.stdout, file), Tee(sys.stderr, file)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        file = _LogFile(path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1))
+    except OSError as error:
+        print(f"warning: the log {path} cannot be opened ({error}). Training goes on.", file=sys.stderr, flush=True)
+    else:
+        file.write(f"--- {now} worker {rank} of {num_workers}, process {os.getpid()} on {socket.gethostname()}\n")
+    for name in DESCRIPTORS:
+        stream = getattr(sys, name)
+        if isinstance(stream, Tee) and stream.file is None:
+            stream.file = file
+        else:
+            setattr(sys, name, Tee(stream, name, file))
+
+
+def write_to_log(text: str) -> None:
+    """Details that only the log is to hold; standard error where there is no log."""
+    print(text, file=getattr(sys.stderr, "file", None) or sys.stderr, flush=True)
