@@ -1,7 +1,7 @@
 """A step on many workers of one host, also on more than it has cores: `python benchmarks/many_workers.py`.
 
-A model of 33 parameters computes next to nothing, so what is measured is how the workers wait for each other. Before
-training, the main worker is as fast as any: the time is that of all workers' steps, from barrier to barrier.
+A model of 33 parameters computes little. With more workers than cores, a step still takes as long as all of them
+compute, one after the other; the barrier alone shows what waiting for each other costs.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, nargs="+", default=NUM_WORKERS)
-    arguments = parser.parse_args()
+    arguments, load = parser.parse_args(), os.getloadavg()[0]
     # So that a worker starts in a tenth of a second.
     multiprocessing.get_context("forkserver").set_forkserver_preload(["torch._dynamo", "mbgd.trainer", "mbgd.data"])
     ports = itertools.count(20000 + os.getpid() % 20000)
@@ -98,8 +98,8 @@ def main() -> None:
             print(row, flush=True)
     publish(
         "many_workers",
-        f"33 parameters, minibatch {MINIBATCH}, averaging=shared_memory; medians of {arguments.rounds} rounds.\n\n"
-        + "\n".join(table),
+        f"33 parameters, minibatch {MINIBATCH}, averaging=shared_memory; medians of {arguments.rounds} rounds. "
+        f"Other processes that ran at the start: {load:.1f} on average.\n\n" + "\n".join(table),
     )
 
 
