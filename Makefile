@@ -29,6 +29,7 @@ bench: $(INSTALLED)
 	python benchmarks/startup.py
 	python benchmarks/averaging.py
 	python benchmarks/allreduce.py
+	python benchmarks/many_workers.py
 	python benchmarks/checkpoint.py
 	python benchmarks/tracking.py
 	python benchmarks/experiments.py

@@ -4,11 +4,15 @@ import os
 import sys
 from pathlib import Path
 
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from mbgd.parent import end_with_parent
 
-from mbgd import command_line
+end_with_parent()
+
+import hydra  # noqa: E402
+from hydra.core.hydra_config import HydraConfig  # noqa: E402
+from omegaconf import DictConfig  # noqa: E402
+
+from mbgd import command_line  # noqa: E402
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")

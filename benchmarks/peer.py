@@ -239,7 +239,7 @@ def main() -> None:
     times: list[float] = []
 
     def watch(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        optimizer.register_step_post_hook(lambda *_: times.append(time.time()))
+        optimizer.register_step_post_hook(lambda *_: times.append(time.monotonic()))
         return optimizer
 
     torch.manual_seed(0)

@@ -18,4 +18,5 @@ fi
 # The cores are shared out evenly: more threads than cores would slow every worker down.
 cores="$(getconf _NPROCESSORS_ONLN)"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( cores / WORKERS > 0 ? cores / WORKERS : 1 ))}"
-exec torchrun --standalone --nproc-per-node "$WORKERS" --signals-to-handle SIGTERM,SIGINT,SIGUSR1 "$here/train.py" "$@"
+export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
+exec python3 -m mbgd.torchrun --nproc-per-node "$WORKERS" "$here/train.py" "$@"

@@ -12,6 +12,9 @@
 # WORKERS    workers of this host; default: the number of its GPUs, or 2 where there is none
 # RESTARTS   how often workers may be started again; default: 3
 # INTERFACE  the network interface between the hosts; default: the one that leads to MAIN_HOST
+# KEY_FILE   a file with a secret, the same on all hosts and closed to others (chmod 600): openssl rand -hex 32
+#
+# The network between the hosts must be private: docs/clusters.md.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 for name in HOSTS MAIN_HOST RUN_ID; do
@@ -32,18 +35,22 @@ cores="$(getconf _NPROCESSORS_ONLN)"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( cores / WORKERS > 0 ? cores / WORKERS : 1 ))}"
 # gloo and nccl guess an interface, and torchrun an address and whether this is MAIN_HOST; often wrong ones on hosts
 # with several.
-known=()
 if command -v ip >/dev/null; then
     main_address="$(getent ahostsv4 "${MAIN_HOST%%:*}" | awk 'NR == 1 { print $1 }')"
     on_main_host="$(ip -o addr show to "$main_address" | awk 'NR == 1 { print $2 }')"
     INTERFACE="${INTERFACE:-${on_main_host:-$(ip -o route get "$main_address" | sed -n 's/.* dev \([^ ]*\).*/\1/p')}}"
     address="$(ip -o -4 addr show dev "$INTERFACE" | awk 'NR == 1 { sub("/.*", "", $4); print $4 }')"
     known=(--local-addr "$address" --rdzv-conf "last_call_timeout=10,is_host=$([ -n "$on_main_host" ] && echo 1 || echo 0)")
+else
+    known=(--local-addr "$(hostname -I | awk '{ print $1 }')")
 fi
 if [ -n "${INTERFACE:-}" ]; then
     export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-$INTERFACE}" NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-$INTERFACE}"
 fi
-exec torchrun --nnodes "$HOSTS" --nproc-per-node "$WORKERS" --max-restarts "${RESTARTS:-3}" \
-    --rdzv-backend c10d --rdzv-endpoint "$MAIN_HOST" --rdzv-id "$RUN_ID" \
-    --signals-to-handle SIGTERM,SIGINT,SIGUSR1 "${known[@]}" \
+if [ -n "${KEY_FILE:-}" ]; then
+    export MBGD_KEY_FILE="$KEY_FILE"
+fi
+export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
+exec python3 -m mbgd.torchrun --nnodes "$HOSTS" --nproc-per-node "$WORKERS" --max-restarts "${RESTARTS:-3}" \
+    --rdzv-backend c10d --rdzv-endpoint "$MAIN_HOST" --rdzv-id "$RUN_ID" "${known[@]}" \
     "$here/train.py" "$@"

@@ -4,10 +4,8 @@ A signal may reach some workers only, and also when a peer has died; so it never
 a second the workers exchange the flag, all at the same step; who is alone cannot agree and does not save.
 """
 
-import ctypes
 import os
 import signal
-import sys
 import time
 from types import FrameType
 from typing import Protocol
@@ -20,9 +18,7 @@ SECONDS_BETWEEN_AGREEMENTS = 1.0
 EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: try again later. What a launcher may requeue on."""
 
-PR_SET_PDEATHSIG = 1  # of linux/prctl.h
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 class Stop(Protocol):
@@ -36,7 +32,7 @@ class NoStop:
 
 
 class StopOnSignal:
-    """Stops all workers once SIGTERM, SIGUSR1 or SIGINT has reached one of them; a second SIGINT ends at once."""
+    """Stops all workers once SIGTERM, SIGUSR1, SIGINT or SIGHUP has reached one; a second SIGINT ends at once."""
 
     def __init__(self, workers: Workers) -> None:
         self._workers = workers
@@ -44,9 +40,8 @@ class StopOnSignal:
         self._next_step: int | None = None
         self._last_step, self._last_time = 0, 0.0
         for number in SIGNALS:
-            signal.signal(number, self._note)
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            _ask_when_parent_dies()
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._asked:
@@ -69,9 +64,3 @@ class StopOnSignal:
         asked, negative_interval = self._workers.max_(mine).tolist()
         self._next_step = step - negative_interval
         return bool(asked)
-
-
-def _ask_when_parent_dies() -> None:
-    """SIGTERM for this worker once torchrun is gone; it would go on alone, beside the run that is started anew."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -14,7 +14,7 @@ import yaml
 from mbgd import profiling, saving
 from mbgd.build import build_trainer, resolved_yaml, run_name, typed
 from mbgd.config import Config, identity
-from mbgd.errors import NotSaved, Preempted, UsageError, WorkersLost
+from mbgd.errors import NotSaved, Preempted, ReplicasDiffer, UsageError, WorkersLost
 from mbgd.preemption import EXIT_CODE, StopOnSignal
 from mbgd.resume import resume
 from mbgd.run_folder import RunFolder, open_run_folder

@@ -53,7 +53,7 @@ class Update:
         self._clip_norm = settings.clip_norm
         self._schedule = settings.schedule
         self._base_rates = [group["lr"] for group in optimizer.param_groups]
-        names = {parameter: name for name, parameter in trained.by_name.items()}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in trained.by_name.items()}
         self.optimizer_state = OptimizerState(optimizer, has_schedule=settings.schedule is not None, names=names)
         self._scaler: torch.amp.GradScaler | None = None
         if settings.precision is Precision.fp16:

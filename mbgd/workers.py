@@ -16,11 +16,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 
 from mbgd.errors import UsageError, WorkersLost
 from mbgd.messages import bytes_of, empty, message, value_of
+from mbgd.parent import end_with_parent
 from mbgd.roll_call import RollCall, describe
+from mbgd.store import join_store, stay_on_this_host
 
 SECONDS_FOR_THREADS_TO_END = 0.1
 
@@ -123,6 +124,7 @@ def start_workers(backend: str = "auto", timeout_seconds: float = 600.0) -> Iter
 
     backend: auto (nccl where every worker of this host has a GPU of its own, otherwise gloo), gloo or nccl.
     """
+    end_with_parent()
     environment = os.environ
     rank, num_workers = int(environment.get("RANK", "0")), num_workers_from_environment()
     local_rank = int(environment.get("LOCAL_RANK", "0"))
@@ -132,7 +134,8 @@ def start_workers(backend: str = "auto", timeout_seconds: float = 600.0) -> Iter
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if num_workers > 1:
-        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))
+        stay_on_this_host()
+        store = join_store(timeout_seconds)
         # Restarted workers must not read the addresses of the round that died.
         round_of_run = (
             f"{environment.get('TORCHELASTIC_RUN_ID', '')}/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}"

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from own_processes import MARK, listening, marked
+
 ROOT = Path(__file__).parent.parent
 OVERRIDES = ["averaging=reproducible", "batch.size=97", "steps=60", "log_every_steps=1", "model.dropout=0.2"]
 SLOW_LOADING = """
@@ -63,6 +65,8 @@ def start(host: str, folder: Path, *more: str) -> subprocess.Popen[str]:
         "HOSTS": "1:2",
         "MAIN_HOST": "10.77.0.1",
         "RUN_ID": "cut",
+        "KEY_FILE": str(folder / "key"),
+        MARK: str(folder),
         "WORKERS": "1",
     }
     log = (folder / f"{host}.log").open("w")
@@ -85,9 +89,15 @@ def test_when_one_host_is_cut_off_the_other_goes_on_to_the_same_bits(tmp_path: P
     (tmp_path / "slow.py").write_text(SLOW_LOADING)
     settings = [f"run.dir={cut}", "checkpoint.every_steps=5", "backend.timeout_seconds=6"]
     settings += ["data.train._target_=slow.Slow", "~data.train.split"]
+    key = "a secret of both hosts"
+    (tmp_path / "key").write_text(key)
+    (tmp_path / "key").chmod(0o600)
     processes = [start(host, tmp_path, *settings) for host in hosts]
     try:
         wait_for(lambda: 20 in steps(cut), tmp_path)
+        ours = marked(tmp_path)
+        assert listening(ours) == {"10.77.0.1", "10.77.0.2"}  # the store and gloo: on this network alone
+        assert not [pid for pid in ours if key in Path(f"/proc/{pid}/cmdline").read_text()]
         ip("-n", hosts[1], "link", "set", "main0", "down")
         wait_for((cut / "summary.json").exists, tmp_path)
         assert processes[0].wait(timeout=60) == 0

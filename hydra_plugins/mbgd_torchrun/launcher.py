@@ -127,7 +127,7 @@ class TorchrunLauncher(Launcher):
         if gpus is not None:
             environment["CUDA_VISIBLE_DEVICES"] = gpus
         environment |= {key: str(value) for key, value in job.config.hydra.job.env_set.items()}
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.num_workers)]
+        torchrun = ["-m", "mbgd.torchrun", "--nproc-per-node", str(self.num_workers)]
         torchrun += ["--shutdown-timeout", str(SECONDS_TO_SHUT_DOWN)]
         hydra = self.config.hydra
         options = ["--config-name", hydra.job.config_name]

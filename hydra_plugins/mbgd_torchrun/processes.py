@@ -11,6 +11,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from mbgd.parent import PARENT
+
 SECONDS_BETWEEN_LOOKS = 0.05
 SECONDS_TO_STOP = 15.0
 """How long a job may take to save its state and end; torchrun's own limit is shorter."""
@@ -89,7 +91,7 @@ def _start(index: int, slot: int, command: Command) -> _Running:
     with command.log.open("ab") as log:
         process = subprocess.Popen(
             command.arguments,
-            env={**command.environment, MARK: mark},
+            env={**command.environment, MARK: mark, PARENT: str(os.getpid())},  # which it does not outlive
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -135,13 +137,16 @@ def marked(mark: str = "") -> list[int]:
 
 @contextmanager
 def _signals() -> Iterator[list[signal.Signals]]:
-    """While inside, SIGINT and SIGTERM only add to the list, so that no child is ever lost between start and note."""
+    """While inside, these signals only add to the list, so that no child is ever lost between start and note."""
     received: list[signal.Signals] = []
 
     def note(number: int, frame: FrameType | None) -> None:
         received.append(signal.Signals(number))
 
-    before: dict[int, Any] = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    noted = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as it is under nohup
+        noted.append(signal.SIGHUP)
+    before: dict[int, Any] = {number: signal.signal(number, note) for number in noted}
     try:
         yield received
     finally:

@@ -41,10 +41,14 @@ class HostMemory:
         hosts = self._agree(_try(_host))
         if others := [rank for rank, host in enumerate(hosts) if host != hosts[0]]:
             raise CannotShareError(f"workers 0 and {others[0]} are on different hosts, or in different containers")
+        process_ids = workers.gather(os.getpid())
+        cores = {core for of_worker in workers.gather(sorted(os.sched_getaffinity(0))) for core in of_worker}
         inboxes = self.allocate(bytes_of_inbox(workers.num_workers))
-        make_inbox(inboxes[workers.rank])
-        process_ids = workers.gather(os.getpid())  # and every inbox is made
-        self.barrier = Barrier(inboxes, process_ids, rank=workers.rank, timeout_seconds=workers.timeout_seconds)
+        make_inbox(inboxes[workers.rank], num_workers=workers.num_workers, num_cores=len(cores))
+        workers.barrier()  # every inbox is made
+        self.barrier = Barrier(
+            inboxes, process_ids, rank=workers.rank, timeout_seconds=workers.timeout_seconds, num_cores=len(cores)
+        )
         self._boards: dict[tuple[torch.Size, torch.dtype], _Boards] = {}
 
     def allocate(self, num_bytes: int) -> list[Tensor]:
@@ -75,13 +79,12 @@ class HostMemory:
         return [of_worker[boards.turn] for of_worker in boards.of_workers]
 
     def _agree(self, result: T | _Failed) -> list[T]:
-        """Every worker's result by rank; CannotShareError on every worker if one has failed."""
-        mine = [True, result.why] if isinstance(result, _Failed) else [False, result]
-        told = self._workers.gather(mine)
-        for rank, (has_failed, why) in enumerate(told):
-            if has_failed:
-                raise CannotShareError(f"worker {rank} cannot: {why}")
-        return [one for _, one in told]
+        """Every worker's result, of what JSON can hold, by rank; CannotShareError on every worker if one has failed."""
+        told = self._workers.gather({"why": result.why} if isinstance(result, _Failed) else {"result": result})
+        for rank, one in enumerate(told):
+            if "why" in one:
+                raise CannotShareError(f"worker {rank} cannot: {one['why']}")
+        return [one["result"] for one in told]  # type: ignore[misc]
 
 
 @dataclass
@@ -98,7 +101,7 @@ def _try(make: Callable[[], T]) -> T | _Failed:
         return _Failed(str(error).splitlines()[0])
 
 
-def _host() -> tuple[str, ...]:
+def _host() -> list[str]:
     """The same for processes that see each other's process numbers, and so each other's memory.
 
     Namespaces of the network count as hosts too: whoever made them wants traffic between them to be seen.
@@ -106,7 +109,7 @@ def _host() -> tuple[str, ...]:
     if sys.platform != "linux":
         raise OSError(f"this is {sys.platform}, not Linux")
     namespaces = (str(Path(f"/proc/self/ns/{kind}").readlink()) for kind in ("pid", "net"))
-    return Path("/proc/sys/kernel/random/boot_id").read_text(), *namespaces
+    return [Path("/proc/sys/kernel/random/boot_id").read_text(), *namespaces]
 
 
 def _make_file(num_bytes: int) -> int:

@@ -1,0 +1,179 @@
+"""`python -m mbgd.torchrun [torchrun's options] train.py …`: torchrun whose store others cannot get into.
+
+torchrun's own store listens on every interface of the host, asks for no password, and holds a state that is unpickled:
+whoever reaches the port can run code as the user. Here, on one host, there is no port: the workers meet in a file in
+memory. On several hosts the store listens on the address given by --local-addr alone, and of its state only what torch
+writes there is unpickled. A private network is needed all the same (docs/clusters.md).
+"""
+
+import hashlib
+import io
+import os
+import pickle
+import signal
+import socket
+import stat
+import sys
+import types
+import uuid
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from mbgd.parent import PARENT, end_with_parent
+
+KEY_FILE = "MBGD_KEY_FILE"
+"""Environment variable: a file with a secret of all hosts of a run. Nobody else can guess the name they meet under."""
+
+DEFAULT_PORT = 29400  # torchrun's
+SECONDS_FOR_THE_STORE = 60
+
+UNPICKLED = {
+    ("torch.distributed.elastic.rendezvous.dynamic_rendezvous", "_RendezvousState"),
+    ("torch.distributed.elastic.rendezvous.dynamic_rendezvous", "_NodeDesc"),
+    ("datetime", "datetime"),
+    ("datetime", "timedelta"),
+    ("datetime", "timezone"),
+}
+"""All that the state of a meeting of hosts consists of, beside Python's containers and numbers."""
+
+
+def main() -> None:
+    end_with_parent()
+    os.environ[PARENT] = str(os.getpid())
+    # torch takes a second to import.
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.errors import record
+    from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
+
+    from mbgd.store import STORE, make_store
+
+    arguments = run.parse_args(  # type: ignore[no-untyped-call]
+        ["--signals-to-handle", ",".join(signals()), *sys.argv[1:]]
+    )
+    rendezvous_handler_registry.register("mbgd-host", _one_host)
+    rendezvous_handler_registry.register("mbgd-hosts", _several_hosts)
+    if run.parse_min_max_nnodes(arguments.nnodes)[1] == 1:
+        os.environ[STORE] = make_store()
+        arguments.standalone, arguments.rdzv_backend, arguments.rdzv_endpoint = False, "mbgd-host", "none"
+        if arguments.rdzv_id == "none":
+            arguments.rdzv_id = str(uuid.uuid4())
+    elif arguments.rdzv_backend != "c10d" or arguments.local_addr is None:
+        sys.exit("error: several hosts need --rdzv-backend c10d, and --local-addr: the address to listen on")
+    else:
+        arguments.rdzv_backend = "mbgd-hosts"
+    record(run.run)(arguments)
+
+
+def signals() -> list[str]:
+    """Those on which torchrun asks its workers to save; nohup's SIGHUP stays ignored."""
+    closed_terminal = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else ["SIGHUP"]
+    return ["SIGTERM", "SIGINT", "SIGUSR1", *closed_terminal]
+
+
+def _one_host(parameters: Any) -> Any:
+    """A meeting of one: this host has all workers, and only this process uses the store of the meeting."""
+    from torch.distributed import HashStore  # type: ignore[attr-defined]
+    from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
+
+    class OneHost(RendezvousHandler):
+        use_agent_store = False
+
+        def get_backend(self) -> str:
+            return "mbgd-host"
+
+        def next_rendezvous(self) -> RendezvousInfo:
+            return RendezvousInfo(HashStore(), 0, 1, RendezvousStoreInfo("127.0.0.1", 0))
+
+        def is_closed(self) -> bool:
+            return False
+
+        def set_closed(self) -> None:
+            pass
+
+        def num_nodes_waiting(self) -> int:
+            return 0
+
+        def get_run_id(self) -> str:
+            return str(parameters.run_id)
+
+        def shutdown(self) -> bool:
+            return True
+
+    return OneHost()
+
+
+def _several_hosts(parameters: Any) -> Any:
+    """torchrun's c10d rendezvous, whose stores listen on the local address alone."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+    from torch.distributed.elastic.rendezvous import dynamic_rendezvous
+    from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
+    from torch.distributed.elastic.rendezvous.utils import _matches_machine_hostname, parse_rendezvous_endpoint
+
+    host, port = parse_rendezvous_endpoint(parameters.endpoint, DEFAULT_PORT)
+    is_host = parameters.get_as_bool("is_host")
+    if _matches_machine_hostname(host) if is_host is None else is_host:
+        store = serve(parameters.local_addr, port)
+    else:
+        store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=SECONDS_FOR_THE_STORE))
+    name, parameters.run_id = parameters.run_id, parameters.run_id + _key()
+    handler = dynamic_rendezvous.create_handler(store, C10dRendezvousBackend(store, parameters.run_id), parameters)
+    # What torch does by itself otherwise; without these names it would, unnoticed.
+    for owner, replaced in ((dynamic_rendezvous, "pickle"), (handler, "_create_tcp_store_server")):
+        if not hasattr(owner, replaced):
+            sys.exit(f"error: this torch's rendezvous has no {replaced}, by which mbgd closes it. Use torch 2.13.")
+    restricted = types.SimpleNamespace(dumps=pickle.dumps, loads=load_state, PickleError=pickle.PickleError)
+    dynamic_rendezvous.pickle = restricted  # type: ignore[attr-defined, assignment]
+    handler._create_tcp_store_server = serve  # type: ignore[method-assign, assignment]
+    handler.get_backend = lambda: parameters.backend  # type: ignore[method-assign]
+    handler.get_run_id = lambda: name  # type: ignore[method-assign]  # names the run; the key stays here
+    return handler
+
+
+def serve(address: str, port: int) -> Any:
+    """A TCPStore's server that listens on one address; port 0: a free one."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
+    listener = socket.create_server((address, port), family=family)
+    return TCPStore(
+        address,
+        listener.getsockname()[1],
+        is_master=True,
+        multi_tenant=True,
+        timeout=timedelta(seconds=SECONDS_FOR_THE_STORE),
+        master_listen_fd=listener.detach(),
+    )
+
+
+def load_state(state: bytes) -> Any:
+    """Unpickle the state of a meeting; UnpicklingError if there is anything in it that torch does not write there."""
+    return _StateUnpickler(io.BytesIO(state)).load()
+
+
+class _StateUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in UNPICKLED:
+            raise pickle.UnpicklingError(f"{module}.{name} is no part of a rendezvous' state")
+        return super().find_class(module, name)
+
+
+def _key() -> str:
+    """What is added to the meeting's name; nothing without a file."""
+    if KEY_FILE not in os.environ:
+        return ""
+    path = Path(os.environ[KEY_FILE])
+    try:
+        with path.open("rb") as file:
+            status, key = os.fstat(file.fileno()), file.read(4096)
+    except OSError as error:
+        sys.exit(f"error: KEY_FILE={path} cannot be read: {error.strerror}")
+    if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o077:
+        sys.exit(f"error: KEY_FILE={path} must be yours and closed to others: chmod 600 {path}")
+    if len(key) < 16:
+        sys.exit(f"error: KEY_FILE={path} holds {len(key)} bytes; a key needs 16 or more: openssl rand -hex 32")
+    return "." + hashlib.sha256(key).hexdigest()
+
+
+if __name__ == "__main__":
+    main()
