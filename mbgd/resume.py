@@ -1,25 +1,34 @@
 """Going on with a run: which checkpoint, whether it may be, and the same answer on every worker."""
 
+import hashlib
+import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from mbgd import checkpoint
 from mbgd.config import Config, identity
 from mbgd.errors import UsageError
+from mbgd.escaping import plain
+from mbgd.files import Unreadable
+from mbgd.run_files import CONFIG
 from mbgd.run_folder import RunFolder
 from mbgd.saving import newest_in_memory, remove_memory
 from mbgd.trainer import Trainer
+
+EVALUATED_BY = "evaluation"
+"""In a checkpoint's `tracking`: a hash of what the evaluations depend on whose values it holds."""
 
 
 @dataclass(frozen=True)
 class _Decision:
     checkpoint: Path | None = None
     is_complete: bool = False
+    is_another_runs: bool = False
     problem: str = ""
 
 
@@ -29,26 +38,49 @@ def resume(trainer: Trainer, folder: RunFolder, config: Config, now: Mapping[str
     now: the configuration as plain values. UsageError, on every worker, where the run there is another one.
     """
     workers = trainer.workers
-    if config.resume == "never" or folder.read_config() is None:
+    if config.resume == "never" or not folder.has_begun:
         remove_memory(folder.path, workers)  # of a run whose folder is gone
     in_memory = newest_in_memory(folder.path, workers)
     decision = _Decision()
     if workers.is_main:
         decision = _decide(folder, config, identity(now), trainer.num_steps, in_memory)
-    decision = workers.broadcast(decision)
-    if decision.problem:
-        raise UsageError(decision.problem)
-    if decision.is_complete:
+    told: list[Any] = workers.broadcast(
+        [
+            decision.checkpoint and str(decision.checkpoint),
+            decision.is_complete,
+            decision.is_another_runs,
+            decision.problem,
+        ]
+    )
+    path, is_complete, is_another_runs, problem = told
+    if problem:
+        raise UsageError(problem)
+    if is_complete:
         return False
-    if decision.checkpoint is not None:
-        _restore(trainer, decision.checkpoint)
+    if path is not None:
+        _restore(trainer, Path(path))
+    _forget_other_evaluations(trainer, now, is_another_runs=is_another_runs)
     if config.checkpoint.memory_every is None:
         remove_memory(folder.path, workers)  # nobody else would, in the end
     if workers.is_main:
-        folder.reopen(trainer.state.step)
-        if decision.checkpoint is not None and not config.tracking.quiet:
-            print(f"resume      step {trainer.state.step}, from {decision.checkpoint}", flush=True)
+        problem = _reopen(folder, trainer.state.step)
+        if path is not None and not problem and not config.tracking.quiet:
+            print(f"resume      step {trainer.state.step}, from {path}", flush=True)
+    if problem := workers.broadcast(problem):
+        raise UsageError(problem)
     return True
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What there is to go on from."""
+
+    checkpoint: Path | None
+    step: int
+    identity: Mapping[str, Any] | None
+    """Of the run that has begun, if one has."""
+    steps_of_complete_run: int | None
+    is_another_runs: bool
 
 
 def _decide(
@@ -57,63 +89,133 @@ def _decide(
     if config.resume == "never":
         return _Decision()
     try:
-        path = checkpoint.newest(folder.checkpoints_path)
-        begun, done = folder.read_config(), folder.steps_of_complete_run()
-        before = identity(begun) if begun is not None else None
-        if path is None and config.resume != "auto":
-            path = _named(Path(config.resume))
-        if in_memory is not None and (path is None or checkpoint.step_of(in_memory) > checkpoint.step_of(path)):
-            path = in_memory
-        if path is not None:
-            snapshot_step, before = checkpoint.read_manifest(path)
+        found = _find(folder, config, in_memory)
     except UsageError as error:
         return _Decision(problem=str(error))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return _Decision(problem=f"the run in {folder.path} cannot be read ({error}). Give another run.dir.")
-    source = path or folder.path
-    found = checkpoint.differences(before, now) if before is not None else []
-    if found and not config.resume_force:
+    except (OSError, ValueError) as error:
+        return _Decision(problem=f"the run in {folder.path} cannot be read ({plain(error)}). Give another run.dir.")
+    path, done = found.checkpoint, found.steps_of_complete_run
+    differing = checkpoint.differences(found.identity, now) if found.identity is not None else []
+    if differing and not config.resume_force:
         return _Decision(
-            problem=f"{source} is of a run that took another course:\n"
-            + "".join(f"  - {one}\n" for one in found)
+            problem=f"{path or folder.path} is of a run that took another course:\n"
+            + "".join(f"  - {one}\n" for one in differing)
             + "Give another run.dir (or resume=never and an empty one) for a new run, or resume_force=true to go on "
             "all the same."
         )
     if done is not None and done >= num_steps:
         return _Decision(is_complete=True)
-    if path is not None and snapshot_step > num_steps:
+    if path is not None and found.step > num_steps:
         return _Decision(problem=f"{path} is beyond the {num_steps} steps of this run. Set more steps or epochs.")
     if path is None and done is not None:
         return _Decision(
             problem=f"{folder.path} holds a complete run of {done} steps, but no checkpoint to go on from."
         )
-    return _Decision(path)
+    return _Decision(path, is_another_runs=found.is_another_runs)
+
+
+def _find(folder: RunFolder, config: Config, in_memory: Path | None) -> _Found:
+    """What of the run's own files cannot be read is put aside, with a message."""
+    path, is_another_runs = checkpoint.newest(folder.checkpoints_path, whole_run=True), False
+    try:
+        done = folder.steps_of_complete_run()
+    except Unreadable as error:
+        folder.keep_aside(error.path, error.reason)
+        done = None
+    if path is None and config.resume != "auto":
+        path, is_another_runs = _named(Path(config.resume)), True
+    if (
+        in_memory is not None
+        and (path is None or checkpoint.step_of(in_memory) > checkpoint.read_manifest(path)[0])
+        and checkpoint.verify(in_memory, whole_run=True) is None
+    ):
+        path, is_another_runs = in_memory, False
+    try:
+        begun = _identity_of_begun(folder)
+    except Unreadable as error:
+        if path is None and not config.resume_force:
+            raise UsageError(
+                f"{error.path} cannot be read ({error.reason}), and there is no checkpoint: nothing tells whether the "
+                "run there is this one. Give another run.dir, or resume_force=true to begin anew in this one."
+            ) from error
+        folder.keep_aside(error.path, error.reason)
+        begun = None
+    if path is None:
+        return _Found(None, 0, begun, done, is_another_runs)
+    step, before = checkpoint.read_manifest(path)
+    return _Found(path, step, before, done, is_another_runs)
+
+
+def _identity_of_begun(folder: RunFolder) -> dict[str, Any] | None:
+    config = folder.read_config()
+    if config is None:
+        return None
+    try:
+        return identity(config)
+    except Exception as error:  # whatever a key that is missing, or is something else, leads to
+        reason = f"it is not a run's configuration ({type(error).__name__}: {plain(error)})"
+        raise Unreadable(folder.path / CONFIG, reason) from error
 
 
 def _named(path: Path) -> Path:
-    """The checkpoint that `resume=PATH` means: that folder, or the newest of the run there."""
-    if (path / checkpoint.MANIFEST).exists():
-        if problem := checkpoint.verify(path):
-            raise UsageError(f"resume={path}: the checkpoint is broken ({problem}). Name another one.")
+    """The checkpoint that `resume=PATH` means: that folder, or the newest of the run there. Both are only read."""
+    if os.path.lexists(path / checkpoint.MANIFEST):
+        if problem := checkpoint.verify(path, whole_run=True):
+            raise UsageError(f"resume={plain(path)}: the checkpoint is broken ({problem}). Name another one.")
         return path
-    found = checkpoint.newest(path / "checkpoints")
+    found = checkpoint.newest_of_another(path / "checkpoints")
     if found is None:
         raise UsageError(
-            f"resume={path}: there is no checkpoint. Name a run's folder, a checkpoint's folder, auto or never."
+            f"resume={plain(path)}: there is no checkpoint. Name a run's folder, a checkpoint's folder, auto or never."
         )
     return found
 
 
 def _restore(trainer: Trainer, path: Path) -> None:
-    failure = ""
+    """UsageError, on every worker, where a worker cannot read the checkpoint or it does not fit."""
+    failure, snapshot = "", None
     try:
         snapshot, _ = checkpoint.read(path)
-    except (OSError, SafetensorError) as error:
-        failure = str(error)
+    except Exception as error:  # a file system that fails, or a file that has changed since it was verified
+        failure = f"{type(error).__name__}: {plain(error)}"
     failed = trainer.workers.max_(torch.tensor(int(bool(failure)), device=trainer.workers.device))
-    if failed.item():
+    if failed.item() or snapshot is None:
         raise UsageError(
             f"checkpoint {path} cannot be read on every worker ({failure or 'it can on this one'}). All workers must "
             "see the run's folder: put it on a file system that the hosts share."
         )
-    trainer.restore(snapshot)
+    try:
+        trainer.restore(snapshot)
+    except UsageError as error:
+        lines = str(error).split("\n")  # names of tensors and keys are the file's
+        raise UsageError("\n".join(plain(line) for line in lines)) from error
+    except Exception as error:  # state that only the optimizer can judge
+        raise UsageError(
+            f"the checkpoint {path} does not fit this run ({type(error).__name__}: {plain(error)}). Move it out of the "
+            "folder to go on from the one before, or give another run.dir."
+        ) from error
+
+
+def _forget_other_evaluations(trainer: Trainer, now: Mapping[str, Any], *, is_another_runs: bool) -> None:
+    """Drop evaluations' values that this configuration would not give; the run then evaluates anew."""
+    state, evaluated_by = trainer.state, _evaluated_by(now)
+    if is_another_runs or state.tracking.get(EVALUATED_BY) != evaluated_by:
+        state.metrics = {name: value for name, value in state.metrics.items() if not name.startswith("eval/")}
+    state.tracking[EVALUATED_BY] = evaluated_by
+
+
+def _evaluated_by(config: Mapping[str, Any]) -> str:
+    """A hash of what evaluations depend on beside the weights."""
+    data = {name: value for name, value in config["data"].items() if name not in ("train", "shuffle", "num_workers")}
+    metrics = (config.get("evaluation") or {}).get("metrics")
+    depends = [data, metrics, config.get("model"), config.get("objective"), config.get("precision")]
+    return hashlib.sha256(json.dumps(depends, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _reopen(folder: RunFolder, step: int) -> str:
+    """What hinders, or nothing."""
+    try:
+        folder.reopen(step)
+    except (OSError, UsageError) as error:
+        return f"run.dir={plain(folder.path)} cannot be written: {plain(error)}. See to the folder, and start again."
+    return ""

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from mbgd.atomic_file import write_atomically
 from mbgd.conditions import conditions
-from mbgd.run_folder import write_atomically
 from mbgd.tracking.base import Ending, Metrics
 from mbgd.tracking.code_version import code_version
 from mbgd.tracking.wording import plan_lines

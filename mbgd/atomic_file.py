@@ -1,0 +1,24 @@
+"""Files that hold the old content or the new, never a part, even if the power fails."""
+
+import os
+from pathlib import Path
+
+from mbgd import folder_lock
+from mbgd.files import flush
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace the file's content. OSError where that fails, also where the folder is another run's by now."""
+    folder_lock.check(path.parent)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)  # of a crash; and a link there would lead elsewhere
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    flush(path.parent)
