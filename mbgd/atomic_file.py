@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from mbgd import folder_lock
-from mbgd.files import flush
+from mbgd.files import UNREADABLE, flush, set_aside
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -17,6 +17,8 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if path.is_dir() and not path.is_symlink():
+            set_aside(path, UNREADABLE)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -23,6 +23,8 @@ T = TypeVar("T")
 MOST_JSON_BYTES = 64 * 2**20
 MOST_YAML_BYTES = 2**20
 """A configuration has a few thousand; its parser takes a second for each of these."""
+UNREADABLE = ".unreadable"
+"""Ends the names of what could not be read and is kept aside."""
 MOST_NESTED = 100
 """Containers within containers; the parsers' own limits are a traceback or a crash."""
 

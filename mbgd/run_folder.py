@@ -22,16 +22,13 @@ from mbgd.conditions import conditions
 from mbgd.config import Run
 from mbgd.errors import UsageError
 from mbgd.escaping import plain
-from mbgd.files import Unreadable
+from mbgd.files import UNREADABLE, Unreadable
 from mbgd.fingerprint import weights_sha256
 from mbgd.folder_lock import FolderLock
 from mbgd.run_files import CONFIG, MODEL, SUMMARY
 from mbgd.tracking.json_lines import METRICS, BadLine, describe_bad, read_lines
 from mbgd.trainer import Result, Trainer
 from mbgd.workers import Workers
-
-UNREADABLE = ".unreadable"
-"""Ends the names of what could not be read and is kept aside."""
 
 SECONDS_FOR_ANOTHER_RUN_TO_END = 60.0
 """What a worker that was cut off from the others, and is replaced, may still need to notice it."""
@@ -106,8 +103,9 @@ class RunFolder:
 
         Lines that cannot be read are kept in a file beside, with their numbers.
         """
-        if os.path.lexists(self.summary_path):
-            _remove(self.summary_path)
+        if self.summary_path.is_dir():
+            _aside(self.summary_path)
+        self.summary_path.unlink(missing_ok=True)
         kept, bad = [], []
         try:
             for line in read_lines(self.metrics_path):
@@ -170,13 +168,6 @@ def _as_json(lines: list[BadLine]) -> bytes:
 
 def _aside(path: Path) -> Path:
     return files.set_aside(path, UNREADABLE)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        _aside(path)
-    else:
-        path.unlink()
 
 
 def open_run_folder(run: Run, name: str, workers: Workers, *, may_hold_a_run: bool) -> RunFolder:

@@ -196,4 +196,4 @@ def metric_value(folder: Path, metric: str) -> float:
 def unknown_metric(metric: str, metrics: Mapping[str, float]) -> str:
     """What is wrong with a metric that is not among those of a run."""
     names = ", ".join(plain(name) for name in sorted(metrics)) or "none"
-    return f"sweep.metric={metric}, but the metrics are {names}.{did_you_mean(metric, metrics)}"
+    return f"sweep.metric={plain(metric)}, but the metrics are {names}.{did_you_mean(metric, metrics)}"

@@ -18,7 +18,7 @@ METRICS = "metrics.jsonl"
 MOST_LINE_BYTES = 2**20
 
 Step = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
-Integer = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63)]
+Integer = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 
 
 class JsonLines:
