@@ -24,80 +24,16 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-import mbgd
-from mbgd import checkpoint, saving
+from mbgd import checkpoint
 from mbgd.__main__ import main as mbgd_main
-from mbgd.config import SAME_COURSE, Checkpoint, Config, Evaluation, Run, Tracking, identity
-from mbgd.errors import Preempted, UsageError
-from mbgd.fingerprint import weights_sha256
+from mbgd.errors import UsageError
 from mbgd.resume import resume
 from mbgd.run_files import seal
-from mbgd.run_folder import RunFolder, open_run_folder
-from mbgd.tracking import told_of_its_end
-from mbgd.tracking.base import Trackers
-from mbgd.tracking.json_lines import JsonLines
-from mbgd.tracking.record import Record
 
-NUM_STEPS, STOP_AT = 8, 5
+from small_runs import PLAIN, lines, prepare, train
+
+STOP_AT = 5
 MOST_SECONDS = 10.0
-PLAIN: dict[str, Any] = {
-    **dict.fromkeys(SAME_COURSE),
-    "seed": 0,
-    "model": {"_target_": "torch.nn.Linear", "width": 3},
-    "optimizer": {"lr": 0.1},
-    "data": {"train": {"_target_": "own"}, "evaluation": {"_target_": "own"}},
-    "batch": {"size": 4, "last": "keep"},
-    "evaluation": {"metrics": {}},
-    "epochs": None,
-    "steps": NUM_STEPS,
-    "checkpoint": {"best": "eval/loss", "direction": "minimize"},
-}
-
-
-class StopAt:
-    def __init__(self, step: int) -> None:
-        self._step = step
-
-    def agreed(self, step: int) -> bool:
-        return step == self._step
-
-
-def prepare(folder: Path, **settings: Any) -> tuple[mbgd.Trainer, RunFolder, Config]:
-    """What a start of the run in this folder begins with."""
-    torch.manual_seed(0)
-    model = torch.nn.Linear(3, 1)
-    inputs = torch.arange(30, dtype=torch.float32).view(10, 3) / 30
-    trainer = mbgd.Trainer(
-        model,
-        mbgd.MeanSquaredError(),
-        torch.optim.AdamW(model.parameters(), lr=0.1),
-        mbgd.Data(
-            train=mbgd.InMemory(inputs, inputs.sum(1, keepdim=True)),
-            evaluation=mbgd.InMemory(inputs[:5], inputs[:5].sum(1, keepdim=True)),
-        ),
-        mbgd.Settings(steps=NUM_STEPS, batch=mbgd.Batch(4), log_every_steps=1, evaluation=Evaluation(3)),
-    )
-    keep = Checkpoint(every_steps=2, every_seconds=None)
-    config = Config(steps=NUM_STEPS, checkpoint=keep, tracking=Tracking(quiet=True), **settings)
-    return trainer, open_run_folder(Run(dir=str(folder)), "", trainer.workers, may_hold_a_run=True), config
-
-
-def train(folder: Path, *, stop_at: int | None = None, **settings: Any) -> str | None:
-    """The run of this folder, up to its end or `stop_at`: the hash of its weights, None if it was complete already."""
-    trainer, opened, config = prepare(folder, **settings)
-    if not resume(trainer, opened, config, PLAIN):
-        return None
-    path = opened.checkpoints_path
-    checkpoints = saving.create(config.checkpoint, opened.path, path, identity(PLAIN), trainer.workers)
-    opened.write_config(yaml.safe_dump(PLAIN))
-    tracker = Trackers([JsonLines(opened.metrics_path), Record(opened.path, trainer, report=False)])
-    try:
-        with told_of_its_end(tracker):
-            result = trainer.fit(tracker, checkpoints, None if stop_at is None else StopAt(stop_at))
-            opened.write_results(result, trainer)
-    except Preempted:
-        pass
-    return weights_sha256(trainer.model)
 
 
 @pytest.fixture(scope="module")
@@ -109,11 +45,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
     assert wanted is not None
     assert [path.name[-1] for path in checkpoint.complete(folder / "stopped/checkpoints")] == ["5", "4"]
     return folder / "stopped", folder / "complete", wanted
-
-
-def lines(folder: Path) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if not name.startswith("time/")} for line in found]
 
 
 def outcome(folder: Path, wanted: str, what: str) -> str:
