@@ -39,7 +39,7 @@ class FolderLock:
 
 
 def take(folder: Path) -> "FolderLock | str":
-    """The folder's lock, or who holds it. OSError where there can be no such file."""
+    """The folder's lock, or who holds it. OSError or Unreadable where there can be no such file."""
     file = open_regular(folder / LOCK, "r+b")
     try:
         # A record lock: it holds across the hosts of a shared file system, and child processes do not keep it.

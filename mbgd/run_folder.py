@@ -233,23 +233,28 @@ def _make(folder: Path, *, may_hold_a_run: bool) -> str:
         )
     try:
         _make_durably(folder)
-        _make_durably(folder / "logs")
-        for log in (folder / "logs").glob("worker-*.log"):
-            files.check_regular(log)
         if not os.path.lexists(folder / METRICS):
             files.open_regular(folder / METRICS, "ab").close()
-        if os.path.lexists(folder / "checkpoints") and not (folder / "checkpoints").is_dir():
-            raise NotADirectoryError(0, "checkpoints is not a folder")
-        write_atomically(folder / ".writable", b"that a file can be written")
-        (folder / ".writable").unlink()
-    except Unreadable as error:
-        return f"run.dir={plain(folder)} cannot be used: {error}"
-    except (OSError, ValueError) as error:
-        reason = isinstance(error, OSError) and error.strerror
-        return (
-            f"run.dir={plain(folder)} cannot be written: {reason or plain(error)}. Give a folder that you may write to."
-        )
+    except (OSError, ValueError) as error:  # ValueError: also a name that no folder can have
+        return _hindered(folder, error)
     return ""
+
+
+def _prepare(folder: Path) -> None:
+    """Under the lock: make what the run writes to, and try whether a file can be written."""
+    _make_durably(folder / "logs")
+    for log in (folder / "logs").glob("worker-*.log"):
+        files.check_regular(log)
+    if os.path.lexists(folder / "checkpoints") and not (folder / "checkpoints").is_dir():
+        raise Unreadable(folder / "checkpoints", "it is not a folder")
+    write_atomically(folder / ".writable", b"that a file can be written")
+    (folder / ".writable").unlink()
+
+
+def _hindered(folder: Path, error: OSError | ValueError) -> str:
+    why = f"{plain(error.path.name)}: {error.reason}" if isinstance(error, Unreadable) else plain(error)
+    why = (isinstance(error, OSError) and error.strerror) or why
+    return f"run.dir={plain(folder)} cannot be written: {why}. Give a folder that you may write to."
 
 
 def _make_durably(folder: Path) -> None:
@@ -267,16 +272,17 @@ def _lock(folder: Path, deadline: float, *, told: bool) -> tuple[FolderLock | No
     """
     while True:
         try:
-            taken = folder_lock.take(folder)
-        except (OSError, Unreadable) as error:
-            return None, "", f"run.dir={plain(folder)} cannot be locked: {error}"
-        if isinstance(taken, FolderLock):
-            return taken, "", ""
+            holder = folder_lock.take(folder)
+            if isinstance(holder, FolderLock):
+                _prepare(folder)
+                return holder, "", ""
+        except (OSError, ValueError) as error:
+            return None, "", _hindered(folder, error)
         if not told:
             told = True
-            print(f"{_held_by(folder, taken)}; waiting {SECONDS_FOR_ANOTHER_RUN_TO_END:.0f} s for its end", flush=True)
+            print(f"{_held_by(folder, holder)}; waiting {SECONDS_FOR_ANOTHER_RUN_TO_END:.0f} s for its end", flush=True)
         if time.monotonic() >= deadline:
-            return None, taken, ""
+            return None, holder, ""
         time.sleep(min(0.5, max(0.0, deadline - time.monotonic())))
 
 
