@@ -8,27 +8,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from mbgd import checkpoint
+from mbgd.atomic_file import write_atomically
 from mbgd.config import Config, identity
 from mbgd.errors import UsageError
 from mbgd.escaping import plain
-from mbgd.files import Unreadable
-from mbgd.run_files import CONFIG
+from mbgd.files import Unreadable, flush, read_json
+from mbgd.run_files import CONFIG, Count, Sha256
 from mbgd.run_folder import RunFolder
 from mbgd.saving import newest_in_memory, remove_memory
 from mbgd.trainer import Trainer
 
-EVALUATED_BY = "evaluation"
-"""In a checkpoint's `tracking`: a hash of what the evaluations depend on whose values it holds."""
+EVALUATION = "evaluation.json"
+"""Beside the checkpoints: what the evaluations depend on whose values they hold, and beyond which step."""
+
+
+class _Evaluation(msgspec.Struct):
+    sha256: Sha256
+    beyond_step: Count
 
 
 @dataclass(frozen=True)
 class _Decision:
     checkpoint: Path | None = None
     is_complete: bool = False
-    is_another_runs: bool = False
+    keeps_evaluations: bool = False
+    """Whether the evaluations' values in the checkpoint are those that this configuration gives."""
     problem: str = ""
 
 
@@ -43,27 +51,29 @@ def resume(trainer: Trainer, folder: RunFolder, config: Config, now: Mapping[str
     in_memory = newest_in_memory(folder.path, workers)
     decision = _Decision()
     if workers.is_main:
-        decision = _decide(folder, config, identity(now), trainer.num_steps, in_memory)
+        decision = _decide(folder, config, now, trainer.num_steps, in_memory)
     told: list[Any] = workers.broadcast(
         [
             decision.checkpoint and str(decision.checkpoint),
             decision.is_complete,
-            decision.is_another_runs,
+            decision.keeps_evaluations,
             decision.problem,
         ]
     )
-    path, is_complete, is_another_runs, problem = told
+    path, is_complete, keeps_evaluations, problem = told
     if problem:
         raise UsageError(problem)
     if is_complete:
         return False
     if path is not None:
         _restore(trainer, Path(path))
-    _forget_other_evaluations(trainer, now, is_another_runs=is_another_runs)
+    if not keeps_evaluations:
+        metrics = trainer.state.metrics  # the run evaluates anew
+        trainer.state.metrics = {name: value for name, value in metrics.items() if not name.startswith("eval/")}
     if config.checkpoint.memory_every is None:
         remove_memory(folder.path, workers)  # nobody else would, in the end
     if workers.is_main:
-        problem = _reopen(folder, trainer.state.step)
+        problem = _reopen(folder, trainer.state.step, None if keeps_evaluations else _evaluated_by(now))
         if path is not None and not problem and not config.tracking.quiet:
             print(f"resume      step {trainer.state.step}, from {path}", flush=True)
     if problem := workers.broadcast(problem):
@@ -95,7 +105,7 @@ def _decide(
     except (OSError, ValueError) as error:
         return _Decision(problem=f"the run in {folder.path} cannot be read ({plain(error)}). Give another run.dir.")
     path, done = found.checkpoint, found.steps_of_complete_run
-    differing = checkpoint.differences(found.identity, now) if found.identity is not None else []
+    differing = checkpoint.differences(found.identity, identity(now)) if found.identity is not None else []
     if differing and not config.resume_force:
         return _Decision(
             problem=f"{path or folder.path} is of a run that took another course:\n"
@@ -111,7 +121,8 @@ def _decide(
         return _Decision(
             problem=f"{folder.path} holds a complete run of {done} steps, but no checkpoint to go on from."
         )
-    return _Decision(path, is_another_runs=found.is_another_runs)
+    own = path is not None and not found.is_another_runs
+    return _Decision(path, keeps_evaluations=own and _is_evaluated_alike(folder, found.step, _evaluated_by(now)))
 
 
 def _find(folder: RunFolder, config: Config, in_memory: Path | None) -> _Found:
@@ -196,12 +207,13 @@ def _restore(trainer: Trainer, path: Path) -> None:
         ) from error
 
 
-def _forget_other_evaluations(trainer: Trainer, now: Mapping[str, Any], *, is_another_runs: bool) -> None:
-    """Drop evaluations' values that this configuration would not give; the run then evaluates anew."""
-    state, evaluated_by = trainer.state, _evaluated_by(now)
-    if is_another_runs or state.tracking.get(EVALUATED_BY) != evaluated_by:
-        state.metrics = {name: value for name, value in state.metrics.items() if not name.startswith("eval/")}
-    state.tracking[EVALUATED_BY] = evaluated_by
+def _is_evaluated_alike(folder: RunFolder, step: int, evaluated_by: str) -> bool:
+    """Whether a checkpoint of this step, of the folder's own run, holds values of such evaluations."""
+    try:
+        known = read_json(folder.checkpoints_path / EVALUATION, _Evaluation)
+    except (FileNotFoundError, Unreadable):
+        return False
+    return bool(known["sha256"] == evaluated_by and step > known["beyond_step"])
 
 
 def _evaluated_by(config: Mapping[str, Any]) -> str:
@@ -212,10 +224,15 @@ def _evaluated_by(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(depends, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _reopen(folder: RunFolder, step: int) -> str:
-    """What hinders, or nothing."""
+def _reopen(folder: RunFolder, step: int, evaluated_by: str | None) -> str:
+    """What hinders, or nothing. evaluated_by: what evaluations from now on depend on, where that is another."""
     try:
         folder.reopen(step)
+        if evaluated_by is not None:
+            folder.checkpoints_path.mkdir(exist_ok=True)
+            content = json.dumps({"sha256": evaluated_by, "beyond_step": step})
+            write_atomically(folder.checkpoints_path / EVALUATION, content.encode())
+            flush(folder.path)
     except (OSError, UsageError) as error:
         return f"run.dir={plain(folder.path)} cannot be written: {plain(error)}. See to the folder, and start again."
     return ""

@@ -111,7 +111,7 @@ def mutations(value: Any, each: int | None) -> Iterator[tuple[str, Any]]:
             yield f"{'.'.join(map(str, path))} = {shown}", changed(value, path, new)
 
 
-EACH = None if os.environ.get("MBGD_ALL_MUTATIONS") else 4
+EACH = None if os.environ.get("MBGD_ALL_MUTATIONS") else 3
 
 
 def resealed(manifest: Any) -> str:
@@ -524,3 +524,10 @@ def test_values_of_another_evaluation_are_forgotten(tmp_path: Path, runs: tuple[
     assert resume(trainer, opened, config, PLAIN)
     assert trainer.state.step == STOP_AT
     assert "eval/loss" not in trainer.state.metrics
+
+    shutil.copytree(runs[0], tmp_path / "twice")
+    for _ in range(2):  # the second start finds its own configuration, and still the first one's checkpoint
+        trainer, opened, config = prepare(tmp_path / "twice")
+        assert resume(trainer, opened, config, other_data)
+        assert "eval/loss" not in trainer.state.metrics
+        opened.write_config(yaml.safe_dump(other_data))
