@@ -22,8 +22,10 @@ class File(msgspec.Struct):
 class Optimizer(msgspec.Struct):
     """What the optimizer alone can judge is left to it."""
 
-    state: Node = {}
+    state: Node | list[Any] = {}
     groups: list[Node] = []
+    parameters: list[Any] = []
+    more: Node = {}
     skipped_steps: Count = 0
     scaler: Node | None = None
 

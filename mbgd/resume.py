@@ -49,36 +49,38 @@ def resume(trainer: Trainer, folder: RunFolder, config: Config, now: Mapping[str
     if config.resume == "never" or not folder.has_begun:
         remove_memory(folder.path, workers)  # of a run whose folder is gone
     in_memory = newest_in_memory(folder.path, workers)
-    decision = _Decision()
-    if workers.is_main:
-        decision = _decide(folder, config, now, trainer.num_steps, in_memory)
-    told: list[Any] = workers.broadcast(
-        [
-            decision.checkpoint and str(decision.checkpoint),
-            decision.is_complete,
-            decision.keeps_evaluations,
-            decision.problem,
-        ]
-    )
-    path, is_complete, keeps_evaluations, problem = told
-    if problem:
-        raise UsageError(problem)
-    if is_complete:
+    decision = _agree(trainer, folder, config, now, in_memory)
+    if decision.is_complete:
         return False
-    if path is not None:
-        _restore(trainer, Path(path))
-    if not keeps_evaluations:
+    if decision.checkpoint is not None:
+        _restore(trainer, decision.checkpoint)
+    if not decision.keeps_evaluations:
         metrics = trainer.state.metrics  # the run evaluates anew
         trainer.state.metrics = {name: value for name, value in metrics.items() if not name.startswith("eval/")}
     if config.checkpoint.memory_every is None:
         remove_memory(folder.path, workers)  # nobody else would, in the end
+    problem = ""
     if workers.is_main:
-        problem = _reopen(folder, trainer.state.step, None if keeps_evaluations else _evaluated_by(now))
-        if path is not None and not problem and not config.tracking.quiet:
-            print(f"resume      step {trainer.state.step}, from {path}", flush=True)
+        problem = _reopen(folder, trainer.state.step, None if decision.keeps_evaluations else _evaluated_by(now))
+        if decision.checkpoint is not None and not problem and not config.tracking.quiet:
+            print(f"resume      step {trainer.state.step}, from {decision.checkpoint}", flush=True)
     if problem := workers.broadcast(problem):
         raise UsageError(problem)
     return True
+
+
+def _agree(
+    trainer: Trainer, folder: RunFolder, config: Config, now: Mapping[str, Any], in_memory: Path | None
+) -> _Decision:
+    """What the main worker decides, on every worker; UsageError on all where that is a problem."""
+    mine = _Decision()
+    if trainer.workers.is_main:
+        mine = _decide(folder, config, now, trainer.num_steps, in_memory)
+    told: list[Any] = [mine.checkpoint and str(mine.checkpoint), mine.is_complete, mine.keeps_evaluations, mine.problem]
+    path, is_complete, keeps_evaluations, problem = trainer.workers.broadcast(told)
+    if problem:
+        raise UsageError(problem)
+    return _Decision(path and Path(path), is_complete, keeps_evaluations)
 
 
 @dataclass(frozen=True)
