@@ -1,19 +1,26 @@
-"""Files that are never half-written; apart from what needs torch, for processes that do without it."""
+"""Files that hold the old content or the new, never a part, even if the power fails."""
 
 import os
 from pathlib import Path
 
+from mbgd import folder_lock
+from mbgd.files import UNREADABLE, flush, set_aside
+
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """The file holds the old content or the new, never a part, also after a crash of the machine."""
+    """Replace the file's content. OSError where that fails, also where the folder is another run's by now."""
+    folder_lock.check(path.parent)
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    temporary.unlink(missing_ok=True)  # of a crash; and a link there would lead elsewhere
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.is_dir() and not path.is_symlink():
+            set_aside(path, UNREADABLE)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    flush(path.parent)

@@ -5,10 +5,10 @@ of all, the step, and what the run was). It is written under a temporary name, f
 the manifest last, and then renamed. There is no pickle in it, so that loading one runs no code.
 """
 
-import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,9 +17,14 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from mbgd import files, folder_lock, manifest, strict_json
+from mbgd.escaping import plain
+from mbgd.files import Unreadable, check_regular
+from mbgd.manifest import FORMAT
+from mbgd.run_files import seal as _seal
 from mbgd.snapshot import Snapshot
+from mbgd.tracking.json_lines import METRICS
 
-FORMAT = 1
 MANIFEST = "manifest.json"
 SUFFIX = ".safetensors"
 TEMPORARY = ".tmp"
@@ -37,10 +42,16 @@ def step_of(path: Path) -> int:
 def write(folder: Path, snapshot: Snapshot, identity: Mapping[str, Any], *, durable: bool = True) -> Path:
     """Write a checkpoint under `folder`; afterwards it is there whole, if `durable` even if the power fails now.
 
-    One of the same step that verifies is left as it is: the run went on from it.
+    What the run has logged up to then, beside `folder`, is flushed before: a checkpoint implies these lines. One of the
+    same step that verifies is left as it is: the run went on from it. OSError where the run's folder is gone.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    flush = _flush if durable else _do_not_flush
+    flush = files.flush if durable else _do_not_flush
+    folder_lock.check(folder.parent)
+    if not folder.exists():
+        folder.mkdir()  # not its parents: a run's folder that is gone stays gone
+        flush(folder.parent)
+    if durable and (folder.parent / METRICS).exists():
+        flush(folder.parent / METRICS)
     final = folder / name_of(snapshot.step)
     if final.exists():
         if verify(final) is None:
@@ -50,22 +61,23 @@ def write(folder: Path, snapshot: Snapshot, identity: Mapping[str, Any], *, dura
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        files = {}
+        written = {}
         for name, tensors in snapshot.tensors.items():
             path = temporary / f"{name}{SUFFIX}"
             save_file(dict(tensors), path)
             flush(path)
-            files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        manifest = {
+            written[path.name] = {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
+        content = {
             "format": FORMAT,
             "step": snapshot.step,
             "identity": dict(identity),
-            "values": dict(snapshot.values),
-            "files": files,
+            "values": json.loads(strict_json.dumps(snapshot.values)),
+            "files": written,
         }
-        (temporary / MANIFEST).write_text(json.dumps({**manifest, "sha256": _seal(manifest)}, indent=1))
+        (temporary / MANIFEST).write_text(json.dumps({**content, "sha256": _seal(content)}, indent=1))
         flush(temporary / MANIFEST)
         flush(temporary)
+        folder_lock.check(folder.parent)
         temporary.rename(final)
         flush(folder)
     except BaseException:
@@ -82,18 +94,35 @@ def remove(path: Path) -> None:
 
 def complete(folder: Path) -> list[Path]:
     """The checkpoints under `folder`, newest first; what is in them is not looked at."""
-    return sorted((path for path in folder.glob("step-*") if path.name[5:].isdigit()), reverse=True)
+    return sorted((path for path in folder.glob("step-*") if is_named_as_one(path)), key=step_of, reverse=True)
 
 
-def newest(folder: Path) -> Path | None:
-    """The newest checkpoint that verifies. Broken ones are put aside, with a message; leftovers are removed."""
+def is_named_as_one(path: Path) -> bool:
+    return re.fullmatch("step-[0-9]{9,16}", path.name) is not None and name_of(step_of(path)) == path.name
+
+
+def newest(folder: Path, *, whole_run: bool = False) -> Path | None:
+    """The newest checkpoint that verifies. Broken ones are put aside, with a message; leftovers are removed.
+
+    For the run that holds the folder's lock. whole_run: as for `verify`.
+    """
     for leftover in folder.glob(f"step-*{TEMPORARY}"):
         shutil.rmtree(leftover, ignore_errors=True)
     for path in complete(folder):
-        problem = verify(path)
+        problem = verify(path, whole_run=whole_run)
         if problem is None:
             return path
         print(f"warning: checkpoint {path} is broken ({problem}); it is now {set_aside(path).name}", flush=True)
+    return None
+
+
+def newest_of_another(folder: Path) -> Path | None:
+    """The newest checkpoint of another run that verifies. Nothing is changed there: that run may be saving now."""
+    for path in complete(folder):
+        problem = verify(path, whole_run=True)
+        if problem is None:
+            return path
+        print(f"warning: checkpoint {path} is broken ({problem}) and is passed over", flush=True)
     return None
 
 
@@ -102,10 +131,10 @@ def best(folder: Path, metric: str, *, highest: bool) -> tuple[Path, float] | No
     found = None
     for path in reversed(complete(folder)):
         try:
-            value = json.loads((path / MANIFEST).read_text())["values"]["evaluation"][metric]
-        except (OSError, ValueError, KeyError, TypeError):
+            value = _manifest(path)["values"]["evaluation"][metric]
+        except (OSError, ValueError, KeyError):
             continue  # broken, or without an evaluation at its step
-        if is_better(value, None if found is None else found[1], highest=highest):
+        if value is not None and is_better(value, None if found is None else found[1], highest=highest):
             found = path, value
     return found
 
@@ -119,74 +148,58 @@ def is_better(value: float, than: float | None, *, highest: bool) -> bool:
 
 def set_aside(path: Path) -> Path:
     """Rename a checkpoint so that it is no longer taken for one; the new path."""
-    number = 0
-    while (aside := path.with_name(f"{path.name}{BROKEN}-{number}")).exists():
-        number += 1
-    return path.rename(aside)
+    return files.set_aside(path, BROKEN)
 
 
-def verify(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+def verify(path: Path, *, whole_run: bool = False) -> str | None:
+    """What is wrong with a checkpoint, or None. whole_run: it must have all that a trainer goes on from."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        if manifest["format"] != FORMAT:
-            return f"format {manifest['format']}, not {FORMAT}"
-        if manifest.pop("sha256") != _seal(manifest):
-            return "the manifest has other content than was written"
-        for name, wanted in manifest["files"].items():
-            if Path(name).name != name or not name.endswith(SUFFIX):
-                return f"{name!r} is not the name of a file of a checkpoint"
+        for name, wanted in _manifest(path, whole_run=whole_run)["files"].items():
+            check_regular(path / name)
             size = (path / name).stat().st_size
             if size != wanted["bytes"]:
                 return f"{name} has {size} bytes, not {wanted['bytes']}"
-            if _sha256(path / name) != wanted["sha256"]:
+            if files.sha256(path / name) != wanted["sha256"]:
                 return f"{name} has other content than was written"
             with safe_open(path / name, "pt"):
                 pass  # that it is one: sizes and offsets within it make sense
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
-        return f"{type(error).__name__}: {error}"
+    except Unreadable as error:
+        return f"{plain(error.path.name)}: {error.reason}"
+    except (OSError, ValueError, SafetensorError) as error:
+        return plain(f"{type(error).__name__}: {error}" if type(error) is not ValueError else str(error))
     return None
 
 
 def read_manifest(path: Path) -> tuple[int, dict[str, Any]]:
-    """(step, identity) of a checkpoint."""
-    manifest = json.loads((path / MANIFEST).read_text())
-    return manifest["step"], manifest["identity"]
+    """(step, identity) of a checkpoint that verifies."""
+    content = _manifest(path)
+    return content["step"], content["identity"]
 
 
 def read(path: Path) -> tuple[Snapshot, dict[str, Any]]:
     """(snapshot, identity) of a checkpoint that verifies."""
-    manifest = json.loads((path / MANIFEST).read_text())
-    tensors = {Path(name).stem: load_file(path / name) for name in manifest["files"]}
-    return Snapshot(manifest["step"], tensors, manifest["values"]), manifest["identity"]
+    content, tensors = _manifest(path), {}
+    for name in content["files"]:
+        check_regular(path / name)
+        tensors[name.removesuffix(SUFFIX)] = load_file(path / name)
+    return Snapshot(content["step"], tensors, content["values"]), content["identity"]
+
+
+def _manifest(path: Path, *, whole_run: bool = False) -> dict[str, Any]:
+    """The manifest, checked but for the files that it names; OSError or ValueError where something is wrong."""
+    if path.is_symlink() or not path.is_dir():
+        raise ValueError("it is not a folder")
+    content = files.parse_json(files.read(path / MANIFEST, files.MOST_JSON_BYTES))
+    return manifest.check(content, step_of(path) if is_named_as_one(path) else None, whole_run=whole_run)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What two identities do not share, by key."""
     return [
-        f"{key}: {before.get(key)} before, {now.get(key)} now"
+        plain(f"{key}: {before.get(key)} before, {now.get(key)} now")
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
     ]
-
-
-def _seal(manifest: Mapping[str, Any]) -> str:
-    """A hash of what the manifest says, which it carries itself."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Until the file or folder has reached the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _do_not_flush(path: Path) -> None:

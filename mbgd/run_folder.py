@@ -1,7 +1,7 @@
 """A run's folder: what the main worker leaves on disk."""
 
-import fcntl
 import glob
+import hashlib
 import json
 import os
 import platform
@@ -9,17 +9,23 @@ import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
-import yaml
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from mbgd import files, folder_lock, run_files, strict_json
 from mbgd.atomic_file import write_atomically
 from mbgd.conditions import conditions
 from mbgd.config import Run
 from mbgd.errors import UsageError
+from mbgd.escaping import plain
+from mbgd.files import UNREADABLE, Unreadable
+from mbgd.folder_lock import FolderLock
+from mbgd.run_files import CONFIG, MODEL, OBJECTIVE, SUMMARY
 from mbgd.task_state import exported
+from mbgd.tracking.json_lines import METRICS, BadLine, describe_bad, read_lines
 from mbgd.trainer import Result, Trainer
 from mbgd.workers import Workers
 
@@ -30,13 +36,13 @@ SECONDS_FOR_ANOTHER_RUN_TO_END = 60.0
 class RunFolder:
     """`config.yaml`, `metrics.jsonl`, `summary.json`, `model.safetensors` and `logs/` of one run."""
 
-    def __init__(self, path: Path, lock: IO[str] | None = None) -> None:
+    def __init__(self, path: Path, lock: FolderLock | None = None) -> None:
         """lock: held as long as this folder is open here, so that no other run writes into it."""
         self.path, self._lock = path, lock
 
     @property
     def metrics_path(self) -> Path:
-        return self.path / "metrics.jsonl"
+        return self.path / METRICS
 
     @property
     def checkpoints_path(self) -> Path:
@@ -47,43 +53,85 @@ class RunFolder:
 
     @property
     def summary_path(self) -> Path:
-        return self.path / "summary.json"
+        return self.path / SUMMARY
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a run has begun here, readable or not."""
+        return os.path.lexists(self.path / CONFIG)
 
     def read_config(self) -> dict[str, Any] | None:
-        """The configuration of the run that has begun here, if one has."""
+        """The configuration of the run that has begun here, if one has; Unreadable where it is none."""
         try:
-            config: dict[str, Any] = yaml.safe_load((self.path / "config.yaml").read_text())
+            return run_files.read_config(self.path)
         except FileNotFoundError:
             return None
-        return config
 
     def steps_of_complete_run(self) -> int | None:
-        """How many steps the run here came to; None where there is none, or one that is not complete."""
+        """How many steps the run here came to; None where there is none, or one that is not complete.
+
+        Unreadable where the results are not those that were written: the summary, or the model that it is of.
+        """
         try:
-            steps: int = json.loads(self.summary_path.read_text())["steps"]
+            summary = run_files.read_summary(self.path)
         except FileNotFoundError:
             return None
+        if summary.get("steps") is None:
+            raise Unreadable(self.summary_path, "it does not say how many steps the run came to")
+        self._check_model(summary.get("model_sha256"))
+        steps: int = summary["steps"]
         return steps
 
+    def _check_model(self, sha256: str | None) -> None:
+        path = self.path / MODEL
+        try:
+            if sha256 not in (None, files.sha256(path)):
+                raise Unreadable(path, "it has other content than was written")
+            with safe_open(path, "pt"):
+                pass  # that it is one
+        except (FileNotFoundError, SafetensorError) as error:
+            raise Unreadable(path, plain(error)) from error
+
+    def keep_aside(self, path: Path, reason: str) -> None:
+        """Rename what cannot be read, and say so; where it is gone already, nothing."""
+        if os.path.lexists(path):
+            print(f"warning: {path} cannot be read ({reason}); it is now {_aside(path).name}", flush=True)
+
     def reopen(self, step: int) -> None:
-        """Go on after so many steps: what came later is taken out of the metrics, and the run is not complete."""
+        """Go on after so many steps: what came later is taken out of the metrics, and the run is not complete.
+
+        Lines that cannot be read are kept in a file beside, with their numbers.
+        """
+        if self.summary_path.is_dir():
+            _aside(self.summary_path)
         self.summary_path.unlink(missing_ok=True)
-        kept = []
-        for line in self.metrics_path.read_text().splitlines(keepends=True):
-            try:
-                if json.loads(line)["step"] <= step and line.endswith("\n"):
+        kept, bad = [], []
+        try:
+            for line in read_lines(self.metrics_path):
+                if isinstance(line, BadLine):
+                    bad.append(line)
+                elif line.step <= step:
                     kept.append(line)
-            except ValueError:
-                pass  # cut off by a crash
-        write_atomically(self.metrics_path, "".join(kept).encode())
+        except Unreadable as error:
+            self.keep_aside(self.metrics_path, error.reason)
+        except FileNotFoundError:
+            pass
+        if bad:
+            aside = files.free_name(self.path / (METRICS + UNREADABLE))
+            write_atomically(aside, _as_json(bad))
+            print(f"warning: {self.metrics_path}: {describe_bad(bad)}; kept in {aside.name}", flush=True)
+        write_atomically(self.metrics_path, b"".join(line.content for line in kept))
 
     def write_config(self, yaml: str) -> None:
-        write_atomically(self.path / "config.yaml", yaml.encode())
+        self._write({CONFIG: yaml.encode()})
 
     def write_results(self, result: Result, trainer: Trainer) -> None:
         """Export the model and write the summary, which is there only once the run is complete."""
         model, plan = trainer.model, trainer.plan
-        write_atomically(self.path / "model.safetensors", save(exported(model)))
+        content = save(exported(model))
+        others = {}
+        if objective := trainer.objective_tensors():
+            others[OBJECTIVE] = save(objective)
         summary = {
             "metrics": result.metrics,
             "weights_sha256": trainer.weights_sha256(),
@@ -96,8 +144,33 @@ class RunFolder:
             "num_micro_batches": plan.num_micro_batches(min(plan.minibatch_size, plan.num_examples)),
             "conditions": conditions(plan, trainer.workers.device),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "model_sha256": hashlib.sha256(content).hexdigest(),
         }
-        write_atomically(self.summary_path, (json.dumps(summary, indent=2) + "\n").encode())
+        strict = json.loads(strict_json.dumps(summary))
+        sealed = {**strict, "sha256": run_files.seal(strict)}
+        self._write({MODEL: content, SUMMARY: (json.dumps(sealed, indent=2) + "\n").encode(), **others})
+
+    def _write(self, contents: Mapping[str, bytes]) -> None:
+        """UsageError where they cannot be written."""
+        for name, content in contents.items():
+            try:
+                write_atomically(self.path / name, content)
+            except OSError as error:
+                raise UsageError(
+                    f"{plain(self.path / name)} cannot be written: {error.strerror or error}. What is in the last "
+                    "checkpoint is safe: see to the folder, and the same command goes on from there."
+                ) from error
+
+
+def _as_json(lines: list[BadLine]) -> bytes:
+    """A JSON object for each; bytes that are not UTF-8 as Python's surrogateescape has them, so that none is lost."""
+    told = [(line.number, line.reason, line.content.decode(errors="surrogateescape")) for line in lines]
+    keys = ("line", "reason", "content")
+    return b"".join(json.dumps(dict(zip(keys, one, strict=True))).encode() + b"\n" for one in told)
+
+
+def _aside(path: Path) -> Path:
+    return files.set_aside(path, UNREADABLE)
 
 
 def open_run_folder(run: Run, name: str, workers: Workers, *, may_hold_a_run: bool) -> RunFolder:
@@ -106,16 +179,25 @@ def open_run_folder(run: Run, name: str, workers: Workers, *, may_hold_a_run: bo
     name: what a new folder's name contains. may_hold_a_run: a run that has begun there goes on; otherwise it is
     left alone.
     """
-    path, problem, lock = "", "", None
+    path, problem = "", ""
     if workers.is_main:
         folder = _choose(run, name)
         path, problem = str(folder), _make(folder, may_hold_a_run=may_hold_a_run)
-        if not problem:
-            lock, problem = _lock(folder)
-    path, problem = workers.broadcast((path, problem))
-    if problem:
-        raise UsageError(problem)
-    return RunFolder(Path(path), lock)
+    deadline, told = time.monotonic() + SECONDS_FOR_ANOTHER_RUN_TO_END, False
+    # The others wait in an exchange, which has a limit of its own: there is one after each part of the time.
+    seconds = min(SECONDS_FOR_ANOTHER_RUN_TO_END, workers.timeout_seconds / 4)
+    while True:
+        lock, holder = None, ""
+        if workers.is_main and not problem:
+            lock, holder, problem = _lock(Path(path), min(deadline, time.monotonic() + seconds), told=told)
+            if holder and time.monotonic() >= deadline:
+                problem = f"{_held_by(path, holder)}. Wait for its end, end it, or give another run.dir."
+        path, problem, holder = workers.broadcast([path, problem, holder])
+        if problem:
+            raise UsageError(problem)
+        if not holder:
+            return RunFolder(Path(path), lock)
+        told = True
 
 
 def _choose(run: Run, name: str) -> Path:
@@ -147,42 +229,65 @@ def id_of_restarts(environment: Mapping[str, str]) -> str:
 
 def _make(folder: Path, *, may_hold_a_run: bool) -> str:
     """Make the folder; what hinders, or nothing."""
-    if (folder / "metrics.jsonl").exists() and not may_hold_a_run:
+    if os.path.lexists(folder / METRICS) and not may_hold_a_run:
         return (
             f"run.dir={folder} already holds a run, and resume=never. Give another run.dir, use resume=auto to go on "
             "with that run, or delete the folder."
         )
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "metrics.jsonl").touch()
-    except OSError as error:
-        return f"run.dir={folder} cannot be written: {error.strerror}. Give a folder that you may write to."
+        _make_durably(folder)
+        if not os.path.lexists(folder / METRICS):
+            files.open_regular(folder / METRICS, "ab").close()
+    except (OSError, ValueError) as error:  # ValueError: also a name that no folder can have
+        return _hindered(folder, error)
     return ""
 
 
-def _lock(folder: Path) -> tuple[IO[str] | None, str]:
-    """The folder's lock, or what hinders. It ends with this process, however that ends."""
-    lock = (folder / "lock").open("a+")
-    deadline = time.monotonic() + SECONDS_FOR_ANOTHER_RUN_TO_END
-    waits = False
+def _prepare(folder: Path) -> None:
+    """Under the lock: make what the run writes to, and try whether a file can be written."""
+    _make_durably(folder / "logs")
+    for log in (folder / "logs").glob("worker-*.log"):
+        files.check_regular(log)
+    if os.path.lexists(folder / "checkpoints") and not (folder / "checkpoints").is_dir():
+        raise Unreadable(folder / "checkpoints", "it is not a folder")
+    write_atomically(folder / ".writable", b"that a file can be written")
+    (folder / ".writable").unlink()
+
+
+def _hindered(folder: Path, error: OSError | ValueError) -> str:
+    why = f"{plain(error.path.name)}: {error.reason}" if isinstance(error, Unreadable) else plain(error)
+    why = (isinstance(error, OSError) and error.strerror) or why
+    return f"run.dir={plain(folder)} cannot be written: {why}. Give a folder that you may write to."
+
+
+def _make_durably(folder: Path) -> None:
+    """Make the folder and those above, so that they outlive a power failure."""
+    if not folder.is_dir():
+        _make_durably(folder.parent)
+        folder.mkdir(exist_ok=True)
+        files.flush(folder.parent)
+
+
+def _lock(folder: Path, deadline: float, *, told: bool) -> tuple[FolderLock | None, str, str]:
+    """(the folder's lock, who holds it until the deadline, what hinders): one of them.
+
+    told: that it is waited for has been said.
+    """
     while True:
         try:
-            # A record lock: it holds across the hosts of a shared file system, and child processes do not keep it.
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except (BlockingIOError, PermissionError):
-            lock.seek(0)
-            holder = f"run.dir={folder} is being written to by another run ({lock.read().strip() or 'unknown'})"
-            if time.monotonic() >= deadline:
-                lock.close()
-                return None, f"{holder}. Wait for its end, end it, or give another run.dir."
-            if not waits:
-                waits = True
-                print(f"{holder}; waiting {SECONDS_FOR_ANOTHER_RUN_TO_END:.0f} s for its end", flush=True)
-            time.sleep(0.5)
-        except OSError:
-            break  # a file system without locks
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {platform.node()}\n")
-    lock.flush()
-    return lock, ""
+            holder = folder_lock.take(folder)
+            if isinstance(holder, FolderLock):
+                _prepare(folder)
+                return holder, "", ""
+        except (OSError, ValueError) as error:
+            return None, "", _hindered(folder, error)
+        if not told:
+            told = True
+            print(f"{_held_by(folder, holder)}; waiting {SECONDS_FOR_ANOTHER_RUN_TO_END:.0f} s for its end", flush=True)
+        if time.monotonic() >= deadline:
+            return None, holder, ""
+        time.sleep(min(0.5, max(0.0, deadline - time.monotonic())))
+
+
+def _held_by(folder: Path | str, holder: str) -> str:
+    return f"run.dir={plain(folder)} is being written to by another run ({holder})"

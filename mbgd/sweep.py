@@ -2,17 +2,19 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mbgd.config import Direction
 from mbgd.errors import UsageError
+from mbgd.escaping import plain
+from mbgd.files import Unreadable, convert, read_json
+from mbgd.run_files import read_config, read_summary
 from mbgd.suggestions import did_you_mean
+from mbgd.tracking.json_lines import METRICS, Line, describe_bad, read_history
 
 RECORD = "job.json"
 LOG = "job.log"
@@ -42,11 +44,9 @@ class Record:
     def read(folder: Path) -> "Record | None":
         """The record of the job that was started there; None if none was."""
         try:
-            return Record(**json.loads((folder / RECORD).read_text()))
+            return convert(read_json(folder / RECORD, Record), Record)
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError) as error:
-            raise UsageError(f"{folder / RECORD} is not the record of a job ({error}).") from error
 
 
 @dataclass(frozen=True)
@@ -59,49 +59,69 @@ class Job:
     """Empty if it ended before its configuration was settled."""
     summary: Mapping[str, Any]
     """Empty unless the run is complete."""
-    history: list[Mapping[str, Any]] = field(repr=False)
+    history: list[Line] = field(repr=False)
     """The lines of metrics.jsonl."""
+    problem: str = ""
+    """What of the folder could not be read."""
 
     @property
     def state(self) -> str:
         if self.record.exit_code:
             return f"failed ({self.record.exit_code})"
+        if self.problem:
+            return self.problem
         return "complete" if self.summary else "not ended"
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The last value of each, of a complete run."""
-        return dict(self.summary.get("metrics", {}))
+        """The last value of each, of a complete run; those that are numbers."""
+        found = self.summary.get("metrics", {})
+        return {name: value for name, value in found.items() if isinstance(value, int | float)}
 
     def steps_to(self, metric: str, target: float, direction: Direction) -> int | None:
         """Optimizer steps until the metric was first logged at the target or better; None if it never was."""
         sign = 1 if direction is Direction.minimize else -1
-        reached: Iterator[int] = (
-            line["step"] for line in self.history if sign * line.get(metric, math.nan) <= sign * target
-        )
+        logged = ((line.step, line.metrics.get(metric)) for line in self.history)
+        reached = (step for step, value in logged if isinstance(value, int | float) and sign * value <= sign * target)
         return next(reached, None)
 
-    def examples_after(self, steps: int) -> int:
-        """Examples seen after so many of this run's steps."""
-        last = next(line for line in reversed(self.history) if "train/epoch" in line)
-        per_epoch: int = round(self.summary["examples_seen"] / last["train/epoch"])
-        size: int = self.config["batch"]["size"]
+    def examples_after(self, steps: int) -> int | None:
+        """Examples seen after so many of this run's steps; None where the folder does not tell."""
+        epochs_of_lines = (line.metrics.get("train/epoch") for line in reversed(self.history))
+        last = next((epoch for epoch in epochs_of_lines if isinstance(epoch, int | float) and epoch > 0), None)
+        seen, size = self.summary.get("examples_seen"), (self.config.get("batch") or {}).get("size")
+        if last is None or not seen or size is None:
+            return None
+        per_epoch = max(1, round(seen / last))
         epochs, more_steps = divmod(steps, math.ceil(per_epoch / size))
-        return epochs * per_epoch + more_steps * size
+        return int(epochs * per_epoch + more_steps * size)
 
 
 def read_job(folder: Path) -> Job | None:
-    """The job that was started in this folder; None if none was."""
+    """The job that was started in this folder; None if none was. What of it cannot be read is its problem."""
     record = Record.read(folder)
     if record is None:
         return None
-    return Job(
-        folder=folder,
-        record=record,
-        config=yaml.safe_load(_text(folder / "config.yaml")) or {},
-        summary=json.loads(_text(folder / "summary.json") or "{}"),
-        history=list(_lines(_text(folder / "metrics.jsonl"))),
-    )
+    problems: list[str] = []
+
+    def read(reader: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+        try:
+            return reader(folder)
+        except FileNotFoundError:
+            return {}
+        except Unreadable as error:
+            problems.append(f"{error.path.name} cannot be read: {error.reason}")
+            return {}
+
+    config, summary = read(read_config), read(read_summary)
+    lines: list[Line] = []
+    if os.path.lexists(folder / METRICS):
+        try:
+            lines, bad = read_history(folder)
+            problems += [f"{METRICS}: {describe_bad(bad)}"] if bad else []
+        except UsageError as error:
+            problems.append(plain(error))
+    return Job(folder, record, config, summary, lines, "; ".join(problems))
 
 
 def read_jobs(sweep: Path) -> list[Job]:
@@ -142,7 +162,7 @@ class Ranking:
 def read_ranking(folder: Path, metric: str | None, direction: str | None, target: float | None) -> Ranking:
     """The sweep in this folder, ranked; what is None is as its jobs' configurations have it."""
     jobs = read_jobs(folder)
-    configured = next((dict(job.config["sweep"]) for job in jobs if "sweep" in job.config), {})
+    configured = next((dict(job.config["sweep"]) for job in jobs if job.config.get("sweep")), {})
     metric = metric or configured.get("metric", "eval/loss")
     ascending = Direction(direction or configured.get("direction", "minimize"))
     target = configured.get("target") if target is None else target
@@ -175,18 +195,5 @@ def metric_value(folder: Path, metric: str) -> float:
 
 def unknown_metric(metric: str, metrics: Mapping[str, float]) -> str:
     """What is wrong with a metric that is not among those of a run."""
-    names = ", ".join(sorted(metrics)) or "none"
-    return f"sweep.metric={metric}, but the metrics are {names}.{did_you_mean(metric, metrics)}"
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except FileNotFoundError:
-        return ""
-
-
-def _lines(text: str) -> Iterator[Mapping[str, Any]]:
-    for line in text.splitlines():
-        with suppress(ValueError):  # cut off by a crash
-            yield json.loads(line)
+    names = ", ".join(plain(name) for name in sorted(metrics)) or "none"
+    return f"sweep.metric={plain(metric)}, but the metrics are {names}.{did_you_mean(metric, metrics)}"

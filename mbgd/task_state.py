@@ -25,6 +25,7 @@ class TaskState:
         """What is trained or moves, as it lies: "model" and, where the objective has state, "objective"."""
         kept, _ = extra_state.split(extra_state.extra_state(self._task))
         tensors = {**self._task.parameters_by_name(), **self._buffers.tensors(), **kept}
+        tensors = {name: _storable(tensor) for name, tensor in tensors.items()}
         if self._task.objective is None:
             return {"model": tensors}
         objective = {name.removeprefix(OBJECTIVE): t for name, t in tensors.items() if name.startswith(OBJECTIVE)}
@@ -38,7 +39,8 @@ class TaskState:
 
     def _export_names(self) -> dict[str, str]:
         """Each name in the model's `state_dict` → the name in `tensors`; tied parameters have several names."""
-        names = {id(tensor): name for name, tensor in self.tensors()["model"].items()}
+        tensors = {**self._task.parameters_by_name(), **self._buffers.tensors()}
+        names = {id(tensor): name for name, tensor in tensors.items()}
         exported = self._task.model.state_dict(keep_vars=True)
         return {
             plain_name(name): names.get(id(value), plain_name(name))
@@ -61,16 +63,19 @@ class TaskState:
         then = _flat(saved)
         with torch.no_grad():
             for name, tensor in {**self._task.parameters_by_name(), **self._buffers.tensors()}.items():
-                if name in then and then[name].shape == tensor.shape:
-                    tensor.copy_(then[name])
+                if name in then and then[name].shape == _storable(tensor).shape:
+                    _storable(tensor).copy_(then[name])
         state = {name: then[name].clone() for name in extra_state.extra_state(self._task) if name in then}
         extra_state.set_extra_state(self._task, {**state, **values.get("extra_state", {})})
 
 
 def exported(model: nn.Module) -> dict[str, Tensor]:
-    """What `load_state_dict` of the plain model takes: every name, tied ones too, on the CPU; no other buffers."""
+    """What `load_state_dict` of the plain model takes: every name, tied ones too, on the CPU; no other buffers.
+
+    Extra state that is no tensor is not in it, and complex128 is there as pairs of float64: safetensors holds neither.
+    """
     return {
-        plain_name(name): value.detach().cpu().clone().contiguous()
+        plain_name(name): _storable(value.detach()).cpu().clone().contiguous()
         for name, value in model.state_dict().items()
         if isinstance(value, Tensor)
     }
@@ -89,6 +94,11 @@ def refuse_odd_parts(task: Task) -> None:
             f"the model has a part named {OBJECTIVE[:-1]}, and the objective is a module too; the names of their "
             "parameters could not be told apart. Rename that part of the model."
         )
+
+
+def _storable(tensor: Tensor) -> Tensor:
+    """The tensor, or a view of it that safetensors can hold: it has no complex128."""
+    return torch.view_as_real(tensor) if tensor.dtype is torch.complex128 else tensor
 
 
 def _flat(files: Files) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mbgd import averaging as averagings
-from mbgd import diagnosis, extra_state, optimizers
+from mbgd import diagnosis, extra_state, optimizers, strict_json
 from mbgd.averaging.norms import MicroBatchNorms
 from mbgd.buffers import Buffers
 from mbgd.checkpoint import differences
@@ -292,7 +292,7 @@ class Trainer:
             raise UsageError("the checkpoint does not fit this run:\n" + "\n".join(f"  - {one}" for one in found))
         self._task_state.restore(snapshot.tensors, snapshot.values)
         self._update.restore(snapshot.tensors["optimizer"], snapshot.values["optimizer"])
-        self.state.step, self.state.metrics = snapshot.step, dict(snapshot.values["metrics"])
+        self.state.step, self.state.metrics = snapshot.step, strict_json.numbers(snapshot.values["metrics"])
         self.noise_scale.restore(snapshot.values["noise_scale"])
         self.state.tracking = dict(snapshot.values.get("tracking", {}))
         self._log.last_logged = snapshot.step
@@ -488,6 +488,11 @@ class Trainer:
         if self._evaluation is None:
             return {}
         return {f"eval/{name}": value for name, value in self._evaluation(self._averaging.sum).items()}
+
+    def objective_tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers of the objective, on the CPU; empty where it has none."""
+        tensors = self._task_state.tensors().get("objective", {})
+        return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
 
     def weights_sha256(self) -> str:
         """Hash of the parameters of model and objective: equal if and only if they are, bit for bit."""

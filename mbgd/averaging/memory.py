@@ -84,7 +84,7 @@ class HostMemory:
         for rank, one in enumerate(told):
             if "why" in one:
                 raise CannotShareError(f"worker {rank} cannot: {one['why']}")
-        return [one["result"] for one in told]  # type: ignore[misc]
+        return [one["result"] for one in told]
 
 
 @dataclass

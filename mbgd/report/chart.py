@@ -3,9 +3,9 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
+from mbgd.escaping import in_html as escape
 from mbgd.report.history import Curve
 from mbgd.report.numbers import short, size_of_unit, whole
 

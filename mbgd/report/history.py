@@ -1,30 +1,36 @@
 """What a run's folder tells: curves by name, and what the run was."""
 
-import json
-import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from mbgd.errors import UsageError
+from mbgd.escaping import plain
+from mbgd.files import Unreadable
+from mbgd.run_files import read_config, read_run, read_summary
+from mbgd.tracking.json_lines import Line, describe_bad
+from mbgd.tracking.json_lines import read_history as read_metrics
 
 Curve = list[tuple[int, float]]
 """(step, value) in the order of steps."""
+
+MOST, LEAST = 1e150, 1e-150
+"""Beyond, a picture's own arithmetic would overflow."""
 
 
 @dataclass(frozen=True)
 class History:
     name: str
     curves: dict[str, Curve]
-    """By the names of metrics.jsonl. Values that are not finite are left out."""
+    """By the names of metrics.jsonl. Values that are not finite, or beyond ±1e150, are left out."""
     summary: dict[str, Any]
     """Empty where the run is not complete."""
     record: dict[str, Any]
     """run.json: plan, environment, code, and how the run ended."""
     config: dict[str, Any]
     """By dotted keys."""
+    problems: list[str] = field(default_factory=list)
+    """What could not be read."""
 
     @property
     def state(self) -> str:
@@ -43,43 +49,36 @@ class History:
 
 
 def read_history(folder: Path) -> History:
-    """Raises UsageError where the folder is not a run's; what else is missing is left empty."""
+    """Raises UsageError where the folder is not a run's; what else is missing, or cannot be read, is left empty."""
+    lines, bad = read_metrics(folder)
+    problems = [f"metrics.jsonl: {describe_bad(bad)}"] if bad else []
+
+    def read(reader: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+        try:
+            return reader(folder)
+        except FileNotFoundError:
+            return {}
+        except Unreadable as error:
+            problems.append(f"{error.path.name} cannot be read: {error.reason}")
+            return {}
+
     return History(
-        name=folder.resolve().name,
-        curves=_read_curves(folder / "metrics.jsonl"),
-        summary=_read(folder / "summary.json", json.loads),
-        record=_read(folder / "run.json", json.loads),
-        config=_flat(_read(folder / "config.yaml", yaml.safe_load)),
+        name=plain(folder.resolve().name),
+        curves=_curves(lines),
+        summary=read(read_summary),
+        record=read(read_run),
+        config=_flat(read(read_config)),
+        problems=problems,
     )
 
 
-def _read_curves(path: Path) -> dict[str, Curve]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UsageError(
-            f"{path.parent} is not the folder of a run: {path.name} cannot be read ({error.strerror}). A run's folder "
-            "is what train.py names at the end."
-        ) from error
+def _curves(lines: list[Line]) -> dict[str, Curve]:
     curves: dict[str, Curve] = {}
     for line in lines:
-        try:
-            values = json.loads(line)
-            step = values.pop("step")
-        except (ValueError, KeyError, AttributeError):
-            continue  # cut off by a crash
-        for name, value in values.items():
-            if isinstance(value, int | float) and math.isfinite(value):
-                curves.setdefault(name, []).append((step, value))
+        for name, value in line.metrics.items():
+            if not isinstance(value, str) and abs(value) <= MOST:  # not a number is not
+                curves.setdefault(name, []).append((line.step, value if abs(value) >= LEAST else 0.0))
     return curves
-
-
-def _read(path: Path, parse: Any) -> dict[str, Any]:
-    try:
-        values = parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return values if isinstance(values, dict) else {}
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:

@@ -2,11 +2,11 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from mbgd.atomic_file import write_atomically
+from mbgd.escaping import in_html as escape
 from mbgd.report.chart import Series, draw
 from mbgd.report.history import History, read_history
 from mbgd.report.numbers import short
@@ -31,6 +31,7 @@ def render(runs: Sequence[History]) -> str:
     head = _about_one(runs[0]) if len(runs) == 1 else _about_several(runs)
     body = [
         f"<h1>{escape(title)}</h1>{head}",
+        _problems(runs),
         _legend(runs),
         f'<div class="charts">{"".join(figures)}</div>' if figures else "<p>Nothing has been logged yet.</p>",
         _time(runs),
@@ -50,6 +51,12 @@ def render(runs: Sequence[History]) -> str:
         + f'\n<div id="tip"></div>\n<script type="application/json" id="charts">{_json(data)}</script>\n'
         f"<script>\n{here.with_name('page.js').read_text()}</script>\n</body></html>\n"
     )
+
+
+def _problems(runs: Sequence[History]) -> str:
+    """What of the runs' folders could not be read."""
+    found = [problem if len(runs) == 1 else f"{run.name}: {problem}" for run in runs for problem in run.problems]
+    return "".join(f'<p class="failed">{escape(problem)}</p>' for problem in found)
 
 
 def _json(data: Any) -> str:
@@ -105,8 +112,9 @@ def _results(run: History) -> list[tuple[str, str]]:
     if not found and loss is not None:
         found.append(("train loss", short(loss)))
     found.append(("steps", f"{run.last_step:,}"))
-    if "examples_per_second" in run.summary:
-        found.append(("examples/s", short(run.summary["examples_per_second"])))
+    speed = run.summary.get("examples_per_second")
+    if speed is not None:
+        found.append(("examples/s", short(speed)))
     memory = run.last("time/peak_memory_bytes")
     if memory is not None:
         found.append(("peak memory", short(memory, "bytes")))
@@ -155,7 +163,8 @@ def _time(runs: Sequence[History]) -> str:
 
 def _environment(run: History) -> dict[str, Any]:
     code = run.record.get("code", {})
-    commit = {"commit": f"{code['commit'][:12]}{', with changes' if code['dirty'] else ''}"} if code else {}
+    changes = ", with changes" if code and code.get("dirty") else ""
+    commit = {"commit": f"{code.get('commit', '')[:12]}{changes}"} if code else {}
     return {key.replace("_", " "): value for key, value in run.record.get("environment", {}).items()} | commit
 
 
@@ -185,4 +194,4 @@ def _section(title: str, runs: Sequence[History], columns: Sequence[Mapping[str,
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False, skipkeys=True)

@@ -4,12 +4,16 @@ import argparse
 from pathlib import Path
 
 from safetensors.torch import save
+from torch import Tensor
 
 from mbgd import checkpoint
 from mbgd.atomic_file import write_atomically
 from mbgd.config import Direction
 from mbgd.errors import UsageError
+from mbgd.escaping import plain
+from mbgd.files import Unreadable
 from mbgd.run_folder import RunFolder
+from mbgd.snapshot import Snapshot
 
 DESCRIPTION = "list and verify the checkpoints of a run, or export a model from one"
 
@@ -32,19 +36,23 @@ def main(parsed: argparse.Namespace) -> int:
     if parsed.export is not None:
         return _export(_choose(problems, parsed, best), parsed.export)
     for path, problem in problems.items():
-        size = sum(file.stat().st_size for file in path.iterdir())
+        size = sum(file.lstat().st_size for file in path.iterdir()) if path.is_dir() else 0
         line = f"step {checkpoint.step_of(path):>9,}  {size / 2**20:>9,.1f} MiB  {problem or 'whole'}"
-        print(line + (f", the best: {best[1]} {best[2]:.6g}" if best is not None and path == best[0] else ""))
+        print(line + (f", the best: {plain(best[1])} {best[2]:.6g}" if best is not None and path == best[0] else ""))
     return 1 if any(problems.values()) else 0
 
 
 def _best(folder: RunFolder) -> tuple[Path, str, float] | None:
     """(checkpoint, metric, its value), by what the run's configuration calls the best."""
-    settings = (folder.read_config() or {}).get("checkpoint", {})
+    try:
+        settings = (folder.read_config() or {}).get("checkpoint") or {}
+    except Unreadable as error:
+        print(f"warning: {error} The best checkpoint is not known.")
+        return None
     if settings.get("best") is None:
         return None
     found = checkpoint.best(
-        folder.checkpoints_path, settings["best"], highest=settings["direction"] == Direction.maximize.value
+        folder.checkpoints_path, settings["best"], highest=settings.get("direction") == Direction.maximize.value
     )
     return None if found is None else (found[0], settings["best"], found[1])
 
@@ -65,6 +73,20 @@ def _choose(problems: dict[Path, str | None], parsed: argparse.Namespace, best: 
 
 def _export(path: Path, target: Path) -> int:
     snapshot, _ = checkpoint.read(path)
-    write_atomically(target, save(dict(snapshot.tensors["model"])))
+    if "model" not in snapshot.tensors:
+        raise UsageError(f"{path} holds no model.")
+    try:
+        write_atomically(target, save(_model(snapshot)))
+    except OSError as error:
+        raise UsageError(f"{plain(target)} cannot be written: {error.strerror or error}.") from error
     print(f"the model after step {snapshot.step} is in {target}")
     return 0
+
+
+def _model(snapshot: Snapshot) -> dict[str, Tensor]:
+    """What `load_state_dict` of the model takes; checkpoints of older versions do not tell it from other buffers."""
+    tensors = snapshot.tensors["model"]
+    names = snapshot.values.get("export")
+    if not isinstance(names, dict) or not set(names.values()) <= tensors.keys():
+        return dict(tensors)
+    return {name: tensors[kept].clone() for name, kept in names.items()}

@@ -1,14 +1,19 @@
 """Whether two runs gave the same bits; if not, where they part and why they might."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mbgd.errors import UsageError
+from mbgd.escaping import plain
+from mbgd.files import MOST_YAML_BYTES, Unreadable, check_regular, convert, read
+from mbgd.run_files import CONFIG, MODEL, SUMMARY, read_summary
+from mbgd.tracking.json_lines import METRICS, describe_bad, read_history
 
 DESCRIPTION = "say whether two runs gave the same bits, or where they part"
 NOT_COMPARED = "time/"
@@ -30,28 +35,50 @@ def main(parsed: argparse.Namespace) -> int:
         return 0
     print("different bits")
     if parted is not None:
-        print(f"  metrics part at {parted}")
+        print(f"  metrics part at {plain(parted)}")
     if names:
         more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-        print(f"  parameters and buffers that differ: {', '.join(names[:SHOWN])}{more}")
+        print(f"  parameters and buffers that differ: {plain(', '.join(names[:SHOWN]))}{more}")
     reasons = differing_conditions(a, b)
-    print("  they might, because of " + ("; ".join(reasons) if reasons else "nothing that is recorded"))
+    print("  they might, because of " + (plain("; ".join(reasons)) if reasons else "nothing that is recorded"))
     return 1
 
 
+class _Compared(msgspec.Struct):
+    """What of a summary must be there."""
+
+    weights_sha256: str
+    conditions: dict[str, Any]
+    versions: dict[str, Any]
+    num_workers: int
+
+
 def _read(folder: Path) -> dict[str, Any]:
+    """UsageError where something is missing, or cannot be read: that two runs are the same is said of nothing less."""
     try:
+        lines, bad = read_history(folder)
+        if bad:
+            raise UsageError(f"{plain(folder / METRICS)}: {describe_bad(bad)}. Only whole runs are compared.")
+        summary = read_summary(folder)
+        convert(summary, _Compared)
+        check_regular(folder / MODEL)
         return {
-            "summary": json.loads((folder / "summary.json").read_text()),
-            "metrics": [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()],
-            "config": (folder / "config.yaml").read_text().splitlines(),
-            "model": load_file(folder / "model.safetensors"),
+            "summary": summary,
+            "metrics": [{"step": line.step, **line.metrics} for line in lines],
+            "config": read(folder / CONFIG, MOST_YAML_BYTES).decode(errors="backslashreplace").splitlines(),
+            "model": load_file(folder / MODEL),
         }
     except OSError as error:
         raise UsageError(
-            f"{folder} is not the folder of a complete run: {error.filename} is missing. A run's folder is what "
+            f"{plain(folder)} is not the folder of a complete run: {error.filename} is missing. A run's folder is what "
             "train.py names at the end."
         ) from error
+    except SafetensorError as error:
+        raise Unreadable(folder / MODEL, plain(error)) from error
+    except UsageError:
+        raise
+    except ValueError as error:
+        raise Unreadable(folder / SUMMARY, str(error)) from error
 
 
 def first_difference(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> str | None:

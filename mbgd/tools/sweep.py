@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mbgd.config import Direction
+from mbgd.escaping import plain
 from mbgd.sweep import LOG, Job, Ranking, read_ranking
 
 DESCRIPTION = "show what the jobs of a sweep came to: a table, sweep.csv and sweep.png in its folder"
@@ -73,23 +74,25 @@ def full_table(ranking: Ranking) -> list[list[object]]:
 def _print(rows: Sequence[Sequence[str]], ranking: Ranking) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     better = "lowest" if ranking.direction is Direction.minimize else "highest"
     title = f"{ranking.metric}, {better} first"
     if ranking.target is not None:
         title += f"; target {ranking.target:g}"
-    shown = Table(title=title, title_justify="left", title_style="bold")
+    shown = Table(title=Text(plain(title)), title_justify="left", title_style="bold")
     for name in rows[0]:
-        shown.add_column(name, justify="left" if name == "state" else "right", no_wrap=True)
+        shown.add_column(Text(plain(name)), justify="left" if name == "state" else "right", no_wrap=True)
     for row in rows[1:]:
-        shown.add_row(*row, style=None if row[-1] == "complete" else "red")
+        shown.add_row(*(Text(plain(cell)) for cell in row), style=None if row[-1] == "complete" else "red")
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 500  # a file or a pipe has no width to fit in
     console.print(shown)
     for job in ranking.jobs:
         if job.record.exit_code:
-            console.print(f"job {job.record.number} failed: {job.folder / LOG}", style="red", soft_wrap=True)
+            failed = f"job {job.record.number} failed: {plain(job.folder / LOG)}"
+            console.print(failed, style="red", soft_wrap=True, markup=False)
 
 
 def _metric_names(jobs: Sequence[Job]) -> list[str]:

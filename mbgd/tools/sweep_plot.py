@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+from mbgd.escaping import plain
 from mbgd.sweep import Job, Ranking
 
 COLOURS = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#222255"]
@@ -67,11 +68,12 @@ def _panel(axes: Axes, ranking: Ranking, key: str, label: str, measure: Measure)
         if points:
             colour = COLOURS[number if is_curves else 0]
             style = "o-" if is_curves and not places.named else "o"
-            axes.plot(*zip(*sorted(points), strict=True), style, color=colour, label=name, markersize=5, alpha=0.9)
+            xs, ys = zip(*sorted(points), strict=True)
+            axes.plot(xs, ys, style, color=colour, label=_literally(name), markersize=5, alpha=0.9)
     _scale(axes, [y for points in curves.values() for _, y in points], is_count=is_count)
     places.label(axes)
-    axes.set_xlabel(key)
-    axes.set_ylabel(label)
+    axes.set_xlabel(_literally(key))
+    axes.set_ylabel(_literally(label))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     handles = [line for line in axes.get_lines() if line.get_label() and is_curves]
@@ -110,6 +112,11 @@ def _perfect_scaling(axes: Axes, curves: dict[str, list[tuple[float, float]]]) -
     return line
 
 
+def _literally(text: str) -> str:
+    """Text that matplotlib does not take for a formula."""
+    return plain(text).replace("$", r"\$")
+
+
 class _Places:
     """Where a key's values lie on the axis: numbers by value, anything else by name."""
 
@@ -125,7 +132,7 @@ class _Places:
 
     def label(self, axes: Axes) -> None:
         if self.named:
-            axes.set_xticks(range(len(self._texts)), self._texts)
+            axes.set_xticks(range(len(self._texts)), [_literally(text) for text in self._texts])
             axes.margins(x=0.2)
             return
         if is_geometric(self._numbers):

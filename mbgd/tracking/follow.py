@@ -16,7 +16,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from mbgd.escaping import plain
+from mbgd.files import open_regular
 from mbgd.tracking.base import Ending, Metrics, Outcome
+from mbgd.tracking.json_lines import METRICS, MOST_LINE_BYTES, Line, parse
 
 SINKS = {"wandb": "mbgd.tracking.wandb_sink", "tensorboard": "mbgd.tracking.tensorboard_sink"}
 """Modules with a function `open_sink(folder, start)`."""
@@ -44,12 +47,12 @@ def main(name: str, folder: Path, start: int) -> None:
     with suppress(OSError):
         fcntl.flock(lock, fcntl.LOCK_EX)  # the process of a training that was killed may still be sending
     sink: Sink = import_module(SINKS[name]).open_sink(folder, start)
-    with (folder / "metrics.jsonl").open("rb") as file:
+    with open_regular(folder / METRICS) as file:
         ending = None
         while ending is None:
             ending = _ending(SECONDS_BETWEEN_LOOKS)
             for line in _whole_lines(file):
-                sink.log(int(line.pop("step")), line)
+                sink.log(line.step, line.metrics)
             sink.flush()
     sink.close(ending)
 
@@ -72,15 +75,18 @@ def _ending(seconds: float) -> Ending | None:
     return Ending(Outcome(told["outcome"]), told["message"])
 
 
-def _whole_lines(file: BinaryIO) -> Iterator[dict[str, float | str]]:
-    """The lines that have been written since the last call."""
+def _whole_lines(file: BinaryIO) -> Iterator[Line]:
+    """The lines that have been written since the last call; one that cannot be read is told of and left out."""
     while True:
         position = file.tell()
-        line = file.readline()
-        if not line.endswith(b"\n"):
+        content = file.readline(MOST_LINE_BYTES)
+        if not content.endswith(b"\n") and len(content) < MOST_LINE_BYTES:
             file.seek(position)  # the rest of it is still to come
             return
-        yield json.loads(line)
+        try:
+            yield parse(content)
+        except ValueError as error:
+            say(f"a line of {METRICS} cannot be read ({plain(error)}) and is left out")
 
 
 if __name__ == "__main__":

@@ -1,23 +1,119 @@
-"""`metrics.jsonl`: one JSON object for each logged step and each evaluation."""
+"""`metrics.jsonl`: one JSON object for each logged step and each evaluation. Written and read here alone."""
 
-import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Any
 
+import msgspec
+
+from mbgd import strict_json
+from mbgd.errors import UsageError
+from mbgd.escaping import plain
+from mbgd.files import Unreadable, convert, open_regular, parse_json
 from mbgd.tracking.base import Ending, Metrics
+
+METRICS = "metrics.jsonl"
+MOST_LINE_BYTES = 2**20
+
+Step = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+Integer = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 
 
 class JsonLines:
-    """Appends {"step": …, "train/loss": …} lines to a file, each written at once, so that a crash loses none."""
+    """Appends {"step": …, "train/loss": …} lines to a file, each written at once, so that a crash loses none.
+
+    A power failure does lose what is not flushed; checkpoints flush the file before they are there themselves.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._file = open_regular(path, "ab")
 
     def progress(self, step: int) -> None:
         pass
 
     def log(self, step: int, metrics: Metrics) -> None:
         if metrics:
-            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self._file.write((strict_json.dumps({"step": step, **metrics}) + "\n").encode())
+            self._file.flush()
 
     def close(self, ending: Ending) -> None:
         self._file.close()
+
+
+@dataclass(frozen=True)
+class Line:
+    step: int
+    metrics: dict[str, float | str]
+    number: int = 0
+    """Of the line in its file, counted from 1."""
+    content: bytes = field(default=b"", repr=False)
+    """As it stands in the file, with its newline."""
+
+
+@dataclass(frozen=True)
+class BadLine:
+    """A line that cannot be read, or a part of one that is longer than any line may be."""
+
+    number: int
+    reason: str
+    content: bytes = field(repr=False)
+
+
+def parse(content: bytes) -> Line:
+    """A line of the file; ValueError saying what is wrong with it. null is what is not a number."""
+    values = parse_json(content)
+    if not isinstance(values, dict) or "step" not in values:
+        raise ValueError("it is not an object with a step")
+    step: int = convert(values.pop("step"), Step)
+    metrics: dict[str, Any] = convert(values, dict[str, Integer | float | str | None])
+    return Line(step, strict_json.numbers(metrics))
+
+
+def read_lines(path: Path) -> Iterator[Line | BadLine]:
+    """The lines of a run's history in their order; FileNotFoundError, or Unreadable where the file is none."""
+    with open_regular(path) as file:
+        number, begins = 1, True
+        try:
+            while content := file.readline(MOST_LINE_BYTES):
+                ends = content.endswith(b"\n")
+                if begins and (ends or len(content) < MOST_LINE_BYTES):
+                    yield _read(number, content)
+                else:
+                    yield BadLine(number, f"it is longer than {MOST_LINE_BYTES:,} bytes", content)
+                number, begins = number + ends, ends
+        except OSError as error:
+            raise Unreadable(path, error.strerror or plain(error)) from error
+
+
+def _read(number: int, content: bytes) -> Line | BadLine:
+    try:
+        line = parse(content)
+    except ValueError as error:
+        return BadLine(number, plain(error), content)
+    return Line(line.step, line.metrics, number, content if content.endswith(b"\n") else content + b"\n")
+
+
+def read_history(folder: Path) -> tuple[list[Line], list[BadLine]]:
+    """What a run has logged, and the lines that cannot be read; UsageError where the folder is not a run's."""
+    good, bad = [], []
+    try:
+        for line in read_lines(folder / METRICS):
+            if isinstance(line, Line):
+                good.append(line)
+            else:
+                bad.append(line)
+    except (FileNotFoundError, Unreadable) as error:
+        reason = error.reason if isinstance(error, Unreadable) else error.strerror
+        raise UsageError(
+            f"{plain(folder)} is not the folder of a run: {METRICS} cannot be read ({reason}). A run's folder is what "
+            "train.py names at the end."
+        ) from error
+    return good, bad
+
+
+def describe_bad(lines: list[BadLine]) -> str:
+    """For people, what cannot be read."""
+    first, num_more = lines[0], len({line.number for line in lines}) - 1
+    more = f", and {num_more} more" if num_more else ""
+    return f"line {first.number} cannot be read ({first.reason}){more}"

@@ -1,6 +1,5 @@
 """`run.json`: what a run's folder says of the run beside its configuration; and the page made from the folder."""
 
-import json
 import platform
 import sys
 import time
@@ -9,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mbgd import strict_json
 from mbgd.atomic_file import write_atomically
 from mbgd.conditions import conditions
 from mbgd.tracking.base import Ending, Metrics
@@ -54,4 +54,4 @@ class Record:
             write_report([self._folder], self._folder / "report.html")
 
     def _write(self) -> None:
-        write_atomically(self._folder / "run.json", (json.dumps(self._record, indent=2) + "\n").encode())
+        write_atomically(self._folder / "run.json", (strict_json.dumps(self._record, indent=2) + "\n").encode())

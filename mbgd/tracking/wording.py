@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from mbgd.escaping import plain
 from mbgd.plan import Plan
 from mbgd.tracking.base import Metrics
 from mbgd.trainer import Result, Trainer
@@ -29,7 +30,7 @@ def describe(metrics: Metrics) -> str:
         if short in DETAILS or group == "time" or isinstance(value, str):
             continue
         is_first_of_evaluation = group == "eval" and not any(part.startswith("eval") for part in parts)
-        parts.append(f"{'eval ' if is_first_of_evaluation else ''}{short.replace('_', ' ')} {value:.4g}")
+        parts.append(f"{'eval ' if is_first_of_evaluation else ''}{plain(short.replace('_', ' '))} {value:.4g}")
     for unit in ("examples", "tokens"):
         speeds = [value for name, value in metrics.items() if name.endswith(f"/{unit}_per_second")]
         parts += [f"{speed:,.0f} {unit}/s" for speed in speeds if not isinstance(speed, str)]
@@ -66,7 +67,7 @@ def describe_end(result: Result, folder: Path) -> str:
     lines = {
         "result": describe(last or {k: v for k, v in result.metrics.items() if k == "train/loss"}),
         "speed": f"{result.examples_per_second:,.0f} examples/s",
-        "folder": str(folder),
+        "folder": plain(folder),
     }
     if result.num_skipped_steps:
         lines["skipped"] = f"{count(result.num_skipped_steps, 'step')} whose gradients overflowed in fp16"
