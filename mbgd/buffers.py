@@ -11,7 +11,7 @@ without raising the version; these move in training mode. Others of this kind ar
 training, and wherever the state is checked.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -102,12 +102,22 @@ class Buffers:
         self._moved.clear()
         self.late_names.clear()
 
-    def put_back(self) -> None:
-        """Undo what forwards have made of the buffers since the step's start, or since the last step."""
+    def put_back(self, but: Collection[str] = ()) -> None:
+        """Undo what forwards have made of the buffers since the step's start, or since the last step.
+
+        but: names of buffers that stay as they are, as if they had been so before.
+        """
+        for name in but:
+            self._all[name].remember()
         changed = [buffer for buffer in self._all.values() if buffer.has_changed() and not buffer.is_cache]
         for buffer in changed:
             buffer.put_in_place()
         _copy([buffer for buffer in changed if buffer.tensor is not None])
+
+    def marks(self) -> dict[str, tuple[int, int]]:
+        """By name, what is another one once a forward has changed the buffer."""
+        tensors = {name: buffer.now for name, buffer in self._all.items()}
+        return {name: (id(now), 0 if now is None else now._version) for name, now in tensors.items()}
 
     def find_unseen(self) -> list[str]:
         """Names of buffers whose values have changed although nothing showed it, and from now on may at any time."""

@@ -68,15 +68,15 @@ class Trial:
             stack.enter_context(_refused_operations())
             shapes = stack.enter_context(_output_shapes(self._task.model))
             terms, gradients = self._run(few, SCALES[0])
+            if self._trained.changed() and self._initialise(first_minibatch):
+                terms, gradients = self._run(few, SCALES[0])
             self._buffers.find_unseen()
-            changed, moving = self._trained.changed(), self._buffers.changed()
+            moving = self._buffers.changed()
             self._check_used(terms)
             self._buffers.put_back()
             self._trained.start_step()
             again, gradients_again = self._run(few, SCALES[1])
             self._check_repeated(terms, again, gradients, gradients_again)
-            if changed:
-                self._check_changed(changed, first_minibatch)
             unused = tuple(n for n, p in self._trained.by_name.items() if p.requires_grad and n not in gradients)
             self._check_sizes(first_minibatch, moving)
             names = tuple(sorted(terms.metrics))
@@ -161,23 +161,31 @@ class Trial:
                     "Use a hook on the parameter (p.register_hook), which gets the mean gradient, or clip_norm."
                 )
 
-    def _check_changed(self, changed: Sequence[str], first_minibatch: Indices) -> None:
-        """Parameters that a forward changes: initialised by it, once, or changed again and again."""
-        repeatedly = self._trained.changed()
-        if not repeatedly:
-            # Initialised from the examples, as plain torch would do from the first minibatch.
-            self._buffers.put_back()
-            with torch.no_grad():
-                self._forward(first_minibatch)
-            self._buffers.start_step()  # a flag that says so is kept, too
-            return
-        if self._plan.most_forwards > 1:
+    def _initialise(self, first_minibatch: Indices) -> bool:
+        """A forward has changed parameters: let it initialise them from the first minibatch, as in plain torch.
+
+        False where it changes them in every forward; UsageError where that would be another change on every worker.
+        """
+        marks = self._buffers.marks()
+        self._trained.start_step()
+        with torch.no_grad():
+            self._forward(first_minibatch[:NUM_EXAMPLES])
+        if repeatedly := self._trained.changed():
+            if self._plan.most_forwards == 1:
+                return False
             raise UsageError(
                 f"the forward changes parameters in place ({shown(repeatedly)}), as Embedding(max_norm=…) does. Each "
                 "worker and micro-batch would change them in another way, so that the workers' copies differ. Bound "
                 "them in the loss or by a parametrization instead (torch.nn.utils.parametrize); it works as it is with "
                 "one worker and one micro-batch."
             )
+        flags = [name for name, mark in self._buffers.marks().items() if mark == marks[name]]
+        self._buffers.put_back()
+        with torch.no_grad():
+            self._forward(first_minibatch)
+        self._buffers.put_back(but=flags)  # such as a flag that says that it is done
+        self._trained.start_step()
+        return True
 
     def _check_sizes(self, first_minibatch: Indices, moving: Sequence[str]) -> None:
         """That the model takes the smallest micro-batch, and that what it counts does not depend on the size."""
@@ -209,7 +217,8 @@ class Trial:
 
     def _integers(self, moving: Sequence[str]) -> dict[str, Tensor]:
         tensors = self._buffers.tensors(caches=True)
-        return {n: tensors[n].clone() for n in moving if n in tensors and not tensors[n].is_floating_point()}
+        known = {name: tensors[name] for name in moving if name in tensors}
+        return {n: t.clone() for n, t in known.items() if not (t.is_floating_point() or t.is_complex())}
 
     def _describe_smallest(self, error: Exception) -> str:
         plan = self._plan
