@@ -18,8 +18,8 @@ def call(main: Callable[[], None], configuration: Path) -> None:
 
     configuration: the file that it composes, from which valid names are taken.
     """
-    guard_output()
     plain_output.start()
+    guard_output()
     for argument in sys.argv[1:]:
         if problem := _no_choice(argument, configuration.parent):
             sys.exit(f"error: {problem}")

@@ -18,7 +18,7 @@ from mbgd.modes import evaluating
 from mbgd.objective import NUM_SUMS, PerExample, Totals
 from mbgd.plan import micro_batches
 from mbgd.precision import autocast, parameter_dtype
-from mbgd.preflight import NUM_EXAMPLES, check_skipping, check_targets, random_state_kept
+from mbgd.preflight import NUM_EXAMPLES, check_targets, random_state_kept
 from mbgd.task import Task
 from mbgd.workers import Workers
 
@@ -53,7 +53,6 @@ class Evaluation:
         self._num_parts = -(-num_examples // settings.evaluation.batch_size)
         shard = micro_batches(0, num_examples, self._num_parts, workers.rank, workers.num_workers)
         self._shard = [micro_batch for micro_batch in shard if micro_batch.counts]
-        check_skipping(data.evaluation, task.given_objective)
         check_targets(data.evaluation, task.given_objective, output_shape)
         self.metric_names = self._try_out(num_examples, settings)
 

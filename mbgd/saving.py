@@ -29,11 +29,15 @@ class Checkpoints(Protocol):
     def check(self, problems: Sequence[str]) -> None:
         """UsageError where there are problems: what of the state cannot be kept, known after the first step."""
 
-    def after_step(self, step: int, evaluation: Mapping[str, float], take: Take) -> None:
+    def after_step(self, step: int, evaluation: Mapping[str, float], take: Take, *, is_time: bool = True) -> None:
         """Take one if one is due after so many steps.
 
-        evaluation: metrics of an evaluation at this very step; empty if there was none.
+        evaluation: metrics of an evaluation at this very step; empty if there was none. is_time: one may be taken
+        because of the time that has passed.
         """
+
+    def due_by_time(self) -> bool:
+        """Whether so much time has passed that one is due."""
 
     def at_end(self, step: int, evaluation: Mapping[str, float], take: Take) -> bool:
         """Take one and wait until everything is written; whether it could be."""
@@ -51,8 +55,11 @@ class NoCheckpoints:
     def check(self, problems: Sequence[str]) -> None:
         pass
 
-    def after_step(self, step: int, evaluation: Mapping[str, float], take: Take) -> None:
+    def after_step(self, step: int, evaluation: Mapping[str, float], take: Take, *, is_time: bool = True) -> None:
         pass
+
+    def due_by_time(self) -> bool:
+        return False
 
     def at_end(self, step: int, evaluation: Mapping[str, float], take: Take) -> bool:
         return True
@@ -89,11 +96,11 @@ class CheckpointFolder:
     def check(self, problems: Sequence[str]) -> None:
         _check(problems)
 
-    def after_step(self, step: int, evaluation: Mapping[str, float], take: Take) -> None:
+    def after_step(self, step: int, evaluation: Mapping[str, float], take: Take, *, is_time: bool = True) -> None:
         """Raises UsageError where an earlier one could not be written and `checkpoint.required` is set."""
         if self._writer is not None and not self._writer.is_alive():
             self.wait()  # a failure is told as soon as it is known
-        if self._is_best(evaluation) or self._is_due(step):
+        if self._is_best(evaluation) or self._is_due(step) or (is_time and self.due_by_time()):
             self._save(step, evaluation, take)
             if self._failure is not None and self._writer is None:
                 self.wait()
@@ -112,9 +119,11 @@ class CheckpointFolder:
         pass
 
     def _is_due(self, step: int) -> bool:
-        every_steps, every_seconds = self._settings.every_steps, self._settings.every_seconds
-        if every_steps is not None and step % every_steps == 0:
-            return True
+        every_steps = self._settings.every_steps
+        return every_steps is not None and step % every_steps == 0
+
+    def due_by_time(self) -> bool:
+        every_seconds = self._settings.every_seconds
         return every_seconds is not None and time.monotonic() - self._last_time >= every_seconds
 
     def _is_best(self, evaluation: Mapping[str, float]) -> bool:
@@ -194,7 +203,7 @@ class MemoryFolder:
         settings = Checkpoint(every_steps=every_steps, every_seconds=None, keep=2)
         self._path, self._folder = path, CheckpointFolder(path, settings, identity, durable=False)
 
-    def after_step(self, step: int, evaluation: Mapping[str, float], take: Take) -> None:
+    def after_step(self, step: int, evaluation: Mapping[str, float], take: Take, *, is_time: bool = True) -> None:
         self._folder.after_step(step, evaluation, take)
 
     def at_end(self, step: int, evaluation: Mapping[str, float], take: Take) -> bool:
@@ -214,13 +223,16 @@ class DiskAndMemory:
     def check(self, problems: Sequence[str]) -> None:
         self._disk.check(problems)
 
-    def after_step(self, step: int, evaluation: Mapping[str, float], take: Take) -> None:
+    def after_step(self, step: int, evaluation: Mapping[str, float], take: Take, *, is_time: bool = True) -> None:
         take = cache(take)  # one copy for both
         self._memory.after_step(step, evaluation, take)
-        self._disk.after_step(step, evaluation, take)
+        self._disk.after_step(step, evaluation, take, is_time=is_time)
 
     def at_end(self, step: int, evaluation: Mapping[str, float], take: Take) -> bool:
         return self._disk.at_end(step, evaluation, take)
+
+    def due_by_time(self) -> bool:
+        return self._disk.due_by_time()
 
     def newest_step(self) -> int | None:
         return self._disk.newest_step()

@@ -10,10 +10,11 @@ from torch.optim import Optimizer
 
 from mbgd import averaging as averagings
 from mbgd import diagnosis, extra_state, optimizers, strict_json
+from mbgd.agreement import Agreement
 from mbgd.averaging.norms import MicroBatchNorms
 from mbgd.buffers import Buffers
 from mbgd.checkpoint import differences
-from mbgd.config import AveragingName, Precision, Settings, problems
+from mbgd.config import AveragingName, Config, Precision, Settings, problems
 from mbgd.errors import NotSaved, Preempted, UsageError
 from mbgd.evaluation import Evaluation
 from mbgd.fingerprint import weights_sha256
@@ -154,7 +155,8 @@ class Trainer:
         return told
 
     def _try_out(self, data: Data, objective: Objective) -> Any:
-        check_skipping(data.train, objective)
+        for dataset in (data.train, data.evaluation):
+            check_skipping(dataset, objective)
         trial = Trial(self._task, self._trained, self._buffers, data, self.plan, self.settings, self.workers.device)
         findings = trial(self._loader.minibatch_indices(0))
         check_targets(data.train, objective, findings.output_shape)
@@ -204,6 +206,7 @@ class Trainer:
         first_step, last_logged = self.state.step, self._log.last_logged
         self._log = self._make_log()
         self._log.last_logged = last_logged
+        is_time_for_checkpoint = Agreement(self.workers)
         shards = self._log.clock.laps(self._loader.shards(first_step, self.num_steps))
         for shard in profiler.steps(shards, first_step):
             result = self.train_step(shard)
@@ -212,15 +215,17 @@ class Trainer:
             if result is not None:
                 log(self._metrics(result))
             evaluation = {}
-            if self._compares_after(self.state.step):
+            is_time = is_time_for_checkpoint(self.state.step, checkpoints.due_by_time())
+            if is_time or self._compares_after(self.state.step):
                 self.check()
             if self._evaluates_after(self.state.step):
                 with self._log.clock.paused():
                     log(evaluation := self.evaluate())
             if self.state.step == first_step + 1:
                 checkpoints.check(self._update.optimizer_state.problems())
-            checkpoints.after_step(self.state.step, evaluation, self.snapshot)
+            checkpoints.after_step(self.state.step, evaluation, self.snapshot, is_time=is_time)
             if stop.agreed(self.state.step):
+                self.check()
                 problem = save_last(checkpoints, self.workers, self.state.step, evaluation, self.snapshot)
                 self.workers.barrier()  # whoever left first would make torchrun end the others while they write
                 raise NotSaved(self.state.step, problem) if problem else Preempted(self.state.step)
@@ -468,8 +473,10 @@ class Trainer:
         )
 
     def _compares_after(self, num_steps: int) -> bool:
-        every = self.settings.check.replicas_every_steps
-        return self._evaluates_after(num_steps) or (every is not None and num_steps % every == 0)
+        every = [self.settings.check.replicas_every_steps]
+        if isinstance(self.settings, Config):
+            every += [self.settings.checkpoint.every_steps, self.settings.checkpoint.memory_every]
+        return self._evaluates_after(num_steps) or any(one is not None and num_steps % one == 0 for one in every)
 
     def _evaluates_after(self, num_steps: int) -> bool:
         every = self.settings.evaluation.every_steps or self.plan.steps_per_epoch

@@ -9,7 +9,8 @@ import yaml
 
 import mbgd
 from mbgd import saving
-from mbgd.config import SAME_COURSE, Checkpoint, Config, Evaluation, Run, Tracking, identity
+from mbgd.config import Checkpoint, Config, Evaluation, Run, Tracking, identity
+from mbgd.course import SAME_COURSE
 from mbgd.errors import Preempted
 from mbgd.fingerprint import weights_sha256
 from mbgd.resume import resume

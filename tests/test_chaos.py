@@ -23,7 +23,8 @@ import yaml
 
 import mbgd
 from mbgd import checkpoint, saving
-from mbgd.config import SAME_COURSE, Checkpoint, Config, Run, identity
+from mbgd.config import Checkpoint, Config, Run, identity
+from mbgd.course import SAME_COURSE
 from mbgd.data import digits
 from mbgd.errors import Preempted, WorkersLost
 from mbgd.fingerprint import weights_sha256

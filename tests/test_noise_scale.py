@@ -323,10 +323,11 @@ def test_loss_scaling_does_not_show(precision: mbgd.Precision) -> None:
 
 
 def test_one_micro_batch_has_none_to_be_compared_with() -> None:
+    model = make_model()
     trainer = mbgd.Trainer(
-        make_model(),
+        model,
         Weighted(False),
-        torch.optim.SGD(make_model().parameters()),
+        torch.optim.SGD(model.parameters()),
         mbgd.Data(train=Rows()),
         mbgd.Settings(batch=mbgd.Batch(30)),
     )

@@ -201,7 +201,7 @@ CASES: dict[str, tuple[Callable[[Program], None], Callable[[Program], None], lis
     "ignore_index": (
         lambda p: setattr(p, "objective", mbgd.CrossEntropy(ignore_index=-1)),
         lambda p: setattr(p, "objective", mbgd.CrossEntropy(class_weights=[1.0, 2.0])),
-        ["objective.ignore_index: -1 on worker 0, ", "objective.class_weights: None on worker 0, float32 (2,) of"],
+        ["objective.ignore_index: -1 on worker 0, ", "objective.class_weights: None on worker 0, [1.0, 2.0] on"],
     ),
     "objective's hidden attribute": (
         lambda p: setattr(p, "objective", Scaled(1.0)),

@@ -221,7 +221,7 @@ def test_a_loss_that_is_not_finite_raises_an_alert(tmp_path: Path) -> None:
     [file] = offline_files(tmp_path / "run")
     [(title, text)] = file["alerts"]
     assert title == "training failed"
-    assert "the loss is nan at step" in text
+    assert "the loss is not finite at step 2" in text
     assert file["exit"] == 1
 
 
