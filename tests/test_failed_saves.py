@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -207,14 +208,14 @@ def command(run: Path, *more: str) -> list[str]:
 def test_stopped_but_not_saved_is_no_success(tmp_path: Path) -> None:
     """Exit code 1, not 75: a launcher that requeues on 75 would begin anew each time."""
     run = tmp_path / "run"
-    run.mkdir()
-    (run / "checkpoints").touch()  # no checkpoint can be written there
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         command(run), cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     try:
         eventually(lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text(), seconds=60)
+        shutil.rmtree(run / "checkpoints")
+        (run / "checkpoints").touch()  # no checkpoint can be written there
         process.send_signal(signal.SIGTERM)
         out, _ = process.communicate(timeout=60)
     finally:
