@@ -31,6 +31,7 @@ class Buffer:
         self._is_of_norm = isinstance(module, _NormBase) and key in ("running_mean", "running_var")
         self.moves_unseen = False
         """Forwards change it without raising its version."""
+        self.is_averaged = False
         self.is_cache = False
         """A forward made it of another shape: it holds what can be computed again, and every worker has its own."""
         self.remember()
@@ -55,10 +56,9 @@ class Buffer:
         self.before = _copied(self.tensor)
         self.is_floating = self.tensor is not None and (self.tensor.is_floating_point() or self.tensor.is_complex())
 
-    def put_in_place(self) -> Tensor:
+    def put_in_place(self) -> None:
         """Let the tensor lie there that did before the step, with whatever values."""
         self._owner[self._key] = self.tensor
-        return _known(self.tensor)
 
 
 class Buffers:
@@ -90,6 +90,7 @@ class Buffers:
     def expect(self, names: Iterable[str]) -> None:
         """Buffers of these names move. The order in which they are named is the same on all workers."""
         for buffer in (self._all[name] for name in names):
+            buffer.is_averaged = True
             (self._floating if buffer.is_floating else self._integers).append(buffer)
 
     def start_step(self) -> None:
@@ -276,7 +277,7 @@ def _check(buffer: Buffer) -> None:
         )
     if now is not None and before is not None and now.shape == before.shape and now.dtype == before.dtype:
         return
-    if not buffer.is_persistent:
+    if not (buffer.is_persistent or buffer.is_averaged):
         buffer.is_cache = True
         return
     raise UsageError(

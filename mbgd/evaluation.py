@@ -12,6 +12,7 @@ from mbgd.buffers import Buffers
 from mbgd.config import Settings
 from mbgd.errors import UsageError
 from mbgd.extra_state import extra_state_kept
+from mbgd.finite import shown
 from mbgd.loader import Data, Indices, read
 from mbgd.metrics import Metrics, check
 from mbgd.modes import evaluating
@@ -106,6 +107,7 @@ class Evaluation:
         no_grad and not inference_mode, in which a model could not compute derivatives of its own.
         """
         self._buffers.start_step()
+        versions = [parameter._version for parameter in self._task.parameters()]
         with (
             evaluating(self._task),
             extra_state_kept(self._task),
@@ -116,6 +118,14 @@ class Evaluation:
                 yield
             finally:
                 self._buffers.put_back()
+        now = zip(self._task.parameters_by_name().items(), versions, strict=True)
+        changed = [name for (name, parameter), version in now if parameter._version != version]
+        if changed and self._workers.num_workers > 1:
+            raise UsageError(
+                f"the forward in evaluation mode changes parameters in place ({shown(changed)}); "
+                "each worker evaluates other examples, so that the workers' copies would differ. Let the optimizer "
+                "alone change parameters."
+            )
 
     def _read(self, indices: Iterable[Indices]) -> Iterator[Any]:
         return read(

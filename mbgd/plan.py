@@ -16,8 +16,8 @@ NUM_REPRODUCIBLE_LEAVES = 8
 """Micro-batches that reproducible averaging cuts a minibatch into where `batch.micro_batch_size` does not say: the same
 on any number of workers, as the result must be."""
 
-MOST_SIZES_TRIED = 1000
-"""Minibatch sizes that are looked at for one that works."""
+MOST_SIZES_TRIED = 500
+"""How far below and above a minibatch size one is looked for that works."""
 
 
 def cut(size: int, num_parts: int, part: int) -> int:
@@ -99,8 +99,9 @@ class Plan:
 
     def with_micro_batches_of(self, least: int) -> list["Plan"]:
         """The plans nearest to this one, of the same workers, none of whose micro-batches is smaller than `least`."""
-        nearby = sorted(range(1, 2 * self.minibatch_size + 1), key=lambda size: abs(size - self.minibatch_size))
-        sizes = nearby[:MOST_SIZES_TRIED]
+        first = max(1, self.minibatch_size - MOST_SIZES_TRIED)
+        nearby = range(first, self.minibatch_size + MOST_SIZES_TRIED)
+        sizes = sorted(nearby, key=lambda size: abs(size - self.minibatch_size))
         plans = [replace(self, drop_last=True), *(replace(self, minibatch_size=size) for size in sizes)]
         fits = [plan for plan in plans if plan.steps_per_epoch and plan.smallest_micro_batch >= least]
         return fits[:3]

@@ -68,7 +68,9 @@ class Trial:
             stack.enter_context(_refused_operations())
             shapes = stack.enter_context(_output_shapes(self._task.model))
             terms, gradients = self._run(few, SCALES[0])
-            if self._trained.changed() and self._initialise(first_minibatch):
+            if self._trained.changed():
+                self._initialise(first_minibatch)
+                self._buffers.put_back()
                 terms, gradients = self._run(few, SCALES[0])
             self._buffers.find_unseen()
             moving = self._buffers.changed()
@@ -79,6 +81,7 @@ class Trial:
             self._check_repeated(terms, again, gradients, gradients_again)
             unused = tuple(n for n, p in self._trained.by_name.items() if p.requires_grad and n not in gradients)
             self._check_sizes(first_minibatch, moving)
+            moving = [name for name in moving if name in self._buffers.tensors()]  # without caches
             names = tuple(sorted(terms.metrics))
             self._check_weights(terms, first_minibatch, names)
         shape = shapes[-1] if shapes else None
@@ -161,10 +164,10 @@ class Trial:
                     "Use a hook on the parameter (p.register_hook), which gets the mean gradient, or clip_norm."
                 )
 
-    def _initialise(self, first_minibatch: Indices) -> bool:
+    def _initialise(self, first_minibatch: Indices) -> None:
         """A forward has changed parameters: let it initialise them from the first minibatch, as in plain torch.
 
-        False where it changes them in every forward; UsageError where that would be another change on every worker.
+        UsageError where it changes them in every forward, and so in another way on every worker.
         """
         marks = self._buffers.marks()
         self._trained.start_step()
@@ -172,7 +175,7 @@ class Trial:
             self._forward(first_minibatch[:NUM_EXAMPLES])
         if repeatedly := self._trained.changed():
             if self._plan.most_forwards == 1:
-                return False
+                return
             raise UsageError(
                 f"the forward changes parameters in place ({shown(repeatedly)}), as Embedding(max_norm=…) does. Each "
                 "worker and micro-batch would change them in another way, so that the workers' copies differ. Bound "
@@ -185,7 +188,6 @@ class Trial:
             self._forward(first_minibatch)
         self._buffers.put_back(but=flags)  # such as a flag that says that it is done
         self._trained.start_step()
-        return True
 
     def _check_sizes(self, first_minibatch: Indices, moving: Sequence[str]) -> None:
         """That the model takes the smallest micro-batch, and that what it counts does not depend on the size."""
@@ -202,10 +204,10 @@ class Trial:
                 raise
             except Exception as error:
                 raise UsageError(self._describe_smallest(error)) from error
-        elif before and len(first_minibatch) > 1:
+        elif moving and len(first_minibatch) > 1:
             self._buffers.put_back()
             with torch.no_grad():
-                self._forward(first_minibatch[: NUM_EXAMPLES - 1])
+                self._forward(first_minibatch[: min(NUM_EXAMPLES, len(first_minibatch)) - 1])
         self._buffers.changed()
         after = self._integers(moving)
         if self._plan.most_forwards > 1 and (found := [n for n in before if not torch.equal(before[n], after[n])]):

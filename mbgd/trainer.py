@@ -254,15 +254,15 @@ class Trainer:
                 f"after step {self.state.step} parameters are not finite: {shown(spoilt)}. The gradient of that "
                 f"step was not, although its loss was. {diagnosis.remedy(self._findings.has_weights)}"
             )
+        state = {f"{file}.{name}": t for file, of_file in self._tensors().items() for name, t in of_file.items()}
+        values = self._update.values()
+        self._replicas.compare(self.state.step, state, {**self._task_state.values(), "optimizer": values})
         if unseen := self._buffers.find_unseen():
             raise UsageError(
                 f"by step {self.state.step} the buffers {shown(unseen)} have moved, by an operation that does not tell "
                 "torch of it, and not in the trial before training: they were not averaged. Let them move from the "
                 "first step on, or change them by operations of torch (copy_, lerp_)."
             )
-        state = {f"{file}.{name}": t for file, of_file in self._tensors().items() for name, t in of_file.items()}
-        values = self._update.values()
-        self._replicas.compare(self.state.step, state, {**self._task_state.values(), "optimizer": values})
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
         return {**self._task_state.tensors(), "optimizer": self._update.tensors()}

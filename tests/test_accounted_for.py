@@ -89,7 +89,9 @@ class AfterStep:
         pass
 
 
-def trainer_of(workers: mbgd.Workers, case: Case, averaging: str, micro_batch_size: int | None) -> Any:
+def trainer_of(
+    workers: mbgd.Workers, case: Case, averaging: str, micro_batch_size: int | None, *, evaluates: bool = True
+) -> Any:
     model, objective, optimizer = made(case)
     inputs, targets = data()
     settings = mbgd.Settings(
@@ -101,9 +103,8 @@ def trainer_of(workers: mbgd.Workers, case: Case, averaging: str, micro_batch_si
         **case.settings,
     )
     examples = mbgd.InMemory(inputs, targets)
-    return mbgd.Trainer(
-        model, objective, optimizer, mbgd.Data(train=examples, evaluation=examples, shuffle=False), settings, workers
-    )
+    all_data = mbgd.Data(train=examples, evaluation=examples if evaluates else None, shuffle=False)
+    return mbgd.Trainer(model, objective, optimizer, all_data, settings, workers)
 
 
 def train(workers: mbgd.Workers, case: Case, averaging: str, micro_batch_size: int | None) -> Any:
