@@ -144,6 +144,8 @@ class Buffers:
 
         counts: False for a stand-in.
         """
+        if not self._all:
+            return
         changed = self.changed()
         if not counts or not (changed or self):
             return

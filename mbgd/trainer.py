@@ -135,6 +135,10 @@ class Trainer:
         self._autocast = autocast(settings.precision, device)
         self._watch, self._watch_here = Watch(device), Watch(device)
         self._replicas = Replicas(workers)
+        every = [settings.check.replicas_every_steps]
+        if isinstance(settings, Config):
+            every += [settings.checkpoint.every_steps, settings.checkpoint.memory_every]
+        self._compared_every = [one for one in every if one is not None]
         self._update = Update(self._trained, optimizer, settings, device, self._watch)
         self._on_gpu = device.type == "cuda"
         self._must_be_finite = settings.precision is not Precision.fp16  # whose overflows are skipped
@@ -216,9 +220,10 @@ class Trainer:
                 log(self._metrics(result))
             evaluation = {}
             is_time = is_time_for_checkpoint(self.state.step, checkpoints.due_by_time())
-            if is_time or self._compares_after(self.state.step):
+            evaluates = self._evaluates_after(self.state.step)
+            if is_time or evaluates or self._compares_after(self.state.step):
                 self.check()
-            if self._evaluates_after(self.state.step):
+            if evaluates:
                 with self._log.clock.paused():
                     log(evaluation := self.evaluate())
             if self.state.step == first_step + 1:
@@ -339,14 +344,13 @@ class Trainer:
                 if want_sums:
                     sums.append((examples.micro_batch.number, self._sums(terms, examples.micro_batch, metric_names)))
                 elif self._must_be_finite:
-                    self._watch_here.check_finite(Wrong.loss, step, terms.losses.detach().sum())
+                    self._watch_here.check_losses(step, terms.losses)
         lap("forward_backward")
         self._check_parameters(step)
         with part("averaging"):
             notes = self._averaging.finish(self._note())  # every gradient is now the sum over all workers' examples
-            if notes is not None and any(note & NOT_FINITE for note in notes):
-                raise self._found(step, shard)
-            self._agree_on_late_buffers(notes)
+            if notes is None or any(notes):
+                self._heed(notes, shard)
             totals, noise = self._totals(shard, sums, metric_names) if want_sums else (None, None)
             if not want_sums and self._buffers:
                 self._take_buffers(shard)
@@ -426,8 +430,13 @@ class Trainer:
         if self._watch.found():
             raise UsageError(f"step {shard.step + 1}: {self._buffers.unlike()}")
 
-    def _agree_on_late_buffers(self, notes: Sequence[int] | None) -> None:
-        """Buffers that have begun to move in this step move on all workers from now on."""
+    def _heed(self, notes: Sequence[int] | None, shard: Shard) -> None:
+        """Stop where a worker's loss is not finite; buffers that have begun to move do so on all workers from now on.
+
+        notes: every worker's; None: only one's own is known.
+        """
+        if notes is not None and any(note & NOT_FINITE for note in notes):
+            raise self._found(shard.step, shard)
         mine = sorted(self._buffers.late_names)
         if mine if notes is None else any(note & LATE_BUFFERS for note in notes):
             names = sorted({name for of_worker in self.workers.gather(mine) for name in of_worker})
@@ -473,10 +482,7 @@ class Trainer:
         )
 
     def _compares_after(self, num_steps: int) -> bool:
-        every = [self.settings.check.replicas_every_steps]
-        if isinstance(self.settings, Config):
-            every += [self.settings.checkpoint.every_steps, self.settings.checkpoint.memory_every]
-        return self._evaluates_after(num_steps) or any(one is not None and num_steps % one == 0 for one in every)
+        return any(num_steps % every == 0 for every in self._compared_every)
 
     def _evaluates_after(self, num_steps: int) -> bool:
         every = self.settings.evaluation.every_steps or self.plan.steps_per_epoch

@@ -134,7 +134,7 @@ class Update:
         Returns the norms that are wanted or needed; that of the change takes a copy of the parameters.
         """
         updated = [p.detach() for p in self._trained.with_gradient()] if want_change else []
-        before = [parameter.clone() for parameter in updated]
+        before = [parameter.clone() for parameter in updated] if updated else []
         gradient_norm = self._step(step, weight, want_norm=want_norm or want_change)
         if gradient_norm is None:
             return None
