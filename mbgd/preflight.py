@@ -76,6 +76,7 @@ class Trial:
             moving = self._buffers.changed()
             self._check_used(terms)
             self._buffers.put_back()
+            self._trained.put_back_flags()
             self._trained.start_step()
             again, gradients_again = self._run(few, SCALES[1])
             self._check_repeated(terms, again, gradients, gradients_again)
@@ -95,10 +96,12 @@ class Trial:
         hooks.take_off()
         self._buffers.start_step()
         self._trained.start_step()
+        self._trained.remember_flags()
         try:
             yield
         finally:
             self._buffers.put_back()
+            self._trained.put_back_flags()
             for parameter in self._task.parameters():
                 parameter.grad = None
             hooks.put_back()

@@ -39,6 +39,7 @@ class Trained:
         self.not_held = [name for name, p in of_task.items() if p.requires_grad and p not in held]
         """Names of parameters that require a gradient, but are in no optimizer: they are not trained."""
         self._versions: list[int] = []
+        self._flags: list[bool] = []
         self._requires_grad = list(map(_requires_grad, self.parameters))
 
     def with_gradient(self) -> list[nn.Parameter]:
@@ -57,6 +58,16 @@ class Trained:
         if versions == self._versions:
             return []
         return [name for name, now, then in zip(self.by_name, versions, self._versions, strict=True) if now != then]
+
+    def remember_flags(self) -> None:
+        """Before the first of several micro-batches: every one of them starts with `requires_grad` as it is now."""
+        self._flags = list(map(_requires_grad, self.parameters))
+
+    def put_back_flags(self) -> None:
+        """Undo what the forward of a micro-batch has changed about `requires_grad`; the next one does so again."""
+        for parameter, requires_grad in zip(self.parameters, self._flags, strict=True):
+            if parameter.requires_grad != requires_grad:
+                parameter.requires_grad_(requires_grad)
 
     def moved_on(self) -> bool:
         """Whether other parameters require a gradient than when this was last asked; the others then have none."""

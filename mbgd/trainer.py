@@ -370,8 +370,11 @@ class Trainer:
     def _forward_backward(self, step: int, examples: Examples, *, is_first: bool, is_last: bool) -> PerExample:
         """Add Σ w_i ∇L_i over this micro-batch to the parameters' gradients."""
         micro_batch = examples.micro_batch
-        if not is_first:
+        if is_first and not is_last:
+            self._trained.remember_flags()
+        elif not is_first:
             self._buffers.put_back()
+            self._trained.put_back_flags()
         key_generators(self.workers.device, self.settings.seed, step, micro_batch.number)
         with self._averaging.micro_batch(micro_batch, is_last=is_last):
             with part("forward"), self._autocast:
