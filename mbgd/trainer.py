@@ -1,6 +1,6 @@
 """The training loop: one optimizer step is the gradient of the weighted mean loss over the whole minibatch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +45,9 @@ NOT_FINITE, LATE_BUFFERS = 1, 2
 
 MOST_SKIPPED = 50
 """Steps skipped in a row, in fp16, after which no loss scale will help: each has halved it."""
+
+BeforeUpdate = Callable[[Shard, int | Tensor], None]
+"""Gets the shard and the minibatch's weight; every trained parameter's `.grad` is the sum over the minibatch."""
 
 
 @dataclass
@@ -135,6 +138,8 @@ class Trainer:
         self._watch, self._watch_here = Watch(device), Watch(device)
         self._replicas = Replicas(workers)
         self._update = Update(self._trained, optimizer, settings, device, self._watch)
+        self.before_update: list[BeforeUpdate] = []
+        """Called in each step between averaging and update, on every worker."""
         self._on_gpu = device.type == "cuda"
         self._must_be_finite = settings.precision is not Precision.fp16  # whose overflows are skipped
         self.noise_scale = NoiseScale(settings.noise_scale, self.plan, device)
@@ -349,6 +354,8 @@ class Trainer:
         if totals is not None and (log or self._findings.has_weights):
             self._check_totals(shard, totals, log=log)
         weight = totals.weight if totals is not None and self._findings.has_weights else shard.minibatch.size
+        for look in self.before_update:
+            look(shard, weight)
         with part("optimizer"):
             norms = self._update(step, weight, want_norm=measure_noise or self._on_gpu, want_change=log)
         if self._watch.found():
