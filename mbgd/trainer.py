@@ -28,6 +28,7 @@ from mbgd.preemption import NoStop, Stop
 from mbgd.preflight import Trial, check_skipping, check_targets
 from mbgd.profiling import NoProfiler, Profiler, part
 from mbgd.randomness import key_generators
+from mbgd.recomputing import Recomputing
 from mbgd.replicas import Replicas
 from mbgd.same_program import check_same_program
 from mbgd.saving import Checkpoints, NoCheckpoints, save_last
@@ -146,6 +147,14 @@ class Trainer:
         self.num_evaluation_examples = 0 if data.evaluation is None else len(data.evaluation)
         self._snapshot_memory = SnapshotMemory(pinned=self._on_gpu)
         self._log = self._make_log()
+        self._recomputing = self._make_recomputing()
+
+    def _make_recomputing(self) -> Recomputing | None:
+        every, by_name = self.settings.check.recompute_every_steps, self._trained.by_name
+        if every is None:
+            return None
+        plan, workers, seed = self.plan, self.workers, self.settings.seed
+        return Recomputing(every, plan, workers, seed, by_name, self._gradients_again, self._loader.micro_batch)
 
     def _set_up_modes(self) -> list[str]:
         """Training mode for what came wholly in evaluation mode; what to tell of it and of parameters left out."""
@@ -331,7 +340,8 @@ class Trainer:
         want_sums = log or measure_noise or self._findings.has_weights or bool(self._buffers)
         metric_names = self._findings.metric_names if log else ()
         sums = []
-        self._averaging.norms = MicroBatchNorms(self._trained.parameters) if measure_noise else None
+        measured = MicroBatchNorms(self._trained.parameters) if measure_noise else None
+        self._averaging.norms = measured if self._recomputing is None else self._recomputing.watch(step, measured)
         first, *_, last = (shard.micro_batches[0], *shard.micro_batches)
         for examples in shard.micro_batches:
             terms = self._forward_backward(step, examples, is_first=examples is first, is_last=examples is last)
@@ -342,6 +352,8 @@ class Trainer:
                     self._watch_here.check_finite(Wrong.loss, step, terms.losses.detach().sum())
         lap("forward_backward")
         self._check_parameters(step)
+        if self._recomputing is not None:
+            self._recomputing.check(shard)
         with part("averaging"):
             notes = self._averaging.finish(self._note())  # every gradient is now the sum over all workers' examples
             if notes is not None and any(note & NOT_FINITE for note in notes):
@@ -360,7 +372,7 @@ class Trainer:
             norms = self._update(step, weight, want_norm=measure_noise or self._on_gpu, want_change=log)
         if self._watch.found():
             raise self._found(step, shard)
-        if noise is not None and norms is not None:
+        if measure_noise and noise is not None and norms is not None:
             self.noise_scale.add(noise, weight=weight, size=shard.minibatch.size, gradient_norm=norms.gradient)
         lap("optimizer")
         return StepResult(totals, norms) if log and totals is not None and norms is not None else None
@@ -387,6 +399,19 @@ class Trainer:
         with self._autocast:
             terms: PerExample = self._task(examples.batch, examples.micro_batch.size)
             return terms
+
+    def _gradients_again(self, step: int, examples: Examples) -> dict[Tensor, Tensor]:
+        """The gradients of a micro-batch once more, as the averaging takes them; nothing is changed."""
+        terms = self._forward_again(step, examples)
+        held = self._trained.with_gradient()
+        weights = self._update.backward_weights(terms, counts=True)
+        found = torch.autograd.grad(terms.losses, held, weights, allow_unused=True)
+        self._buffers.put_back()
+        return {
+            p: g + 0.0 if self._findings.unused_parameters else g
+            for p, g in zip(held, found, strict=True)
+            if g is not None
+        }
 
     def _sums(self, terms: PerExample, micro_batch: MicroBatch, metric_names: Sequence[str]) -> Tensor:
         """What of a micro-batch is added up beside gradients and buffers: for the means and the noise."""
