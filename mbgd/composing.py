@@ -1,11 +1,12 @@
 """Hydra overrides → the configuration of `train.py`, for tools that take the same overrides."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from mbgd import command_line
 from mbgd.errors import UsageError
+from mbgd.loader import Data
 
 CONFIGURATION = Path(__file__).parent.parent / "conf" / "train.yaml"
 
@@ -27,3 +28,11 @@ def compose(overrides: Sequence[str]) -> Any:
             problem = error
     hint = command_line.hint(problem, CONFIGURATION)  # composes again, which Hydra allows one at a time
     raise UsageError(f"{reason} {hint}".strip()) from problem
+
+
+def from_values(values: Mapping[str, Any]) -> Any:
+    """The configuration that a run has recorded, in which nothing refers to anything else any more."""
+    from omegaconf import OmegaConf
+
+    data = {key: value for key, value in values.get("data", {}).items() if key in get_type_hints(Data)}
+    return OmegaConf.create({**values, "data": data})

@@ -3,10 +3,10 @@
 import re
 
 import pytest
-from faulty_hardware import flips, weights_after
 
 from mbgd.config import Check, Settings, problems
 
+from faulty_hardware import flips, weights_after
 from processes import run_workers
 
 KINDS = ["gradient", "activation", "parameter"]

@@ -3,7 +3,9 @@
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from mbgd.errors import UsageError
 
@@ -14,6 +16,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="as for train.py: model=… data=… batch.size=…"
     )
+    parser.add_argument("--step", type=int, metavar="N", help="replay a run (its folder alone) up to step N instead")
     parser.add_argument("--workers", type=int, default=3, help="how many to start (default 3); torchrun's, under it")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps that are compared (default 3)")
     parser.add_argument("--seconds", type=float, default=10.0, help="at most for measuring the workers (default 10)")
@@ -26,6 +29,8 @@ def main(parsed: argparse.Namespace) -> int:
 
     if parsed.workers < 1 or parsed.steps < 1 or not parsed.seconds > 0:
         raise UsageError("--workers and --steps are whole numbers ≥ 1, and --seconds is a number > 0.")
+    if parsed.step is not None and (len(parsed.overrides) != 1 or not Path(parsed.overrides[0]).is_dir()):
+        raise UsageError("--step N replays a run: give its folder, and nothing else.")
     if starting.is_a_worker() or parsed.workers == 1:
         return work(parsed)
     return starting.start(sys.argv[1:], parsed.workers)
@@ -33,6 +38,21 @@ def main(parsed: argparse.Namespace) -> int:
 
 def work(parsed: argparse.Namespace) -> int:
     """On each worker."""
+    return _verify(parsed) if parsed.step is None else _replay(parsed)
+
+
+def _replay(parsed: argparse.Namespace) -> int:
+    from mbgd.verify.replay import describe, replay
+    from mbgd.workers import start_workers
+
+    with start_workers() as workers:
+        result = replay(Path(parsed.overrides[0]), parsed.step, workers)
+    if workers.is_main:
+        _tell(parsed, asdict(result), describe(result, workers.num_workers))
+    return int(result.first_difference is not None)
+
+
+def _verify(parsed: argparse.Namespace) -> int:
     from mbgd.build import typed
     from mbgd.composing import compose
     from mbgd.verify.verifying import verify
@@ -44,11 +64,13 @@ def work(parsed: argparse.Namespace) -> int:
         result = verify(config, workers, parsed.steps, parsed.seconds)
         is_wrong = bool(workers.broadcast(result["verdict"] == "WRONG"))
     if workers.is_main:
-        text = json.dumps(result, indent=1)
-        if str(parsed.json) == "-":
-            print(text)
-        else:
-            print(describe(result))
-            if parsed.json is not None:
-                parsed.json.write_text(text + "\n")
+        _tell(parsed, result, describe(result))
     return int(is_wrong)
+
+
+def _tell(parsed: argparse.Namespace, result: dict[str, Any], text: str) -> None:
+    """Print the text, or everything as JSON; or write the latter beside it."""
+    values = json.dumps(result, indent=1)
+    print(values if str(parsed.json) == "-" else text)
+    if parsed.json is not None and str(parsed.json) != "-":
+        parsed.json.write_text(values + "\n")
