@@ -68,7 +68,7 @@ class Comparison:
 
     @property
     def error(self) -> float:
-        return max((row.error for row in self.rows), default=0.0)
+        return max((row.error for row in self.rows), default=math.inf)
 
     @property
     def allowed(self) -> float:
@@ -153,6 +153,9 @@ class _Judge:
 
     def after(self, done: Done) -> None:
         gradient, right = done.gradient, self._right
+        if self._comparison.precision is Precision.fp16 and not _is_finite(gradient):
+            self._comparison.found.append(findings.overflow(done.step))
+            return
         row = Row(
             done.step,
             done.loss,
@@ -199,8 +202,6 @@ class _Judge:
     def _update_error(self, done: Done) -> float:
         """How far the optimizer's change is from that of one alone with the same gradient, in units of what rounding
         allows; more than 1 is wrong."""
-        if not all(bool(g.isfinite().all()) for g in done.gradient.values()):
-            return 0.0  # an overflow in fp16, which the trainer skips
         before = {name: p.detach().clone() for name, p in self._same.trained.by_name.items()}
         after = self._same.update(done.step, done.gradient)
         worst = 0.0
@@ -220,6 +221,10 @@ class _Judge:
         stack = ExitStack()
         stack.enter_context(random_state_kept(self._subject.trainer.workers.device))
         return stack
+
+
+def _is_finite(gradient: Gradient) -> bool:
+    return all(bool(g.isfinite().all()) for g in gradient.values())
 
 
 def _error(gradient: Mapping[str, Tensor], right: Gradient) -> float:

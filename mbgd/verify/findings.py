@@ -229,6 +229,14 @@ def autocast(precision: str) -> Finding:
     )
 
 
+def overflow(step: int) -> Finding:
+    return note(
+        "overflow",
+        f"The gradients of step {step + 1} overflowed in fp16: the trainer skips such a step and lowers its loss scale.",
+        "Take more steps (--steps) to compare those that follow.",
+    )
+
+
 def not_alone(reason: str) -> Finding:
     return note(
         "not_alone",
