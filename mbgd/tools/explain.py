@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from mbgd.errors import UsageError
+from mbgd.tools.output import write
 
 DESCRIPTION = "show on real numbers how a minibatch updates the weights, and what each example did"
 PAGE = Path("explain.html")
@@ -41,13 +42,13 @@ def main(parsed: argparse.Namespace) -> int:
     explained = Explained(typed(compose(overrides)), parsed.workers, parsed.seconds)
     it = explained()
     seen = pictures(explained.examples.batch, explained.dataset, explained.size)
-    write_page(it, seen, parsed.output)
+    write(parsed.output, lambda path: write_page(it, seen, path))
     text = json.dumps(it.values(), indent=1)
     if str(parsed.json) == "-":
         print(text)
         return 0
     print(describe(it, seen))
     if parsed.json is not None:
-        parsed.json.write_text(text + "\n")
+        write(parsed.json, lambda path: path.write_text(text + "\n"))
     print(f"\npage        {parsed.output}")
     return 0

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mbgd.errors import UsageError
+from mbgd.tools.output import write
 
 DESCRIPTION = "compare a few steps of all workers with one worker alone; find out why, where they differ"
 
@@ -73,4 +74,4 @@ def _tell(parsed: argparse.Namespace, result: dict[str, Any], text: str) -> None
     values = json.dumps(result, indent=1)
     print(values if str(parsed.json) == "-" else text)
     if parsed.json is not None and str(parsed.json) != "-":
-        parsed.json.write_text(values + "\n")
+        write(parsed.json, lambda path: path.write_text(values + "\n"))

@@ -232,7 +232,7 @@ def autocast(precision: str) -> Finding:
 def overflow(step: int) -> Finding:
     return note(
         "overflow",
-        f"The gradients of step {step + 1} overflowed in fp16: the trainer skips such a step and lowers its loss scale.",
+        f"The gradients of step {step + 1} overflowed in fp16; the trainer skips such a step and lowers its scale.",
         "Take more steps (--steps) to compare those that follow.",
     )
 

@@ -54,7 +54,7 @@ class Subject:
             "objective": kind(objective).rpartition(".")[2],
             "data": f"{plan.num_examples:,} examples of {type(trainer._loader._data.train).__name__}",
             "num_workers": plan.num_workers,
-            "plan": f"minibatches of {plan.minibatch_size}, in {cut} micro-batches on {plan.num_workers} workers",
+            "plan": f"minibatches of {plan.minibatch_size}, micro-batches: {cut}, workers: {plan.num_workers}",
             "averaging": trainer.averaging_description,
         }
 
