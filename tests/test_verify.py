@@ -29,23 +29,13 @@ NET = ("model=own", "model._target_=wrong_parts.Net", "batch.size=32")
 SMALL_TEXT = ("data=text", "data.path=README.md", "data.context=16", "objective.ignore_index=-100")
 
 RIGHT = {
-    "linear": ["model=linear"],
     "mlp": ["model=mlp", "clip_norm=0.1", "optimizer=sgd"],
-    "micro-batches": ["batch.size=32", "batch.micro_batch_size=5"],
-    "cnn": ["model=cnn", "batch.size=32"],
+    "cnn": ["model=cnn", "batch.size=32", "batch.micro_batch_size=5"],
     "fewer examples than workers": ["batch.size=2"],
     "bf16": ["precision=bf16"],
     "fp64": ["precision=fp64", "averaging=ddp"],
     "regression": ["data=regression", "model=linear", "objective=mse", "batch.size=32"],
     "gpt": ["model=gpt", "model.width=16", "model.num_layers=1", "batch.size=8", *SMALL_TEXT],
-    "gpt with dropout": [
-        "model=gpt",
-        "model.width=16",
-        "model.num_layers=1",
-        "model.dropout=0.2",
-        "batch.size=8",
-        *SMALL_TEXT,
-    ],
     "reproducible": ["averaging=reproducible", "batch.size=32"],
     "dropout": [*NET, "+model.wrong=dropout"],
     "hook": [*NET, "+model.wrong=hook"],
@@ -56,7 +46,6 @@ if find_spec("transformers") is not None:
     RIGHT["transformers"] = ["model=own", "data=own", "objective=own", *parts, "batch.size=13"]
     RIGHT["transformers"].append("objective._target_=wrong_parts.next_token")
 NOTES = {
-    "gpt with dropout": {"keyed_randomness"},
     "dropout": {"keyed_randomness"},
     "hook": {"hooks"},
     "unused": {"unused_parameters"},
