@@ -58,13 +58,13 @@ def _mark(variance: Variance, low_k: float, high_k: float, low: float, high: flo
     if low <= level <= high:
         parts.append(f'<line class="mark" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(level):.1f}" y2="{y(level):.1f}"/>')
         parts.append(
-            f'<text class="start" x="{LEFT + 6}" y="{y(level) - 6:.1f}">squared norm of the gradient itself</text>'
+            f'<text class="y" x="{WIDTH - RIGHT - 4}" y="{y(level) - 6:.1f}">squared norm of the gradient itself</text>'
         )
     if low_k <= scale <= high_k:
         parts.append(f'<line class="mark" x1="{x(scale):.1f}" x2="{x(scale):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
         is_left = x(scale) < (LEFT + WIDTH) / 2
         anchor, offset = ("start", 6) if is_left else ("y", -6)
         parts.append(
-            f'<text class="{anchor}" x="{x(scale) + offset:.1f}" y="{TOP + 14}">noise scale {short(scale)}</text>'
+            f'<text class="{anchor}" x="{x(scale) + offset:.1f}" y="{HEIGHT - BOTTOM - 8}">noise scale {short(scale)}</text>'
         )
     return "".join(parts)
