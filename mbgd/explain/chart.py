@@ -64,7 +64,6 @@ def _mark(variance: Variance, low_k: float, high_k: float, low: float, high: flo
         parts.append(f'<line class="mark" x1="{x(scale):.1f}" x2="{x(scale):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
         is_left = x(scale) < (LEFT + WIDTH) / 2
         anchor, offset = ("start", 6) if is_left else ("y", -6)
-        parts.append(
-            f'<text class="{anchor}" x="{x(scale) + offset:.1f}" y="{HEIGHT - BOTTOM - 8}">noise scale {short(scale)}</text>'
-        )
+        place = f'x="{x(scale) + offset:.1f}" y="{HEIGHT - BOTTOM - 8}"'
+        parts.append(f'<text class="{anchor}" {place}>noise scale {short(scale)}</text>')
     return "".join(parts)
