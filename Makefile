@@ -6,13 +6,17 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 INSTALLED := .venv/.installed
 
-.PHONY: train test chaos check bench clean
+.PHONY: train test explain chaos check bench clean
 
 train: $(INSTALLED)
 	WORKERS='$(WORKERS)' launch/local.sh $(ARGS)
 
 test: $(INSTALLED)
 	python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+
+# How one step of minibatch gradient descent updates the weights for each example: on the terminal and in explain.html
+explain: $(INSTALLED)
+	python -m mbgd explain data=digits batch.size=4 $(ARGS)
 
 chaos: $(INSTALLED)
 	MBGD_CHAOS_RUNS=60 python -m pytest tests/test_chaos.py tests/test_hangs.py tests/test_multinode.py
@@ -31,6 +35,8 @@ bench: $(INSTALLED)
 	python benchmarks/allreduce.py
 	python benchmarks/many_workers.py
 	python benchmarks/checkpoint.py
+	python benchmarks/checks.py
+	python benchmarks/recomputing.py
 	python benchmarks/tracking.py
 	python benchmarks/experiments.py
 

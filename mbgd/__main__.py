@@ -5,9 +5,16 @@ import sys
 
 from mbgd import plain_output
 from mbgd.errors import UsageError
-from mbgd.tools import checkpoints, compare, report, sweep
+from mbgd.tools import checkpoints, compare, explain, report, sweep, verify
 
-TOOLS = {"checkpoints": checkpoints, "compare": compare, "report": report, "sweep": sweep}
+TOOLS = {
+    "checkpoints": checkpoints,
+    "compare": compare,
+    "explain": explain,
+    "report": report,
+    "sweep": sweep,
+    "verify": verify,
+}
 
 
 def main() -> int:

@@ -82,6 +82,8 @@ class NoiseScale(Typed):
 class Check(Typed):
     replicas_every_steps: int | None = None
     """Optimizer steps between comparisons of the workers' copies of the state; None: before each evaluation alone."""
+    recompute_every_steps: int | None = None
+    """Optimizer steps between those in which a micro-batch is computed again on another worker; None: never."""
 
 
 @dataclass(frozen=True)
@@ -247,9 +249,16 @@ def problems(settings: Settings) -> list[str]:
         ("evaluation.every_steps", evaluation.every_steps, ", or null to evaluate after each epoch"),
         ("evaluation.batch_size", evaluation.batch_size, ""),
         ("check.replicas_every_steps", settings.check.replicas_every_steps, ", or null for each evaluation alone"),
+        ("check.recompute_every_steps", settings.check.recompute_every_steps, ", or null for never"),
         ("noise_scale.every_steps", noise.every_steps, ", or null not to measure it"),
         ("noise_scale.smoothing", noise.smoothing, " (1: each measurement by itself)"),
     )
+    recompute = settings.check.recompute_every_steps
+    if recompute is not None and settings.averaging.name is not AveragingName.reproducible:
+        found.append(
+            f"check.recompute_every_steps={recompute} with averaging={settings.averaging.name.value}; only with "
+            "averaging=reproducible has a micro-batch's gradient the same bits on every worker. Use that, or null."
+        )
     found += _not_positive(("clip_norm", settings.clip_norm, ", or null to leave gradients as they are"))
     if isinstance(settings, Config):
         found += _problems_of_a_run(settings)

@@ -21,6 +21,10 @@ class ReplicasDiffer(RuntimeError):  # noqa: N818  (the replicas are the error)
     """The workers' copies of the state are no longer the same; names the tensors, the workers and the step."""
 
 
+class ComputedWrongly(RuntimeError):  # noqa: N818  (as above)
+    """A worker has computed other bits than the others; names the step, the micro-batch, the worker and its device."""
+
+
 class NotSaved(Exception):  # noqa: N818  (as above)
     """The run was asked to stop, by a signal, and its state could not be saved; says what there is to go on from."""
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from mbgd.describing import content
 from mbgd.errors import UsageError
 from mbgd.order import Order, mix, mix_array
-from mbgd.plan import MicroBatch, Minibatch, Plan
+from mbgd.plan import MicroBatch, Minibatch, Plan, micro_batches
 from mbgd.precision import move
 from mbgd.randomness import has_drawn_since, key_reading, undisturbed
 from mbgd.workers import Workers
@@ -120,6 +120,16 @@ class Loader:
                 minibatch,
                 [Examples(first_examples, batch), *(Examples(other, next(batches)) for other in others)],
             )
+
+    def micro_batch(self, step: int, number: int) -> Examples:
+        """Micro-batch `number` of a step, whichever worker's it is."""
+        minibatch = self._plan.minibatch(step)
+        num_parts = self._plan.num_micro_batches(minibatch.size)
+        wanted = micro_batches(minibatch.start, minibatch.stop, num_parts, 0, 1)[number]
+        indices = self._order_of(minibatch.epoch, [wanted])
+        device, dtype = self._device, self._dtype
+        (batch,) = read(self._data.train, indices, num_workers=0, device=device, dtype=dtype, augment=self._augments)
+        return Examples(wanted, batch)
 
     def _indices(
         self, first: int, stop: int, planned: deque[tuple[int, Minibatch, list[MicroBatch]]]

@@ -14,7 +14,7 @@ import yaml
 from mbgd import profiling, saving
 from mbgd.build import build_trainer, resolved_yaml, run_name, typed
 from mbgd.config import Config, identity
-from mbgd.errors import NotSaved, Preempted, ReplicasDiffer, UsageError, WorkersLost
+from mbgd.errors import ComputedWrongly, NotSaved, Preempted, ReplicasDiffer, UsageError, WorkersLost
 from mbgd.preemption import EXIT_CODE, StopOnSignal
 from mbgd.resume import resume
 from mbgd.run_folder import RunFolder, open_run_folder
@@ -69,7 +69,7 @@ def run_or_explain(composed: Any, choices: Mapping[str, Any]) -> None:
     """`run`, with mistakes of the user's, lost workers, preemption and a lost state told in a line."""
     try:
         run(composed, choices)
-    except (UsageError, WorkersLost, ReplicasDiffer, NotSaved) as error:
+    except (UsageError, WorkersLost, ReplicasDiffer, ComputedWrongly, NotSaved) as error:
         rank = os.environ.get("RANK")
         sys.exit(f"error{f' on worker {rank}' if rank else ''}: {error}")
     except Preempted as stopped:

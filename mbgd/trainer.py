@@ -1,6 +1,6 @@
 """The training loop: one optimizer step is the gradient of the weighted mean loss over the whole minibatch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,7 @@ from mbgd.preemption import NoStop, Stop
 from mbgd.preflight import Trial, check_skipping, check_targets
 from mbgd.profiling import NoProfiler, Profiler, part
 from mbgd.randomness import key_generators
+from mbgd.recomputing import Recomputing
 from mbgd.replicas import Replicas
 from mbgd.same_program import check_same_program
 from mbgd.saving import Checkpoints, NoCheckpoints, save_last
@@ -46,6 +47,9 @@ NOT_FINITE, LATE_BUFFERS = 1, 2
 
 MOST_SKIPPED = 50
 """Steps skipped in a row, in fp16, after which no loss scale will help: each has halved it."""
+
+BeforeUpdate = Callable[[Shard, int | Tensor], None]
+"""Gets the shard and the minibatch's weight; every trained parameter's `.grad` is the sum over the minibatch."""
 
 
 @dataclass
@@ -140,12 +144,22 @@ class Trainer:
             every += [settings.checkpoint.every_steps, settings.checkpoint.memory_every]
         self._compared_every = [one for one in every if one is not None]
         self._update = Update(self._trained, optimizer, settings, device, self._watch)
+        self.before_update: list[BeforeUpdate] = []
+        """Called in each step between averaging and update, on every worker."""
         self._on_gpu = device.type == "cuda"
         self._must_be_finite = settings.precision is not Precision.fp16  # whose overflows are skipped
         self.noise_scale = NoiseScale(settings.noise_scale, self.plan, device)
         self.num_evaluation_examples = 0 if data.evaluation is None else len(data.evaluation)
         self._snapshot_memory = SnapshotMemory(pinned=self._on_gpu)
         self._log = self._make_log()
+        self._recomputing = self._make_recomputing()
+
+    def _make_recomputing(self) -> Recomputing | None:
+        every, by_name = self.settings.check.recompute_every_steps, self._trained.by_name
+        if every is None:
+            return None
+        plan, workers, seed = self.plan, self.workers, self.settings.seed
+        return Recomputing(every, plan, workers, seed, by_name, self._gradients_again, self._loader.micro_batch)
 
     def _set_up_modes(self) -> list[str]:
         """Training mode for what came wholly in evaluation mode; what to tell of it and of parameters left out."""
@@ -336,7 +350,8 @@ class Trainer:
         want_sums = log or measure_noise or self._findings.has_weights or bool(self._buffers)
         metric_names = self._findings.metric_names if log else ()
         sums = []
-        self._averaging.norms = MicroBatchNorms(self._trained.parameters) if measure_noise else None
+        measured = MicroBatchNorms(self._trained.parameters) if measure_noise else None
+        self._averaging.norms = measured if self._recomputing is None else self._recomputing.watch(step, measured)
         first, *_, last = (shard.micro_batches[0], *shard.micro_batches)
         for examples in shard.micro_batches:
             terms = self._forward_backward(step, examples, is_first=examples is first, is_last=examples is last)
@@ -347,6 +362,8 @@ class Trainer:
                     self._watch_here.check_losses(step, terms.losses)
         lap("forward_backward")
         self._check_parameters(step)
+        if self._recomputing is not None:
+            self._recomputing.check(shard)
         with part("averaging"):
             notes = self._averaging.finish(self._note())  # every gradient is now the sum over all workers' examples
             if notes is None or any(notes):
@@ -358,11 +375,13 @@ class Trainer:
         if totals is not None and (log or self._findings.has_weights):
             self._check_totals(shard, totals, log=log)
         weight = totals.weight if totals is not None and self._findings.has_weights else shard.minibatch.size
+        for look in self.before_update:
+            look(shard, weight)
         with part("optimizer"):
             norms = self._update(step, weight, want_norm=measure_noise or self._on_gpu, want_change=log)
         if self._watch.found():
             raise self._found(step, shard)
-        if noise is not None and norms is not None:
+        if measure_noise and noise is not None and norms is not None:
             self.noise_scale.add(noise, weight=weight, size=shard.minibatch.size, gradient_norm=norms.gradient)
         lap("optimizer")
         return StepResult(totals, norms) if log and totals is not None and norms is not None else None
@@ -392,6 +411,19 @@ class Trainer:
         with self._autocast:
             terms: PerExample = self._task(examples.batch, examples.micro_batch.size)
             return terms
+
+    def _gradients_again(self, step: int, examples: Examples) -> dict[Tensor, Tensor]:
+        """The gradients of a micro-batch once more, as the averaging takes them; nothing is changed."""
+        terms = self._forward_again(step, examples)
+        held = self._trained.with_gradient()
+        weights = self._update.backward_weights(terms, counts=True)
+        found = torch.autograd.grad(terms.losses, held, weights, allow_unused=True)
+        self._buffers.put_back()
+        return {
+            p: g + 0.0 if self._findings.unused_parameters else g
+            for p, g in zip(held, found, strict=True)
+            if g is not None
+        }
 
     def _sums(self, terms: PerExample, micro_batch: MicroBatch, metric_names: Sequence[str]) -> Tensor:
         """What of a micro-batch is added up beside gradients and buffers: for the means and the noise."""

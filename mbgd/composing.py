@@ -1,0 +1,38 @@
+"""Hydra overrides → the configuration of `train.py`, for tools that take the same overrides."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from mbgd import command_line
+from mbgd.errors import UsageError
+from mbgd.loader import Data
+
+CONFIGURATION = Path(__file__).parent.parent / "conf" / "train.yaml"
+
+
+def compose(overrides: Sequence[str]) -> Any:
+    """What `python train.py OVERRIDES` would compose; UsageError where Hydra cannot."""
+    from hydra import compose as composed_by_hydra
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    if not CONFIGURATION.is_file():
+        raise UsageError(f"{CONFIGURATION} is not there: the configuration lies beside the package, in a clone of it.")
+    with initialize_config_dir(str(CONFIGURATION.parent), version_base="1.3"):
+        try:
+            return composed_by_hydra(CONFIGURATION.stem, list(overrides))
+        except (HydraException, OmegaConfBaseException) as error:
+            reason = str(error).strip().splitlines()[0]
+            problem = error
+    hint = command_line.hint(problem, CONFIGURATION)  # composes again, which Hydra allows one at a time
+    raise UsageError(f"{reason} {hint}".strip()) from problem
+
+
+def from_values(values: Mapping[str, Any]) -> Any:
+    """The configuration that a run has recorded, in which nothing refers to anything else any more."""
+    from omegaconf import OmegaConf
+
+    data = {key: value for key, value in values.get("data", {}).items() if key in get_type_hints(Data)}
+    return OmegaConf.create({**values, "data": data})

@@ -1,0 +1,1 @@
+"""How minibatch gradient descent updates the weights for each example, on real numbers."""

@@ -1,0 +1,167 @@
+"""The same model on one worker alone, in plain torch: forward, backward, optimizer. No averaging takes part."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mbgd.build import build_trainer
+from mbgd.config import AveragingName, Config, Precision
+from mbgd.describing import content
+from mbgd.loader import Examples, Loader, Shard
+from mbgd.objective import PerExample
+from mbgd.plan import Plan
+from mbgd.precision import autocast, parameter_dtype
+from mbgd.randomness import key_generators
+from mbgd.trained import GradientHooks
+from mbgd.verify.subject import Gradient
+from mbgd.workers import Workers
+
+FP16_SCALE = 2.0**12
+"""Of the loss, so that small gradients do not vanish."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A step's gradient from the plan's micro-batches, each forward keyed and cut as the workers do it."""
+
+    loss: float
+    gradient: Gradient
+    mean_of_means: Gradient
+    """What the mean of the workers' own means would have been, for comparison."""
+
+
+class Reference:
+    """The configuration's model, objective, data and optimizer once more, in another precision."""
+
+    def __init__(self, config: Config, device: torch.device, precision: Precision) -> None:
+        averaging = replace(config.averaging, name=AveragingName.ddp)
+        batch = replace(config.batch, micro_batch_size=None)
+        alone = replace(config, precision=precision, averaging=averaging, batch=batch)
+        self.trainer = build_trainer(alone, Workers(device=device))
+        self.task, self.trained = self.trainer._task, self.trainer._trained
+        self._buffers, self._precision, self._config = self.trainer._buffers, precision, config
+        self._device, self._rates = device, [group["lr"] for group in self.trainer.optimizer.param_groups]
+        self.data = replace(self.trainer._loader._data, num_workers=0)
+
+    def load(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+        """Take over values from the trainer that is verified."""
+        with torch.no_grad():
+            for name, parameter in self.trained.by_name.items():
+                parameter.copy_(parameters[name])
+            for name, buffer in self.task.named_buffers():
+                if name in buffers and buffers[name].shape == buffer.shape:
+                    buffer.copy_(buffers[name])
+        self._buffers.start_step()
+
+    def shards(self, num_steps: int) -> Iterator[Shard]:
+        """The whole minibatches."""
+        return self.trainer._loader.shards(0, num_steps)
+
+    def shards_of(self, plan: Plan, rank: int, num_steps: int, precision: Precision) -> Iterator[Shard]:
+        """What worker `rank` should read, read here."""
+        workers = Workers(rank=rank, num_workers=plan.num_workers, device=self._device)
+        dtype = parameter_dtype(precision)
+        loader = Loader(self.data, plan, self._config.seed, workers, dtype=dtype, own_copies=True)
+        return loader.shards(0, num_steps)
+
+    def losses(self, examples: Examples, *key: int) -> PerExample:
+        """One forward from the buffers as they were loaded, with the generators keyed."""
+        self._buffers.put_back()
+        key_generators(self._device, self._config.seed, *key)
+        with autocast(self._precision, self._device):
+            terms: PerExample = self.task(examples.batch, examples.micro_batch.size)
+            return terms
+
+    def whole(self, shard: Shard) -> tuple[float, Gradient]:
+        """(mean loss, its gradient) by one backward of the whole minibatch."""
+        (examples,) = shard.micro_batches
+        with self.without_hooks():
+            weighted, weight = self._sums(self.losses(examples, shard.step, 0))
+            gradient = self._gradient(weighted / weight)
+        return (weighted / weight).item(), gradient
+
+    def cut(self, shards: list[Shard]) -> Cut:
+        """From every worker's shard of a step."""
+        sums, total, weights = [], 0.0, []
+        with self.without_hooks():
+            for shard in shards:
+                losses: list[Tensor] = []
+                weight = 0.0
+                for one in shard.micro_batches:
+                    if one.micro_batch.counts:
+                        weighted, its_weight = self._sums(self.losses(one, shard.step, one.micro_batch.number))
+                        losses.append(weighted)
+                        weight += its_weight.item()
+                if losses and weight:
+                    loss = torch.stack(losses).sum()
+                    sums.append(self._gradient(loss))
+                    weights.append(weight)
+                    total += loss.item()
+        names = self.trained.by_name
+        gradient = {name: torch.stack([one[name] for one in sums]).sum(0) / sum(weights) for name in names}
+        means = [{name: one[name] / weight for name in names} for one, weight in zip(sums, weights, strict=True)]
+        mean_of_means = {name: torch.stack([one[name] for one in means]).mean(0) for name in names}
+        return Cut(total / sum(weights), gradient, mean_of_means)
+
+    def update(self, step: int, gradient: Gradient) -> dict[str, Tensor]:
+        """Parameters after hooks, clipping and a step of the optimizer with this mean gradient."""
+        hooks = GradientHooks(self.trained)
+        hooks.take_off()
+        try:
+            for name, parameter in self.trained.by_name.items():
+                parameter.grad = gradient[name].to(parameter.dtype) if name in gradient else None
+            hooks.call()
+            if self._config.clip_norm is not None:
+                torch.nn.utils.clip_grad_norm_(self.trained.parameters, self._config.clip_norm)
+            schedule = self.trainer.settings.schedule
+            if schedule is not None:
+                for group, rate in zip(self.trainer.optimizer.param_groups, self._rates, strict=True):
+                    group["lr"] = rate * schedule(step)
+            self.trainer.optimizer.step()
+        finally:
+            hooks.put_back()
+        return {name: parameter.detach() for name, parameter in self.trained.by_name.items()}
+
+    def _sums(self, terms: PerExample) -> tuple[Tensor, Tensor]:
+        """(Σ w_i L_i, Σ w_i); a loss of weight 0 counts as 0, whatever it is."""
+        losses = terms.losses.double()
+        if terms.weights is None:
+            return losses.sum(), losses.new_tensor(float(losses.numel()))
+        weights = terms.weights.double()
+        return (torch.where(weights != 0, losses, 0.0) * weights).sum(), weights.sum()
+
+    def _gradient(self, loss: Tensor) -> Gradient:
+        scale = FP16_SCALE if self._precision is Precision.fp16 else 1.0
+        held = {name: p for name, p in self.trained.by_name.items() if p.requires_grad}
+        found = torch.autograd.grad(loss * scale, list(held.values()), allow_unused=True)
+        gradients = dict(zip(held, found, strict=True))
+        wide = {name: torch.promote_types(p.dtype, torch.float64) for name, p in self.trained.by_name.items()}
+        return {
+            name: torch.zeros_like(p, dtype=wide[name])
+            if (g := gradients.get(name)) is None
+            else g.to(wide[name]) / scale
+            for name, p in self.trained.by_name.items()
+        }
+
+    def without_hooks(self) -> "_HooksOff":
+        return _HooksOff(GradientHooks(self.trained))
+
+
+class _HooksOff:
+    """Users' hooks on parameters do not see the reference's backward."""
+
+    def __init__(self, hooks: GradientHooks) -> None:
+        self._hooks = hooks
+
+    def __enter__(self) -> None:
+        self._hooks.take_off()
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.put_back()
+
+
+def digests(shard: Shard) -> list[str]:
+    """As `Done.digests` of one worker."""
+    return [content(one.batch) for one in shard.micro_batches if one.micro_batch.counts]

@@ -1,0 +1,96 @@
+"""The trainer that is verified, on this worker: what it does in each step is taken down, nothing is changed."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mbgd.build import build_trainer
+from mbgd.config import Config, Precision
+from mbgd.describing import content, kind
+from mbgd.loader import Shard
+from mbgd.replicas import checksum
+from mbgd.trainer import Trainer
+from mbgd.workers import Workers
+
+Gradient = dict[str, Tensor]
+"""By the parameter's name, float64; a parameter that takes no part has none."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """What one step of all workers came to."""
+
+    step: int
+    """Counted from 0."""
+    loss: float
+    gradient: Gradient
+    """Of the mean loss, before hooks and clipping; empty off the main worker."""
+    positions: list[list[tuple[int, int]]]
+    """For each worker the stretches of the epoch that it computed."""
+    digests: list[list[str]]
+    """For each worker one for each of its micro-batches: of the examples that it read."""
+    replicas_alike: bool
+
+
+class Subject:
+    """Takes steps with the user's trainer."""
+
+    def __init__(self, config: Config, workers: Workers, precision: Precision) -> None:
+        self.trainer: Trainer = build_trainer(replace(config, precision=precision, log_every_steps=1), workers)
+        self.trainer.before_update.append(self._take_down)
+        self.parameters = self.trainer._trained.by_name
+        self._gradient: Gradient = {}
+
+    def about(self) -> dict[str, Any]:
+        """What is verified, for people."""
+        trainer, plan = self.trainer, self.trainer.plan
+        objective = trainer._task.given_objective
+        cut = plan.num_micro_batches(min(plan.minibatch_size, plan.num_examples))
+        return {
+            "model": type(trainer.model).__name__,
+            "objective": kind(objective).rpartition(".")[2],
+            "data": f"{plan.num_examples:,} examples of {type(trainer._loader._data.train).__name__}",
+            "num_workers": plan.num_workers,
+            "plan": f"minibatches of {plan.minibatch_size}, micro-batches: {cut}, workers: {plan.num_workers}",
+            "averaging": trainer.averaging_description,
+        }
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        return dict(self.trainer._task.named_buffers())
+
+    def shards(self, num_steps: int) -> Iterator[Shard]:
+        return self.trainer._loader.shards(0, num_steps)
+
+    def step(self, shard: Shard) -> Done:
+        workers = self.trainer.workers
+        counting = [one for one in shard.micro_batches if one.micro_batch.counts]
+        mine = {
+            "positions": [[one.micro_batch.start, one.micro_batch.stop] for one in counting],
+            "digests": [content(one.batch) for one in counting],
+        }
+        result = self.trainer.train_step(shard)
+        self.trainer.state.step = shard.step + 1
+        assert result is not None
+        state = [p.detach() for p in self.parameters.values()]
+        of_workers = workers.gather({**mine, "checksum": int(checksum(state, workers.device))})
+        return Done(
+            shard.step,
+            result.totals.means()["loss"],
+            self._gradient,
+            [[(start, stop) for start, stop in one["positions"]] for one in of_workers],
+            [one["digests"] for one in of_workers],
+            len({one["checksum"] for one in of_workers}) == 1,
+        )
+
+    def _take_down(self, shard: Shard, weight: int | Tensor) -> None:
+        if self.trainer.workers.is_main:
+            divisor = self.trainer._update.loss_scale() * weight
+            self._gradient = {
+                name: p.grad.to(torch.promote_types(p.dtype, torch.float64)) / divisor
+                for name, p in self.parameters.items()
+                if p.grad is not None
+            }
