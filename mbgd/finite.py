@@ -90,7 +90,15 @@ class Watch:
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of the tensors that hold a value that is not finite; waits for the device once."""
+    """Names of the tensors that hold a value that is not finite; waits for each device once."""
+    found: set[str] = set()
+    for device in {tensor.device for tensor in tensors.values()}:  # torch keeps some optimizer state on the host
+        found.update(_not_finite({name: t for name, t in tensors.items() if t.device == device}))
+    return [name for name in tensors if name in found]
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """tensors: on one device."""
     floating = {n: t.detach() for n, t in tensors.items() if t.numel() and (t.is_floating_point() or t.is_complex())}
     if not floating:
         return []

@@ -134,12 +134,19 @@ class Trainer:
         self._autocast = autocast(settings.precision, device)
         self._watch, self._watch_here = Watch(device), Watch(device)
         self._replicas = Replicas(workers)
-        self._update = Update(self._trained, optimizer, settings, device, self._watch)
+        self._update = Update(
+            self._trained,
+            optimizer,
+            settings,
+            device,
+            self._watch,
+            losses_per_example=findings.losses_per_example,
+        )
         self._on_gpu = device.type == "cuda"
         self._must_be_finite = settings.precision is not Precision.fp16  # whose overflows are skipped
         self.noise_scale = NoiseScale(settings.noise_scale, self.plan, device)
         self.num_evaluation_examples = 0 if data.evaluation is None else len(data.evaluation)
-        self._snapshot_memory = SnapshotMemory(pinned=self._on_gpu)
+        self._snapshot_memory = SnapshotMemory(device)
         self._log = self._make_log()
 
     def _set_up_modes(self) -> list[str]:
