@@ -27,8 +27,9 @@ class Wrong(Enum):
 class Watch:
     """Remembers the first step in which something was wrong."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._waits = device.type == "cpu"
+    def __init__(self, device: torch.device, *, waits: bool | None = None) -> None:
+        """waits: whether values are looked at at once; None: on a CPU, where they are there already."""
+        self._waits = device.type == "cpu" if waits is None else waits
         self._first: dict[Wrong, Tensor] = (
             {} if self._waits else {wrong: torch.full((), NEVER, dtype=torch.int64, device=device) for wrong in Wrong}
         )

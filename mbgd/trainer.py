@@ -18,6 +18,7 @@ from mbgd.errors import NotSaved, Preempted, UsageError
 from mbgd.evaluation import Evaluation
 from mbgd.fingerprint import weights_sha256
 from mbgd.finite import Watch, Wrong, not_finite, shown
+from mbgd.garbage import collected_at_steps
 from mbgd.loader import Data, Examples, Loader, Shard
 from mbgd.modes import set_training
 from mbgd.noise_scale import NUM_NOISE_SUMS, NoiseScale, noise_sums
@@ -212,6 +213,7 @@ class Trainer:
         self._log = self._make_log()
         self._log.last_logged = last_logged
         shards = self._log.clock.laps(self._loader.shards(first_step, self.num_steps))
+        shards = collected_at_steps(shards, first_step)
         for shard in profiler.steps(shards, first_step):
             result = self.train_step(shard)
             self.state.step = shard.step + 1

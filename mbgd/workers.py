@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 
-from mbgd import cuda
+from mbgd import cuda, flight_recorder
 from mbgd.errors import UsageError, WorkersLost
 from mbgd.messages import bytes_of, empty, message, value_of
 from mbgd.parent import end_with_parent
@@ -160,7 +161,15 @@ def start_workers(backend: str = "auto", timeout_seconds: float = 600.0, *, devi
             f"{environment.get('TORCHELASTIC_RUN_ID', '')}/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         )
         store = PrefixStore(round_of_run, store)
-        roll_call = RollCall(store, rank, num_workers, timeout_seconds)
+        flight_recorder.turn_on()
+        roll_call = RollCall(
+            store,
+            rank,
+            num_workers,
+            timeout_seconds,
+            exchanges=partial(flight_recorder.exchanges, backend),
+            ends_unheard=backend == "nccl",
+        )
         dist.init_process_group(
             backend,
             store=store,
