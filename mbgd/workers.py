@@ -45,17 +45,12 @@ class Workers:
         return self.rank == 0
 
     @property
-    def sends_from_host(self) -> bool:
-        """Whether messages between two workers go from and to the host's memory: gloo's, on any device.
+    def exchange_device(self) -> torch.device:
+        """Where what is exchanged has to lie: with gloo on the host, but for what is added up or broadcast.
 
-        gloo's collectives take a GPU's tensors, its send and recv do not: see docs/gpu.md.
+        Of a GPU's tensors, gloo takes those of all_reduce and broadcast: see docs/gpu.md.
         """
-        return self.backend == "gloo"
-
-    @property
-    def _exchange_device(self) -> torch.device:
-        """Where what the workers tell each other lies for the exchange."""
-        return torch.device("cpu") if self.sends_from_host else self.device
+        return torch.device("cpu") if self.backend == "gloo" else self.device
 
     def sum_(self, values: Tensor) -> Tensor:
         """Add up `values` over the workers, in place, on every worker."""
@@ -78,7 +73,7 @@ class Workers:
         mine = message(value)
         if self.num_workers == 1:
             return value_of(mine)
-        mine = mine.to(self._exchange_device)
+        mine = mine.to(self.exchange_device)
         length = torch.tensor([len(mine)], device=mine.device)
         dist.broadcast(length, src=0)
         received = mine if self.is_main else mine.new_empty(int(length.item()))
@@ -95,16 +90,17 @@ class Workers:
         mine = message(value)
         if self.num_workers == 1:
             return [value_of(mine)]
-        mine = mine.to(self._exchange_device)
-        lengths = [int(length) for length in self._all_gather(torch.tensor([len(mine)], device=mine.device))]
-        padded = self._all_gather(F.pad(mine, (0, max(lengths) - len(mine))))
+        mine = mine.to(self.exchange_device)
+        lengths = [int(length) for length in self.all_gather(torch.tensor([len(mine)], device=mine.device))]
+        padded = self.all_gather(F.pad(mine, (0, max(lengths) - len(mine))))
         return [value_of(values[:length]) for values, length in zip(padded, lengths, strict=True)]
 
-    def _all_gather(self, values: Tensor) -> list[Tensor]:
-        """Every worker's `values`, of one shape and dtype, by rank."""
-        gathered = [torch.empty_like(values) for _ in range(self.num_workers)]
-        dist.all_gather(gathered, values)
-        return gathered
+    def all_gather(self, values: Tensor) -> list[Tensor]:
+        """Every worker's `values`, of one shape and dtype, by rank, on their device."""
+        mine = values.to(self.exchange_device)
+        gathered = [torch.empty_like(mine) for _ in range(self.num_workers)]
+        dist.all_gather(gathered, mine)
+        return [of_worker.to(values.device) for of_worker in gathered]
 
     def collect(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Every worker's tensors, on the host and of any shapes, by rank on the main worker; nothing on the others."""
@@ -112,14 +108,14 @@ class Workers:
         if not self.is_main:
             for tensor in tensors:
                 if tensor.numel():
-                    dist.send(bytes_of(tensor).to(self._exchange_device), dst=0)
+                    dist.send(bytes_of(tensor).to(self.exchange_device), dst=0)
             return []
         collected = list(tensors)
         for rank, of_worker in enumerate(kinds[1:], start=1):
             for shape, dtype in of_worker:
                 values = empty(shape, dtype)
                 if values.numel():
-                    received = torch.empty(values.nbytes, dtype=torch.uint8, device=self._exchange_device)
+                    received = torch.empty(values.nbytes, dtype=torch.uint8, device=self.exchange_device)
                     dist.recv(received, src=rank)
                     bytes_of(values).copy_(received)
                 collected.append(values)

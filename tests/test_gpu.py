@@ -5,9 +5,12 @@ Several workers share one GPU over gloo; nccl needs one GPU for each worker.
 """
 
 import hashlib
+import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,16 +20,18 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mbgd
-from mbgd import cuda
+from mbgd import checkpoint, cuda, saving
 from mbgd.clock import MOST_EVENTS, PARTS, StreamStopwatch
-from mbgd.config import AveragingName, NoiseScale
+from mbgd.conditions import conditions
+from mbgd.config import AveragingName, Checkpoint, NoiseScale
 from mbgd.data import digits
 from mbgd.fingerprint import weights_sha256
 from mbgd.finite import Watch
 from mbgd.models import CNN, GPT, MLP
 from mbgd.replicas import Replicas
+from mbgd.workers import start_workers
 
-from processes import run_workers
+from processes import environment, eventually, run_workers, started
 
 cuda.set_up()  # what start_workers does, before CUDA starts in this process
 
@@ -359,6 +364,51 @@ def test_mixed_precision_learns(device: str, precision: str) -> None:
     assert result.metrics["eval/accuracy"] > 0.8
 
 
+class Slowly:
+    """A test's Stop that never stops, so that a kill comes in the middle."""
+
+    def agreed(self, step: int) -> bool:
+        time.sleep(0.01)
+        return False
+
+
+def train_or_go_on(rank: int, num_workers: int, port: int, device: str, folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ |= environment(rank, num_workers, port)
+    with start_workers("gloo", 60, device=device) as workers:
+        trainer = make_trainer(workers, "cnn with BatchNorm", "reproducible", steps=200)
+        kept = folder / "checkpoints"
+        newest = workers.broadcast(str(checkpoint.newest(kept) or "") if workers.is_main else "")
+        if newest:
+            trainer.restore(checkpoint.read(Path(newest))[0])
+        if workers.is_main:
+            (folder / f"from-{trainer.state.step}").touch()
+        keep = Checkpoint(every_steps=10, every_seconds=None)
+        trainer.fit(checkpoints=saving.create(keep, folder, kept, {}, workers), stop=Slowly())
+        if workers.is_main:
+            (folder / "bits").write_text(trainer.weights_sha256())
+
+
+@on_devices
+def test_killed_workers_go_on_to_the_same_bits_on_another_number_of_workers(device: str, tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder in (whole, broken):
+        (folder / "checkpoints").mkdir(parents=True)
+    with started(train_or_go_on, 2, device, broken) as processes:
+        eventually(lambda: len(checkpoint.complete(broken / "checkpoints")) >= 2, 60)
+        for process in processes:
+            process.kill()
+    assert not (broken / "bits").exists()
+    for folder in (whole, broken):
+        with started(train_or_go_on, 1, device, folder) as (process,):
+            process.join(120)
+            assert process.exitcode == 0
+    steps = sorted(int(path.name.removeprefix("from-")) for path in broken.glob("from-*"))
+    assert steps[0] == 0
+    assert steps[1] >= 10
+    assert (whole / "bits").read_text() == (broken / "bits").read_text()
+
+
 # Of CUDA alone
 
 
@@ -386,7 +436,7 @@ def test_more_laps_than_events_are_kept() -> None:
 @needs_cuda
 def test_conditions_name_what_bits_depend_on() -> None:
     trainer = make_trainer(alone("cuda"), "gpt", "reproducible")
-    found = mbgd.conditions.conditions(trainer.plan, trainer.workers.device)
+    found = conditions(trainer.plan, trainer.workers.device)
     assert found["processor"] == torch.cuda.get_device_name(0)
     assert found["fp32_matmul"] != "tf32"
     assert found["fp32_convolution"] != "tf32"

@@ -23,7 +23,7 @@ class BucketExchange:
 
     def __init__(self, buffer: Tensor, num_leaves: int, workers: Workers) -> None:
         self._length, self._num_leaves, self._rank = len(buffer), num_leaves, workers.rank
-        self._through_host = workers.sends_from_host
+        self._exchange_device = workers.exchange_device
         self._held = nodes_of_workers(num_leaves, workers.num_workers)
         edges = [cut(len(buffer), workers.num_workers, rank) for rank in range(workers.num_workers + 1)]
         self._slices = [slice(start, stop) for start, stop in pairwise(edges)]
@@ -43,7 +43,7 @@ class BucketExchange:
         self._messages = _Messages(
             [(node[self._slices[peer]], peer) for peer in self._peers for node in nodes],
             [(self._received[node], peer) for peer in self._peers for node in self._held[peer]],
-            through_host=self._through_host,
+            device=self._exchange_device,
         )
 
     def fold(self) -> None:
@@ -58,7 +58,7 @@ class BucketExchange:
         self._messages = _Messages(
             [(root, peer) for peer in self._peers],
             [(self._buffer[self._slices[peer]], peer) for peer in self._peers],
-            through_host=self._through_host,
+            device=self._exchange_device,
         )
 
     def finish(self) -> None:
@@ -70,20 +70,19 @@ class _Messages:
     """Tensors on their way to and from other workers."""
 
     def __init__(
-        self, sent: Sequence[tuple[Tensor, int]], received: Sequence[tuple[Tensor, int]], *, through_host: bool
+        self, sent: Sequence[tuple[Tensor, int]], received: Sequence[tuple[Tensor, int]], *, device: torch.device
     ) -> None:
         """Begin to send tensors to workers and to receive tensors from workers.
 
-        through_host: what lies on a GPU is copied to the host to be sent, and what has come is copied from there.
+        device: where they have to lie meanwhile. What lies elsewhere is copied there, and what has come from there.
         """
-
-        def on_host(tensor: Tensor) -> bool:
-            return through_host and tensor.device.type != "cpu"
-
-        self._arriving = [(t, torch.empty_like(t, device="cpu") if on_host(t) else t) for t, _ in received]
+        self._arriving = [
+            (tensor, tensor if tensor.device == device else torch.empty_like(tensor, device=device))
+            for tensor, _ in received
+        ]
         memory = [(memory, peer) for (_, memory), (_, peer) in zip(self._arriving, received, strict=True)]
         operations = [dist.P2POp(dist.irecv, tensor, peer) for tensor, peer in memory if len(tensor)]
-        leaving = [(tensor.cpu() if on_host(tensor) else tensor, peer) for tensor, peer in sent]
+        leaving = [(tensor.to(device), peer) for tensor, peer in sent]
         operations += [dist.P2POp(dist.isend, tensor, peer) for tensor, peer in leaving if len(tensor)]
         self._works: list[dist.Work] = dist.batch_isend_irecv(operations) if operations else []
 

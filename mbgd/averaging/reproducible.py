@@ -1,11 +1,10 @@
 """Averaging whose result has the same bits on any number of workers."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
@@ -219,12 +218,7 @@ class Reproducible:
         mine = torch.zeros(most, num_values, dtype=torch.float64, device=self._workers.device)
         for row, (_, values) in zip(mine, counter.nodes, strict=False):
             row.copy_(values)
-        if self._memory is not None:
-            gathered = self._memory.gather(mine)
-        else:
-            all_rows = mine.new_empty(len(nodes) * most, num_values)
-            _all_gather(all_rows, mine)
-            gathered = list(all_rows.view(-1, most, num_values))
+        gathered = self._memory.gather(mine) if self._memory is not None else self._workers.all_gather(mine)
         by_node = {node: rows[row] for held, rows in zip(nodes, gathered, strict=True) for row, node in enumerate(held)}
         return fold(by_node, num_leaves, torch.add).clone()
 
@@ -232,10 +226,6 @@ class Reproducible:
         if self._workers.num_workers == 1:
             return "reproducible, one worker"
         return f"reproducible over {'shared memory' if self._memory is not None else self._workers.backend}{self._note}"
-
-
-# torch 2.13 renamed it.
-_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
 def most_nodes(plan: Plan) -> int:
