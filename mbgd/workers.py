@@ -40,6 +40,10 @@ class Workers:
     timeout_seconds: float = 600.0
     """How long an exchange waits for a worker."""
 
+    def __post_init__(self) -> None:
+        if self.device.type == "cuda" and self.device.index is None:
+            object.__setattr__(self, "device", torch.device("cuda", torch.cuda.current_device()))
+
     @property
     def is_main(self) -> bool:
         return self.rank == 0

@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mbgd
+import mbgd.averaging as averagings
 from mbgd import cuda, flight_recorder
+from mbgd.averaging.memory import CannotShareError
 from mbgd.flight_recorder import Exchanges
 from mbgd.garbage import ALL_EVERY_STEPS, YOUNG_EVERY_STEPS, collected_at_steps
 from mbgd.models import GPT
@@ -102,6 +104,48 @@ def test_the_first_scale_in_fp16_counts_tokens(num_tokens: int, scale: float) ->
     )
     assert trainer._update.loss_scale().item() == scale
     assert trainer.fit().num_skipped_steps == 0
+
+
+# What is exchanged
+
+
+class FromElsewhere(mbgd.Workers):
+    """Whose exchanges are staged, as a GPU's over gloo: torch tells cpu:0 from cpu."""
+
+    @property
+    def exchange_device(self) -> torch.device:
+        return torch.device("cpu", 0)
+
+
+def train_by_messages(workers: mbgd.Workers) -> tuple[str, list[int]]:
+    def refuse(workers: mbgd.Workers) -> None:
+        raise CannotShareError("this test sends messages")
+
+    averagings.HostMemory = refuse  # type: ignore[assignment,misc]
+    staged = FromElsewhere(**vars(workers))
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 9), torch.nn.Tanh(), torch.nn.Linear(9, 1))
+    inputs = torch.randn(24, 5, generator=torch.Generator().manual_seed(0))
+    trainer = mbgd.Trainer(
+        model,
+        mbgd.MeanSquaredError(),
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        mbgd.Data(train=mbgd.InMemory(inputs, inputs[:, :1].sin())),
+        mbgd.Settings(
+            epochs=2, batch=mbgd.Batch(12, 2), averaging=mbgd.Averaging(mbgd.AveragingName.reproducible), clip_norm=0.1
+        ),
+        staged,
+    )
+    trainer.fit()
+    collected = staged.collect([torch.full((2,), workers.rank, dtype=torch.int16)])
+    return trainer.weights_sha256(), [int(tensor[0]) for tensor in collected]
+
+
+def test_messages_that_are_staged_give_the_same_bits() -> None:
+    ((wanted, _),) = run_workers(train_by_messages, 1)
+    results = run_workers(train_by_messages, 3)
+    assert [bits for bits, _ in results] == [wanted] * 3
+    assert [collected for _, collected in results] == [[0, 1, 2], [], []]
 
 
 # What is read
