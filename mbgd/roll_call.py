@@ -103,7 +103,7 @@ class RollCall:
                     self._answer_call()
                     return
                 if self._stuck is not None and self._stuck.now(self._exchanges()):
-                    why = f"an exchange has been waited for for {self._stuck.seconds:.0f} s"
+                    why = f"no end of it for {self._stuck.seconds:.0f} s"
                     told = describe(self.missing(), self._timeout_seconds, why)
                     print(f"warning on worker {self._rank}: {told}", file=sys.stderr, flush=True)
                     return
