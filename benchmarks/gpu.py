@@ -9,11 +9,13 @@ Without a GPU the same code runs at toy sizes on the CPU, to show that it runs; 
 
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -211,13 +213,21 @@ def measure_loader(workers: mbgd.Workers) -> str:
     return f"{work.name}, bf16, ms of a step: " + ", ".join(f"{part} {value:.3f}" for part, value in parts.items())
 
 
+def measure_the_rest(workers: mbgd.Workers) -> Iterator[str]:
+    yield measure_snapshot(workers)
+    yield measure_loader(workers)
+
+
 def measure(rank: int, num_workers: int, port: int) -> None:
     torch.set_num_threads(max((os.cpu_count() or 1) // num_workers, 1))
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_workers)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with mbgd.start_workers() as workers:
-        lines = [*measure_steps(workers), "", *measure_reproducible(workers), ""]
-        lines += [measure_snapshot(workers), measure_loader(workers)]
+        lines = []
+        for found in chain(measure_steps(workers), measure_reproducible(workers), measure_the_rest(workers)):
+            lines.append(found)
+            if workers.is_main:
+                print(found, file=sys.stderr, flush=True)  # there even if time runs out
         if not workers.is_main:
             return
         text = f"{workers.num_workers} workers, {workers.device.type}\n\n" + "\n".join(lines)
