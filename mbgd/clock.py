@@ -18,7 +18,7 @@ PARTS = ("data_wait", "forward_backward", "averaging", "optimizer")
 REST = "rest"
 
 MOST_EVENTS = 1024
-"""So many launches a GPU's queue holds: of events further back, the device is done."""
+"""Events kept before the oldest are added up, those that the device has come to by then."""
 
 
 class Stopwatch(Protocol):
@@ -66,7 +66,9 @@ class StreamStopwatch:
         event.record()
         self._laps.append((part, event))
         if len(self._laps) > 2 * MOST_EVENTS:
-            self._add_up(MOST_EVENTS)
+            _, oldest_kept = self._laps[MOST_EVENTS - 1]
+            if oldest_kept.query():  # type: ignore[no-untyped-call]  # otherwise more are kept: nothing is waited for
+                self._add_up(MOST_EVENTS)
 
     def seconds(self) -> dict[str, float]:
         self._add_up(len(self._laps))
@@ -103,6 +105,9 @@ class Clock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
+        """What is done inside does not count as training; a GPU first finishes what it has been given before."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         began = time.perf_counter()
         yield
         self._paused += time.perf_counter() - began

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from mbgd import cuda
 from mbgd.plan import Plan
 
 
@@ -14,6 +15,7 @@ def conditions(plan: Plan, device: torch.device) -> dict[str, str | int]:
         "processor": processor(device),
         "threads_per_worker": torch.get_num_threads(),
         "num_micro_batches": plan.num_micro_batches(min(plan.minibatch_size, plan.num_examples)),
+        **(cuda.conditions(device) if device.type == "cuda" else {}),
     }
 
 

@@ -42,6 +42,12 @@ class BackendName(Enum):
     nccl = "nccl"
 
 
+class DeviceName(Enum):
+    auto = "auto"  # cuda where the backend is nccl, otherwise cpu
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 @dataclass(frozen=True)
 class Batch(Typed):
     size: int = 64
@@ -110,6 +116,8 @@ class Settings(Typed):
 @dataclass(frozen=True)
 class Backend(Typed):
     name: BackendName = BackendName.auto
+    device: DeviceName = DeviceName.auto
+    """What the workers compute on. Over gloo, several workers may share a GPU."""
     timeout_seconds: float = 600.0
     """How long a collective waits for a worker before the run ends with an error."""
 

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from mbgd.errors import UsageError
 from mbgd.finite import Wrong, not_finite, shown
-from mbgd.loader import Examples, Indices, Shard
+from mbgd.loader import Examples, Shard
 from mbgd.objective import PerExample
+from mbgd.reading import Indices
 from mbgd.trained import Trained
 from mbgd.workers import Workers
 

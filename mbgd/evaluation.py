@@ -1,6 +1,6 @@
 """Exact weighted means, and metrics of the whole set, over exactly the evaluation examples, by any workers."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -13,13 +13,14 @@ from mbgd.config import Settings
 from mbgd.errors import UsageError
 from mbgd.extra_state import extra_state_kept
 from mbgd.finite import shown
-from mbgd.loader import Data, Indices, read
+from mbgd.loader import Data
 from mbgd.metrics import Metrics, check
 from mbgd.modes import evaluating
 from mbgd.objective import NUM_SUMS, PerExample, Totals
 from mbgd.plan import micro_batches
 from mbgd.precision import autocast, parameter_dtype
 from mbgd.preflight import NUM_EXAMPLES, check_targets, random_state_kept
+from mbgd.reading import Batches, read
 from mbgd.task import Task
 from mbgd.workers import Workers
 
@@ -48,7 +49,12 @@ class Evaluation:
         output_shape: of the model, for a few examples.
         """
         self._task, self._buffers, self._data = task, buffers, data
-        self._workers, self._precision, self._seed = workers, settings.precision, settings.seed
+        self._workers, self._precision = workers, settings.precision
+        self._how: dict[str, Any] = {
+            "device": workers.device,
+            "dtype": parameter_dtype(settings.precision),
+            "seed": settings.seed,
+        }
         self._metrics = Metrics(settings.evaluation.metrics, workers)
         num_examples = len(data.evaluation)
         self._num_parts = -(-num_examples // settings.evaluation.batch_size)
@@ -56,6 +62,14 @@ class Evaluation:
         self._shard = [micro_batch for micro_batch in shard if micro_batch.counts]
         check_targets(data.evaluation, task.given_objective, output_shape)
         self.metric_names = self._try_out(num_examples, settings)
+        # One loader, whose processes serve all evaluations.
+        self._batches = Batches(
+            data.evaluation,
+            [np.arange(micro_batch.start, micro_batch.stop) for micro_batch in self._shard],
+            num_workers=data.num_workers,
+            keep_processes=True,
+            **self._how,
+        )
 
     def _try_out(self, num_examples: int, settings: Settings) -> tuple[str, ...]:
         """The names of the objective's metrics in an evaluation."""
@@ -64,7 +78,7 @@ class Evaluation:
         with random_state_kept(self._workers.device), self._evaluating():
             for position, indices in (("first", first), ("last", last)):
                 with _told_of(position):
-                    (batch,) = self._read([indices])
+                    (batch,) = read(self._data.evaluation, [indices], num_workers=0, **self._how)
                     terms = self._task(batch, len(indices))
                     names = self._names(terms, names if position == "last" else None)
                     terms.sums(names)
@@ -88,8 +102,7 @@ class Evaluation:
         """
         leaves, predictions = [], []
         with self._evaluating():
-            batches = self._read(np.arange(mb.start, mb.stop) for mb in self._shard)
-            for micro_batch, batch in zip(self._shard, batches, strict=True):
+            for micro_batch, batch in zip(self._shard, self._batches, strict=True):
                 terms = self._task(batch, micro_batch.size)
                 self._names(terms, self.metric_names)
                 leaves.append((micro_batch.number, terms.sums(self.metric_names)))
@@ -126,16 +139,6 @@ class Evaluation:
                 "each worker evaluates other examples, so that the workers' copies would differ. Let the optimizer "
                 "alone change parameters."
             )
-
-    def _read(self, indices: Iterable[Indices]) -> Iterator[Any]:
-        return read(
-            self._data.evaluation,
-            indices,
-            num_workers=self._data.num_workers,
-            device=self._workers.device,
-            dtype=parameter_dtype(self._precision),
-            seed=self._seed,
-        )
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import hashlib
 import torch
 from torch import nn
 
-from mbgd.loader import Indices
+from mbgd.reading import Indices
 from mbgd.task import plain_name
 
 

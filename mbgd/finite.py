@@ -29,8 +29,9 @@ class Wrong(Enum):
 class Watch:
     """Remembers the first step in which something was wrong."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._waits = device.type == "cpu"
+    def __init__(self, device: torch.device, *, waits: bool | None = None) -> None:
+        """waits: whether values are looked at at once; None: on a CPU, where they are there already."""
+        self._waits = device.type == "cpu" if waits is None else waits
         self._first: dict[Wrong, Tensor] = (
             {} if self._waits else {wrong: torch.full((), NEVER, dtype=torch.int64, device=device) for wrong in Wrong}
         )
@@ -106,7 +107,15 @@ class Watch:
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of the tensors that hold a value that is not finite; waits for the device once."""
+    """Names of the tensors that hold a value that is not finite; waits for each device once."""
+    found: set[str] = set()
+    for device in {tensor.device for tensor in tensors.values()}:  # torch keeps some optimizer state on the host
+        found.update(_not_finite({name: t for name, t in tensors.items() if t.device == device}))
+    return [name for name in tensors if name in found]
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """tensors: on one device."""
     floating = {n: t.detach() for n, t in tensors.items() if t.numel() and (t.is_floating_point() or t.is_complex())}
     if not floating:
         return []

@@ -1,33 +1,19 @@
 """Plan + order + dataset → this worker's micro-batches, step by step, on its device."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby, islice
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
 
-from mbgd.describing import content
 from mbgd.errors import UsageError
-from mbgd.order import Order, mix, mix_array
+from mbgd.order import Order
 from mbgd.plan import MicroBatch, Minibatch, Plan, micro_batches
-from mbgd.precision import move
-from mbgd.randomness import has_drawn_since, key_reading, undisturbed
+from mbgd.reading import BLOCK_EXAMPLES, Indices, keys, read
 from mbgd.workers import Workers
-
-Indices = NDArray[np.int64]
-"""Shape (N,): numbers of examples; or (N, 2): numbers of examples, and the keys that all randomness in reading them
-follows from."""
-
-# Examples in memory are gathered for several micro-batches at once, up to this many, so that small ones do not pay
-# the price of a gathering each.
-BLOCK_EXAMPLES = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,136 +147,7 @@ class Loader:
 
 def augmentation_keys(seed: int, epoch: int, indices: Indices) -> Indices:
     """For each example a key, shape (N,), from 0 to 2**63 − 1, whatever worker or process reads it."""
-    return _keys(indices, seed, epoch, _AUGMENTATION)
+    return keys(indices, seed, epoch, _AUGMENTATION)
 
 
-def _keys(indices: Indices, *key: int) -> Indices:
-    return (mix_array(indices.astype(np.uint64), mix(*key)) >> np.uint64(1)).astype(np.int64)
-
-
-_AUGMENTATION, _READING = 0x61756721, 0x72656164  # apart from each other, and from the keys of the order and of dropout
-
-
-def read(
-    dataset: Any,
-    indices: Iterable[Indices],
-    *,
-    num_workers: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    own_copies: bool = True,
-    augment: bool = False,
-    seed: int = 0,
-) -> Iterator[Any]:
-    """The batch of each array of example indices, on the device; a view of a larger one unless `own_copies`.
-
-    augment: the arrays hold keys, and examples come from `augmented`, even where the dataset has `gather`.
-    seed: where the arrays hold no keys, what reading an example draws follows from (seed, example).
-    """
-    if hasattr(dataset, "gather") and not augment:
-        gather = partial(_gather_first, dataset)
-        for block in _blocks(indices, 0 if own_copies else BLOCK_EXAMPLES):
-            gathered = move(gather(torch.from_numpy(np.concatenate(block))), device, dtype)
-            gather = dataset.gather
-            sizes = [len(part) for part in block]
-            yield from zip(*(tensor.split(sizes) for tensor in gathered), strict=True)
-    else:
-        keyed = (part if part.ndim > 1 else np.stack([part, _keys(part, seed, _READING)], axis=1) for part in indices)
-        loader: DataLoader[Any] = DataLoader(
-            _Fetched(dataset, augment),
-            batch_sampler=(part.tolist() for part in keyed),
-            num_workers=num_workers,
-            collate_fn=_collate,
-            pin_memory=device.type == "cuda",
-            generator=torch.Generator(),  # or each pass would draw from the default one
-        )
-        for batch in loader:
-            if isinstance(batch, UsageError):
-                raise batch
-            yield move(batch, device, dtype)
-
-
-def _gather_first(dataset: Any, indices: Tensor) -> Any:
-    """`dataset.gather(indices)`; UsageError where it depends on random numbers."""
-    with undisturbed():
-        key_reading(0)
-        gathered = dataset.gather(indices)
-        if has_drawn_since(0):
-            key_reading(1)
-            if content(dataset.gather(indices)) != content(gathered):
-                raise UsageError(
-                    f"gather of {type(dataset).__name__} draws random numbers; it must give the same examples for the "
-                    "same indices, since how many are gathered at once depends on the number of workers. Draw in "
-                    "augmented(index, key); or leave gather out, for what __getitem__ draws follows from (seed, epoch, "
-                    "example)."
-                )
-    return gathered
-
-
-class _Fetched(Dataset[Any]):
-    """A dataset as loader processes see it: what reading an example draws follows from its key alone.
-
-    Examples are read one by one, each after its generators are seeded, from the first read on that draws anything;
-    seeding takes longer than reading a tensor's row does. A mistake of the user's comes back as it is, not as a
-    traceback in text.
-    """
-
-    def __init__(self, dataset: Any, augment: bool) -> None:
-        self._dataset, self._augment = dataset, augment
-        self._draws: bool | None = None
-        """None until an example is read."""
-
-    def __getitems__(self, wanted: list[tuple[int, int]]) -> Any:
-        try:
-            with undisturbed():
-                return self._read(wanted)
-        except UsageError as error:
-            return error
-
-    def _read(self, wanted: list[tuple[int, int]]) -> list[Any]:
-        examples: list[Any] = []
-        if self._draws is None:
-            examples = self._read_each(wanted[:1])
-            self._draws = has_drawn_since(wanted[0][1])
-        rest = wanted[len(examples) :]
-        if rest and not self._draws:
-            first_key = rest[0][1]
-            key_reading(first_key)
-            together = self._read_together(rest)
-            self._draws = has_drawn_since(first_key)
-            if not self._draws:
-                return examples + together
-        return examples + self._read_each(rest)
-
-    def _read_each(self, wanted: list[tuple[int, int]]) -> list[Any]:
-        examples = []
-        for one in wanted:
-            key_reading(one[1])
-            examples += self._read_together([one])
-        return examples
-
-    def _read_together(self, wanted: list[tuple[int, int]]) -> list[Any]:
-        dataset = self._dataset
-        if self._augment:
-            return [dataset.augmented(index, key) for index, key in wanted]
-        if hasattr(dataset, "__getitems__"):
-            return list(dataset.__getitems__([index for index, _ in wanted]))
-        return [dataset[index] for index, _ in wanted]
-
-
-def _collate(examples: Any) -> Any:
-    return examples if isinstance(examples, UsageError) else default_collate(examples)
-
-
-def _blocks(indices: Iterable[Indices], most_examples: int) -> Iterator[list[Indices]]:
-    """Group consecutive arrays up to so many examples, at least one array a group."""
-    block: list[Indices] = []
-    size = 0
-    for part in indices:
-        if block and size + len(part) > most_examples:
-            yield block
-            block, size = [], 0
-        block.append(part)
-        size += len(part)
-    if block:
-        yield block
+_AUGMENTATION = 0x61756721  # apart from the keys of the order, of dropout and of reading

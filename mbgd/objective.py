@@ -92,7 +92,7 @@ class PerExample:
         """The sums that make exact means, of the loss and these metrics: float64, shape (NUM_SUMS + their number,)."""
         losses = self.losses.detach().double()
         if self.weights is None:
-            count = losses.new_tensor(losses.numel())
+            count = losses.new_full((), losses.numel())  # filled by a kernel: new_tensor would wait for a GPU
             parts = [losses.sum(), count, count, torch.zeros_like(count)]
             metrics = [self._metric(name).sum() for name in metric_names]
         else:

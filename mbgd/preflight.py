@@ -19,11 +19,12 @@ from mbgd.config import AveragingName, Precision, Settings
 from mbgd.errors import UsageError
 from mbgd.extra_state import extra_state_kept
 from mbgd.finite import shown
-from mbgd.loader import Data, Indices, read
+from mbgd.loader import Data
 from mbgd.objective import PerExample, Totals
 from mbgd.plan import Plan
 from mbgd.precision import autocast, parameter_dtype
 from mbgd.randomness import key_generators
+from mbgd.reading import Indices, read
 from mbgd.task import Task
 from mbgd.trained import GradientHooks, Trained
 
@@ -40,6 +41,8 @@ class Findings:
     """The objective gives weights, or losses per token: the minibatch's weight is not known from the plan."""
     has_tokens: bool
     """The objective gives losses per token."""
+    losses_per_example: int
+    """Of the first few examples."""
     metric_names: tuple[str, ...]
     """Of training; those of an evaluation may be others."""
     moving_buffers: tuple[str, ...]
@@ -87,7 +90,15 @@ class Trial:
             self._check_weights(terms, first_minibatch, names)
         shape = shapes[-1] if shapes else None
         has_tokens = terms.losses.dim() > 1
-        return Findings(terms.weights is not None or has_tokens, has_tokens, names, tuple(moving), unused, shape)
+        return Findings(
+            has_weights=terms.weights is not None or has_tokens,
+            has_tokens=has_tokens,
+            losses_per_example=terms.losses.numel() // len(few),
+            metric_names=names,
+            moving_buffers=tuple(moving),
+            unused_parameters=unused,
+            output_shape=shape,
+        )
 
     @contextmanager
     def _clean(self) -> Iterator[None]:

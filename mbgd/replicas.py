@@ -50,18 +50,18 @@ class Replicas:
 
 def checksum(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """One number, int64, shape (), that changes where one element of one tensor changes, to whatever value."""
-    small: dict[torch.dtype, list[Tensor]] = {}
+    small: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}  # torch keeps some optimizer state on the host
     flat = []
     for tensor in tensors:
         values = tensor.detach().contiguous().view(-1)
         if values.nbytes < AT_ONCE_BYTES:
-            small.setdefault(values.dtype, []).append(values)
+            small.setdefault((values.dtype, values.device), []).append(values)
         else:
             flat.append(values)
-    flat += [torch.cat(of_dtype) for of_dtype in small.values()]
+    flat += [torch.cat(alike) for alike in small.values()]
     total = torch.zeros((), dtype=torch.int64, device=device)
     for values in flat:
-        total += _words(values).sum()
+        total += _words(values).sum().to(device)
     return total
 
 

@@ -42,7 +42,8 @@ def _train(
     composed: Any, config: Config, choices: Mapping[str, Any], trackers: Trackers
 ) -> tuple[Result, RunFolder] | None:
     """Train on this worker; on the main one also open the trackers, and give what came of it and the locked folder."""
-    with start_workers(config.backend.name.value, config.backend.timeout_seconds) as workers:
+    backend = config.backend
+    with start_workers(backend.name.value, backend.timeout_seconds, device=backend.device.value) as workers:
         text = resolved_yaml(composed)
         plain = yaml.safe_load(text)
         check_same_config(workers, plain)

@@ -29,16 +29,16 @@ class SnapshotMemory:
     Fresh memory costs several times the copy itself, for the system hands it out zeroed, page by page.
     """
 
-    def __init__(self, *, pinned: bool) -> None:
-        """pinned: so that a GPU copies into it without the processor."""
-        self._pinned = pinned
+    def __init__(self, device: torch.device) -> None:
+        """device: of the tensors; memory for a GPU's is pinned, so that it copies there without the processor."""
+        self._device, self._pinned = device, device.type == "cuda"
         self._free: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = defaultdict(list)
 
     def snapshot(self, step: int, tensors: Tensors, values: Mapping[str, Any]) -> Snapshot:
         """A snapshot whose tensors are copies of `tensors`."""
         copies = {file: {name: self._copy(t) for name, t in of_file.items()} for file, of_file in tensors.items()}
         if self._pinned:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self._device)  # no later step writes into what is being copied
         return Snapshot(step, copies, values)
 
     def _copy(self, tensor: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from mbgd.errors import NotSaved, Preempted, UsageError
 from mbgd.evaluation import Evaluation
 from mbgd.fingerprint import weights_sha256
 from mbgd.finite import Watch, Wrong, not_finite, shown
+from mbgd.garbage import collected_at_steps
 from mbgd.loader import Data, Examples, Loader, Shard
 from mbgd.modes import set_training
 from mbgd.noise_scale import NUM_NOISE_SUMS, NoiseScale, noise_sums
@@ -143,14 +144,21 @@ class Trainer:
         if isinstance(settings, Config):
             every += [settings.checkpoint.every_steps, settings.checkpoint.memory_every]
         self._compared_every = [one for one in every if one is not None]
-        self._update = Update(self._trained, optimizer, settings, device, self._watch)
         self.before_update: list[BeforeUpdate] = []
         """Called in each step between averaging and update, on every worker."""
+        self._update = Update(
+            self._trained,
+            optimizer,
+            settings,
+            device,
+            self._watch,
+            losses_per_example=findings.losses_per_example,
+        )
         self._on_gpu = device.type == "cuda"
         self._must_be_finite = settings.precision is not Precision.fp16  # whose overflows are skipped
         self.noise_scale = NoiseScale(settings.noise_scale, self.plan, device)
         self.num_evaluation_examples = 0 if data.evaluation is None else len(data.evaluation)
-        self._snapshot_memory = SnapshotMemory(pinned=self._on_gpu)
+        self._snapshot_memory = SnapshotMemory(device)
         self._log = self._make_log()
         self._recomputing = self._make_recomputing()
 
@@ -226,6 +234,7 @@ class Trainer:
         self._log.last_logged = last_logged
         is_time_for_checkpoint = Agreement(self.workers)
         shards = self._log.clock.laps(self._loader.shards(first_step, self.num_steps))
+        shards = collected_at_steps(shards, first_step)
         for shard in profiler.steps(shards, first_step):
             result = self.train_step(shard)
             self.state.step = shard.step + 1

@@ -46,6 +46,8 @@ class Update:
         settings: Settings,
         device: torch.device,
         watch: Watch,
+        *,
+        losses_per_example: int,
     ) -> None:
         self.watch = watch
         self._trained, self._optimizer = trained, optimizer
@@ -57,9 +59,9 @@ class Update:
         self.optimizer_state = OptimizerState(optimizer, has_schedule=settings.schedule is not None, names=names)
         self._scaler: torch.amp.GradScaler | None = None
         if settings.precision is Precision.fp16:
-            # torch's usual first scale is for a mean loss; ours is a sum over up to the whole minibatch.
-            first_scale = 2.0 ** (16 - (settings.batch.size - 1).bit_length())
-            self._scaler = torch.amp.GradScaler(device.type, init_scale=max(first_scale, 1.0))
+            # torch's usual first scale is for a mean loss; ours is a sum over up to the whole minibatch's losses.
+            first_scale = 2.0 ** (16 - (settings.batch.size * losses_per_example - 1).bit_length())
+            self._scaler = torch.amp.GradScaler(device.type, init_scale=first_scale)
         self._is_fused = all(group.get("fused") for group in optimizer.param_groups)
         # A fused optimizer divides by its `grad_scale` as it reads the gradients, which costs nothing. That is the
         # hook of torch.amp.GradScaler, whose scales are float32: exact for whole numbers up to 2^24.
@@ -182,13 +184,13 @@ class Update:
 
     def _scale(self, weight: int) -> Tensor:
         if weight not in self._scales:
-            self._scales[weight] = torch.tensor(float(weight), dtype=torch.float32, device=self._device)
+            # Filled by a kernel: torch.tensor would copy, and wait for a GPU.
+            self._scales[weight] = torch.full((), float(weight), dtype=torch.float32, device=self._device)
         return self._scales[weight]
 
     def _divide_and_clip(self, weight: int | Tensor, *, want_norm: bool) -> Tensor | None:
         gradients = self._gradients()
-        divisor = weight if isinstance(weight, Tensor) else float(weight)
-        torch._foreach_div_(gradients, divisor)
+        _divide(gradients, weight)
         if self.hooks:
             self.hooks.call()
             gradients = self._gradients()
@@ -204,3 +206,15 @@ class Update:
             factor = self._schedule(step)
             for group, base_rate in zip(self._optimizer.param_groups, self._base_rates, strict=True):
                 group["lr"] = base_rate * factor
+
+
+def _divide(gradients: list[Tensor], weight: int | Tensor) -> None:
+    if not isinstance(weight, Tensor):
+        torch._foreach_div_(gradients, float(weight))
+        return
+    # On a GPU a divisor of another dtype takes a kernel for each gradient. It is rounded to their dtype in any case.
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for gradient in gradients:
+        by_dtype.setdefault(gradient.dtype, []).append(gradient)
+    for dtype, of_dtype in by_dtype.items():
+        torch._foreach_div_(of_dtype, weight.to(dtype))

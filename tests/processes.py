@@ -23,7 +23,12 @@ multiprocessing.get_context("forkserver").set_forkserver_preload(
 
 
 def run_workers(
-    function: Callable[..., Any], num_workers: int, *arguments: Any, timeout_seconds: float = 120
+    function: Callable[..., Any],
+    num_workers: int,
+    *arguments: Any,
+    timeout_seconds: float = 120,
+    backend: str = "gloo",
+    device: str = "auto",
 ) -> list[Any]:
     """`function(workers, *arguments)` on each of `num_workers` workers; what they return, in rank order.
 
@@ -32,7 +37,7 @@ def run_workers(
     with tempfile.TemporaryDirectory() as folder:
         processes = torch.multiprocessing.start_processes(
             _work,
-            args=(function, num_workers, free_port(), folder, arguments),
+            args=(function, num_workers, free_port(), folder, arguments, backend, device),
             nprocs=num_workers,
             join=False,
             start_method="forkserver",
@@ -77,10 +82,19 @@ def eventually(found: Callable[[], Any], seconds: float = 30) -> Any:
     return result
 
 
-def _work(rank: int, function: Callable[..., Any], num_workers: int, port: int, folder: str, arguments: Any) -> None:
+def _work(
+    rank: int,
+    function: Callable[..., Any],
+    num_workers: int,
+    port: int,
+    folder: str,
+    arguments: Any,
+    backend: str,
+    device: str,
+) -> None:
     torch.set_num_threads(1)
     os.environ |= environment(rank, num_workers, port)
-    with start_workers("gloo", timeout_seconds=60) as workers:
+    with start_workers(backend, timeout_seconds=60, device=device) as workers:
         result = function(workers, *arguments)
     Path(folder, str(rank)).write_bytes(pickle.dumps(result))
 

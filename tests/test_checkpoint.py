@@ -337,7 +337,7 @@ def test_the_best_must_be_a_metric_of_the_evaluation() -> None:
 
 
 def test_memory_of_snapshots_is_used_again_but_never_while_one_lives() -> None:
-    memory = SnapshotMemory(pinned=False)
+    memory = SnapshotMemory(torch.device("cpu"))
     first = memory.snapshot(1, {"model": {"weight": torch.ones(3)}}, {})
     second = memory.snapshot(2, {"model": {"weight": torch.zeros(3)}}, {})
     assert first.tensors["model"]["weight"].tolist() == [1, 1, 1]

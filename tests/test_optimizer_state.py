@@ -417,7 +417,7 @@ def test_what_is_restored_shares_nothing_with_the_snapshot(name: str) -> None:
 
 
 def test_a_tensor_of_a_snapshot_outlives_it() -> None:
-    memory = SnapshotMemory(pinned=False)
+    memory = SnapshotMemory(torch.device("cpu"))
     kept = memory.snapshot(1, {"model": {"weight": torch.ones(3)}}, {}).tensors["model"]["weight"]
     later = memory.snapshot(2, {"model": {"weight": torch.zeros(3)}}, {})
     assert kept.tolist() == [1, 1, 1]

@@ -4,7 +4,6 @@ An averaging adds up, over all micro-batches of all workers; `update.py` divides
 averagings apart; an averaging knows nothing of models, data or objectives beyond the parameters' gradients.
 """
 
-import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -12,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mbgd import cuda
 from mbgd.averaging.ddp import DDP
 from mbgd.averaging.memory import CannotShareError, HostMemory
 from mbgd.averaging.norms import MicroBatchNorms
@@ -78,7 +78,7 @@ def prepare(settings: Settings, plan: Plan, device: torch.device) -> None:
     if settings.name is AveragingName.shared_memory and device.type != "cpu":
         raise UsageError(
             f"averaging=shared_memory with workers on {device.type}; it adds up in the host's memory, which GPUs' "
-            "gradients are not in. Use averaging=ddp, or backend=gloo for CPU workers."
+            "gradients are not in. Use averaging=ddp, or backend=gloo backend.device=cpu for CPU workers."
         )
     if settings.name is not AveragingName.reproducible:
         return
@@ -90,7 +90,7 @@ def prepare(settings: Settings, plan: Plan, device: torch.device) -> None:
             f"batch.micro_batch_size={max(1, plan.minibatch_size // plan.num_workers)}."
         )
     if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        cuda.make_deterministic()
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 

@@ -55,7 +55,9 @@ def later(buffer: Tensor) -> torch.futures.Future[Tensor]:
     A callback on the exchange would run Python in a thread of the process group, which takes time and can end a
     process badly that is about to leave.
     """
-    ready: torch.futures.Future[Tensor] = torch.futures.Future()
+    # A future has to know the GPUs that its tensors lie on.
+    devices: list[int | str | torch.device] | None = [buffer.device] if buffer.is_cuda else None
+    ready: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
     ready.set_result(buffer)
     return ready
 

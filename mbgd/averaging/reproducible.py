@@ -1,25 +1,23 @@
 """Averaging whose result has the same bits on any number of workers."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
-from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
+from mbgd.averaging.bucket_exchange import BucketExchange, nodes_of_workers
 from mbgd.averaging.ddp import check_exchanged, later, used_anywhere, wrap
 from mbgd.averaging.exchange import MOVED_ON, NO_NOTE, Exchange, check_moved_on
 from mbgd.averaging.memory import HostMemory
 from mbgd.averaging.norms import MicroBatchNorms
-from mbgd.averaging.tree import Counter, Node, fold, worker_nodes
+from mbgd.averaging.tree import Counter, fold
 from mbgd.errors import UsageError
 from mbgd.objective import PerExample
-from mbgd.plan import MicroBatch, Plan, cut
+from mbgd.plan import MicroBatch, Plan
 from mbgd.task import Task
 from mbgd.trained import Trained
 from mbgd.workers import Workers
@@ -61,10 +59,10 @@ class Reproducible:
         self._in_memory: Exchange | None = None
         self._counter = Counter[Gradients](_add_gradients)
         self._last = MicroBatch(0, 1, 0, 0)
-        self._exchanges: dict[int, _Exchange] = {}
+        self._exchanges: dict[int, BucketExchange] = {}
         self._has_moved_on = False
         """Other parameters require a gradient than those that DDP was made for."""
-        self._sent: list[_Exchange] = []
+        self._sent: list[BucketExchange] = []
         self._exchanged = True
         trained.moved_on()
         self._prepare()
@@ -160,7 +158,7 @@ class Reproducible:
             nodes.append(buffer)
         exchange = self._exchanges.get(index)
         if exchange is None or not exchange.fits(buffer, self._last.of):
-            exchange = self._exchanges[index] = _Exchange(buffer, self._last.of, self._workers)
+            exchange = self._exchanges[index] = BucketExchange(buffer, self._last.of, self._workers)
         exchange.start(buffer, nodes)
         self._sent.append(exchange)
 
@@ -220,12 +218,7 @@ class Reproducible:
         mine = torch.zeros(most, num_values, dtype=torch.float64, device=self._workers.device)
         for row, (_, values) in zip(mine, counter.nodes, strict=False):
             row.copy_(values)
-        if self._memory is not None:
-            gathered = self._memory.gather(mine)
-        else:
-            all_rows = mine.new_empty(len(nodes) * most, num_values)
-            _all_gather(all_rows, mine)
-            gathered = list(all_rows.view(-1, most, num_values))
+        gathered = self._memory.gather(mine) if self._memory is not None else self._workers.all_gather(mine)
         by_node = {node: rows[row] for held, rows in zip(nodes, gathered, strict=True) for row, node in enumerate(held)}
         return fold(by_node, num_leaves, torch.add).clone()
 
@@ -233,75 +226,6 @@ class Reproducible:
         if self._workers.num_workers == 1:
             return "reproducible, one worker"
         return f"reproducible over {'shared memory' if self._memory is not None else self._workers.backend}{self._note}"
-
-
-class _Exchange:
-    """The sum of one bucket over all workers' nodes, in the order of the tree.
-
-    `start` sends every worker its slice of my nodes, `fold` adds up my slice and begins to send it to all, `finish`
-    leaves the sum in the bucket. Messages between pairs of workers go from and to the tensors themselves, so slices
-    need not be equal and nothing is copied; the memory for what arrives is kept from step to step.
-    """
-
-    def __init__(self, buffer: Tensor, num_leaves: int, workers: Workers) -> None:
-        self._length, self._num_leaves, self._rank = len(buffer), num_leaves, workers.rank
-        self._held = nodes_of_workers(num_leaves, workers.num_workers)
-        edges = [cut(len(buffer), workers.num_workers, rank) for rank in range(workers.num_workers + 1)]
-        self._slices = [slice(start, stop) for start, stop in pairwise(edges)]
-        # From the next worker on, so that not all begin with the same one.
-        self._peers = [(workers.rank + k) % workers.num_workers for k in range(1, workers.num_workers)]
-        mine = self._slices[workers.rank]
-        self._received = {
-            node: buffer.new_empty(mine.stop - mine.start) for peer in self._peers for node in self._held[peer]
-        }
-
-    def fits(self, buffer: Tensor, num_leaves: int) -> bool:
-        return len(buffer) == self._length and num_leaves == self._num_leaves
-
-    def start(self, buffer: Tensor, nodes: Sequence[Tensor]) -> None:
-        """buffer: the bucket, which takes the sum; nodes: what mine hold, each of the bucket's shape."""
-        self._buffer, self._mine = buffer, nodes
-        self._works = _exchange(
-            [(node[self._slices[peer]], peer) for peer in self._peers for node in nodes],
-            [(self._received[node], peer) for peer in self._peers for node in self._held[peer]],
-        )
-
-    def fold(self) -> None:
-        """Add up my slice, and begin to send it to all."""
-        for work in self._works:
-            work.wait()
-        mine = self._slices[self._rank]
-        own = {node: value[mine] for node, value in zip(self._held[self._rank], self._mine, strict=True)}
-        root = self._buffer[mine]
-        sum_ = fold(self._received | own, self._num_leaves, Tensor.add_)
-        if sum_.data_ptr() != root.data_ptr():
-            root.copy_(sum_)
-        self._works = _exchange(
-            [(root, peer) for peer in self._peers],
-            [(self._buffer[self._slices[peer]], peer) for peer in self._peers],
-        )
-
-    def finish(self) -> None:
-        for work in self._works:
-            work.wait()
-        del self._buffer, self._mine, self._works  # a piece of work that outlives its process group aborts the process
-
-
-def _exchange(sent: Sequence[tuple[Tensor, int]], received: Sequence[tuple[Tensor, int]]) -> list[dist.Work]:
-    """Begin to send tensors to workers and to receive tensors from workers; the pieces of work to wait for."""
-    operations = [dist.P2POp(dist.irecv, tensor, peer) for tensor, peer in received if len(tensor)]
-    operations += [dist.P2POp(dist.isend, tensor, peer) for tensor, peer in sent if len(tensor)]
-    return dist.batch_isend_irecv(operations) if operations else []
-
-
-# torch 2.13 renamed it.
-_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-
-
-@lru_cache
-def nodes_of_workers(num_leaves: int, num_workers: int) -> list[list[Node]]:
-    """What each worker holds after its own leaves."""
-    return [worker_nodes(num_leaves, num_workers, rank) for rank in range(num_workers)]
 
 
 def most_nodes(plan: Plan) -> int:

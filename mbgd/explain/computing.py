@@ -14,8 +14,8 @@ from mbgd.errors import UsageError
 from mbgd.explain.explanation import Example, Explanation, Next, Opposite, Share, Weight
 from mbgd.explain.one_by_one import Chosen, by_vmap, choose, one_at_a_time, part, sums, values_at
 from mbgd.explain.variance import Variance, measure
-from mbgd.loader import read
 from mbgd.plan import cut
+from mbgd.reading import read
 from mbgd.verify.reference import Reference
 
 MOST_EXAMPLES = 512

@@ -109,7 +109,8 @@ def differing_parameters(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor])
 def differing_conditions(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     """What is recorded of the two runs and differs: versions and conditions, then lines of the configuration."""
     of_a, of_b = ({**run["summary"]["versions"], **run["summary"]["conditions"]} for run in (a, b))
-    found = [f"{key}: {of_a.get(key)} and {of_b.get(key)}" for key in of_a if of_a.get(key) != of_b.get(key)]
+    keys = dict.fromkeys([*of_a, *of_b])
+    found = [f"{key}: {of_a.get(key)} and {of_b.get(key)}" for key in keys if of_a.get(key) != of_b.get(key)]
     reproducible = all("  name: reproducible" in run["config"] for run in (a, b))
     workers_a, workers_b = a["summary"]["num_workers"], b["summary"]["num_workers"]
     if not reproducible and workers_a != workers_b:

@@ -16,11 +16,12 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from mbgd.config import Precision
 from mbgd.describing import content
-from mbgd.loader import Examples, Indices, read
+from mbgd.loader import Examples
 from mbgd.objective import PerExample
 from mbgd.plan import MicroBatch
 from mbgd.precision import parameter_dtype
 from mbgd.randomness import key_generators
+from mbgd.reading import Indices, read
 from mbgd.task import plain_name
 from mbgd.trainer import Trainer
 from mbgd.verify import findings
