@@ -38,9 +38,10 @@ class Agent(LocalElasticAgent):  # type: ignore[misc, unused-ignore]
         Agent.last = self
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        first = self._ended()  # by themselves: the agent ends the rest
         result: RunResult = super()._monitor_workers(worker_group)
         if result.is_failed():
-            _tell(result.failures)
+            _tell({rank: one for rank, one in result.failures.items() if one.pid in first} or result.failures)
             if {USAGE, PREEMPTED} & {failure.exitcode for failure in result.failures.values()}:
                 self._remaining_restarts = 0
             if self._remaining_restarts > 0:
@@ -51,8 +52,12 @@ class Agent(LocalElasticAgent):  # type: ignore[misc, unused-ignore]
 
     def exit_codes(self) -> list[int]:
         """Of the workers of this host that have ended."""
-        handlers = getattr(self._pcontext, "subprocess_handlers", {})
-        return [code for one in handlers.values() if (code := one.proc.poll()) is not None]
+        return list(self._ended().values())
+
+    def _ended(self) -> dict[int, int]:
+        """The exit codes of the workers of this host that have ended, by process id."""
+        handlers = getattr(self._pcontext, "subprocess_handlers", {}).values()
+        return {one.proc.pid: code for one in handlers if (code := one.proc.poll()) is not None}
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -76,12 +81,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _tell(failures: Mapping[int, Any]) -> None:
     """Of workers that could not tell themselves: killed, or ended by something else than Python."""
-    told_themselves = {FAILED, USAGE, PREEMPTED}
-    silent = {rank: one for rank, one in failures.items() if one.error_file == NO_FILE}
-    silent = {rank: one for rank, one in silent.items() if one.exitcode not in told_themselves}
-    # The agent ends the rest by SIGTERM as soon as one has ended.
-    killed = {rank: one for rank, one in silent.items() if one.exitcode != -signal.SIGTERM}
-    for rank, one in sorted((killed or silent if len(silent) == len(failures) else killed).items()):
+    for rank, one in sorted(failures.items()):
+        if one.error_file != NO_FILE or one.exitcode in (FAILED, USAGE, PREEMPTED):
+            continue
         how = _name(-one.exitcode) if one.exitcode < 0 else f"exit code {one.exitcode}"
         remedy = "; the kernel does so where memory runs out (dmesg tells)" if one.exitcode == -signal.SIGKILL else ""
         host = socket.gethostname()

@@ -129,8 +129,8 @@ def num_cores() -> int:
 
 def as_given(wanted: Wanted, overrides: Sequence[str]) -> str:
     """The command as a user would paste it into a shell."""
-    name = os.path.basename(program[0]) if program and not program[0].startswith("-") else ""  # noqa: PTH119
-    start = ["mbgd", "train"] if name in ("mbgd", "") else ["python", *program]
+    is_script = bool(program) and program[0].endswith(".py")
+    start = ["python", *program] if is_script else ["mbgd", "train"]
     workers = [f"workers={wanted.workers}"] if wanted.workers else []
     restarts = [f"--max-restarts={wanted.max_restarts}"] if wanted.max_restarts else []
     return shlex.join([*start, *workers, *restarts, *wanted.options, *overrides])

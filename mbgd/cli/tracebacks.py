@@ -1,5 +1,6 @@
 """An exception in a user's code as its author wants to see it: their own lines, and few others."""
 
+import functools
 import importlib.util
 import re
 import sys
@@ -125,6 +126,7 @@ def _is_users(filename: str) -> bool:
     return not _is_around(filename) and not is_library
 
 
+@functools.cache
 def _around() -> list[str]:
     found = []
     for name in AROUND:

@@ -84,7 +84,11 @@ def _run(composed: Any) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     hydra = HydraConfig.get()
-    command_line.check_sources(hydra.runtime.config_sources)
+    try:
+        command_line.check_sources(hydra.runtime.config_sources)
+    except UsageError as error:  # of which Hydra would say something, too
+        telling.tell(str(error))
+        sys.exit(error.exit_code)
     if os.environ.get("RANK", "0") == "0":
         for one in configuration.which_wins(hydra):
             print(f"note: {one}", file=sys.stderr, flush=True)
