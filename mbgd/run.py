@@ -68,14 +68,14 @@ def _train(
             open_trackers(trackers, config, folder, trainer)
         try:
             result = trainer.fit(trackers, checkpoints, StopOnSignal(workers), profiler)
+            if workers.is_main:
+                folder.write_results(result, trainer)
         except UsageError as error:
             error.exit_code = FAILED
             raise
         except Preempted as stopped:
             stopped.folder = str(folder.path)
             raise
-        if workers.is_main:
-            folder.write_results(result, trainer)
     return (result, folder) if workers.is_main else None
 
 
@@ -90,6 +90,8 @@ def run_or_explain(composed: Any, choices: Mapping[str, Any]) -> None:
         sys.exit(EXIT_CODE)
     except Exception as error:  # also whatever a part of the user's raises
         log = write_to_log_alone(traceback.format_exc())
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            traceback.print_exc()
         said, of_user = str(error), ""
         if isinstance(error, UsageError):
             of_user = tracebacks.of_user(error.__cause__) if error.__cause__ is not None else ""
@@ -97,7 +99,7 @@ def run_or_explain(composed: Any, choices: Mapping[str, Any]) -> None:
             of_user = tracebacks.of_user(error) or tracebacks.of_ours(error)
             said = f"training raised {type(error).__name__}{f', all of it in {plain(log)}' if log else ''}"
         telling.tell("\n".join(filter(None, (said, of_user))), is_consequence=isinstance(error, WorkersLost))
-        sys.exit(getattr(error, "exit_code", FAILED))
+        sys.exit(error.exit_code if isinstance(error, UsageError) else FAILED)
 
 
 def how_to_go_on(folder: str) -> str:
