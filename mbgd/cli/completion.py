@@ -2,9 +2,11 @@
 
 import argparse
 
+from mbgd.cli.commands import TOOLS
+
 DESCRIPTION = 'tab completion: eval "$(mbgd completion bash)", or zsh; mbgd completion fish | source'
 
-COMMANDS = "train new completion checkpoints compare report sweep"
+COMMANDS = " ".join(("train", "new", "completion", *TOOLS))
 
 BASH = """
 _mbgd() {

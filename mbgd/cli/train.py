@@ -37,7 +37,7 @@ def train(arguments: Sequence[str]) -> int:
     """
     plain_output.start()
     guard_output()  # which keeps what the streams are set to
-    if launching.started_by_launcher():
+    if launching.started_by_launcher() and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training saves on it; no traceback of an import
     try:
         return _train(arguments)
