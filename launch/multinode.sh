@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train on several hosts: the same command on each of them. All arguments go to train.py.
+# Train on several hosts: the same command on each of them. All arguments go to `mbgd train` of this clone.
 #
 #   HOSTS=1:2 MAIN_HOST=10.0.0.1 RUN_ID=mine launch/multinode.sh run.dir=/shared/runs/mine averaging=reproducible
 #
@@ -23,16 +23,11 @@ for name in HOSTS MAIN_HOST RUN_ID; do
         exit 2
     fi
 done
-if [ -z "${WORKERS:-}" ]; then
-    gpus="$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)"
-    WORKERS="$(( gpus > 0 ? gpus : 2 ))"
-fi
-if ! [[ "$WORKERS" =~ ^[1-9][0-9]{0,5}$ ]]; then
+WORKERS="${WORKERS:-auto}"
+if ! [[ "$WORKERS" =~ ^([1-9][0-9]{0,5}|auto|gpus)$ ]]; then
     echo "error: WORKERS=$WORKERS; it must be a whole number >= 1: how many processes train on this host" >&2
     exit 2
 fi
-cores="$(getconf _NPROCESSORS_ONLN)"
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( cores / WORKERS > 0 ? cores / WORKERS : 1 ))}"
 # gloo and nccl guess an interface, and torchrun an address and whether this is MAIN_HOST; often wrong ones on hosts
 # with several.
 if command -v ip >/dev/null; then
@@ -51,6 +46,5 @@ if [ -n "${KEY_FILE:-}" ]; then
     export MBGD_KEY_FILE="$KEY_FILE"
 fi
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
-exec python3 -m mbgd.torchrun --nnodes "$HOSTS" --nproc-per-node "$WORKERS" --max-restarts "${RESTARTS:-3}" \
-    --rdzv-backend c10d --rdzv-endpoint "$MAIN_HOST" --rdzv-id "$RUN_ID" "${known[@]}" \
-    "$here/train.py" "$@"
+exec python3 "$here/train.py" workers="$WORKERS" --nnodes "$HOSTS" --max-restarts "${RESTARTS:-3}" \
+    --rdzv-endpoint "$MAIN_HOST" --rdzv-id "$RUN_ID" "${known[@]}" "$@"

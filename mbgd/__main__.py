@@ -1,36 +1,12 @@
-"""`python -m mbgd TOOL …`: the tools for users."""
+"""`mbgd COMMAND …`, also as `python -m mbgd COMMAND …`: training, projects of one's own, and tools for runs."""
 
-import argparse
 import sys
 
-from mbgd import plain_output
-from mbgd.errors import UsageError
-from mbgd.tools import checkpoints, compare, explain, report, sweep, verify
+from mbgd.parent import end_with_parent
 
-TOOLS = {
-    "checkpoints": checkpoints,
-    "compare": compare,
-    "explain": explain,
-    "report": report,
-    "sweep": sweep,
-    "verify": verify,
-}
+end_with_parent()
 
-
-def main() -> int:
-    plain_output.start()
-    parser = argparse.ArgumentParser(prog="python -m mbgd", description="Tools for runs of mbgd.")
-    tools = parser.add_subparsers(dest="tool", metavar="TOOL", required=True)
-    for name, tool in TOOLS.items():
-        tool.arguments(tools.add_parser(name, help=tool.DESCRIPTION, description=tool.DESCRIPTION))
-    parsed = parser.parse_args()
-    try:
-        exit_code: int = TOOLS[parsed.tool].main(parsed)
-        return exit_code
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
+from mbgd.cli.commands import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

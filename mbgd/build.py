@@ -12,7 +12,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mbgd import averaging, optimizers, profiling, saving, targets
+from mbgd import averaging, optimizers, profiling, saving, targets, threads
 from mbgd.config import Config, Run, problems
 from mbgd.errors import UsageError
 from mbgd.field_types import WORDS, converted
@@ -47,7 +47,7 @@ def typed(composed: DictConfig) -> Config:
             reason = str(error.msg or error).splitlines()[0].rstrip(".")
             meant = did_you_mean(*_mistyped(".".join(path), reason, value, schema))
             found.append(
-                f"{'.'.join(path)}: {reason}.{_rule(reason)}{meant} `python train.py --cfg job` shows every key and "
+                f"{'.'.join(path)}: {reason}.{_rule(reason)}{meant} `mbgd train --cfg job` shows every key and "
                 "its value."
             )
     config = OmegaConf.to_object(values)
@@ -186,7 +186,9 @@ def build_trainer(config: Config, workers: Workers) -> Trainer:
     metrics = {name: make(f"evaluation.metrics.{name}", node) for name, node in config.evaluation.metrics.items()}
     evaluation = dataclasses.replace(config.evaluation, metrics=metrics)
     settings = dataclasses.replace(config, schedule=schedule, evaluation=evaluation)
-    trainer = Trainer(model, objective, optimizer, data, settings, workers)
+    with threads.work_counted(model) as work:
+        trainer = Trainer(model, objective, optimizer, data, settings, workers)
+    threads.choose(config.averaging, workers.device, plan, work)
     saving.check(config.checkpoint, trainer.evaluation_names)
     profiling.check(config.profile, trainer.num_steps)
     return trainer

@@ -3,35 +3,77 @@
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from mbgd import plain_output, sweep
-from mbgd.errors import UsageError
+from mbgd import sweep
+from mbgd.cli.configuration import OURS
+from mbgd.errors import USAGE, UsageError
 from mbgd.suggestions import did_you_mean
-from mbgd.worker_log import guard_output
+
+MOST_LINES = 5
+"""Of what Hydra says of one mistake."""
 
 
-def call(main: Callable[[], None], configuration: Path) -> None:
-    """Call what `@hydra.main` has made.
+def check_arguments(arguments: Sequence[str], groups: Path = OURS) -> None:
+    """UsageError for what Hydra would not read, or not explain."""
+    from hydra._internal.utils import get_args_parser
 
-    configuration: the file that it composes, from which valid names are taken.
+    parser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        raise UsageError(f"{message}. `mbgd train --help` shows what there is.")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    parser.parse_args(list(arguments))
+    for argument in arguments:
+        if problem := _no_choice(argument, groups):
+            raise UsageError(problem)
+
+
+def call(task: Callable[[Any], None], configuration: Path, arguments: Sequence[str]) -> int:
+    """Have Hydra compose the configuration and call the task with it, here or, in a sweep, as jobs; the exit code.
+
+    configuration: the file that is composed, in the folder that valid names are taken from. UsageError where the
+    arguments have a mistake.
     """
-    plain_output.start()
-    guard_output()
-    for argument in sys.argv[1:]:
-        if problem := _no_choice(argument, configuration.parent):
-            sys.exit(f"error: {problem}")
+    import hydra
+    from hydra._internal import utils
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    check_arguments(arguments, configuration.parent)
+    sys.argv[1:] = arguments
+    # Hydra would print exceptions in its own words, and end the process.
+    utils.run_and_report = lambda func: func()
     try:
-        main()
-    except SystemExit as stop:
-        # Hydra has printed its error and ends the process; the error is what it was handling.
-        if found := hint(stop.__context__, configuration):
-            print(found, file=sys.stderr)
+        hydra.main(version_base="1.3", config_path=str(configuration.parent), config_name=configuration.stem)(task)()
+    except (HydraException, OmegaConfBaseException) as error:
         _show_sweep()
-        raise
+        told = UsageError("\n".join(filter(None, (brief(error), hint(error, configuration)))))
+        told.exit_code = getattr(error, "exit_code", USAGE)
+        raise told from error
+    except SystemExit as stop:
+        _show_sweep()
+        if isinstance(stop.code, str):
+            raise UsageError(stop.code.removeprefix("error: ")) from stop
+        return int(stop.code or 0)
     _show_sweep()
+    return 0
+
+
+def brief(error: Exception) -> str:
+    """What Hydra says of a mistake, in few lines."""
+    from hydra.errors import MissingConfigException
+
+    if isinstance(error, MissingConfigException):
+        first = str(error).splitlines()[0].rstrip(".")
+        return f"{first}. There are {', '.join(error.options)}." if error.options else f"{first}."
+    said = [str(error), *([str(error.__cause__)] if error.__cause__ is not None else [])]
+    lines = [line.strip() for text in said for line in text.splitlines()]
+    kept = [line for line in lines if line and not line.startswith(("full_key:", "object_type=", "reference_type="))]
+    return "\n".join(kept[:MOST_LINES])
 
 
 def _no_choice(argument: str, groups: Path) -> str:
@@ -67,7 +109,7 @@ def _how_to_quote(override: str) -> str:
 
 
 def check_sources(sources: Iterable[Any]) -> None:
-    """End with an error where a folder of `hydra.searchpath` is not there; Hydra would go on without it."""
+    """UsageError where a folder of `hydra.searchpath` is not there; Hydra would go on without it."""
     from hydra._internal.sources_registry import SourcesRegistry
 
     for source in sources:
@@ -75,17 +117,14 @@ def check_sources(sources: Iterable[Any]) -> None:
             kind = SourcesRegistry.instance().resolve(source.schema)
             path = f"{source.schema}://{source.path}"
             if not kind(source.provider, path).available():
-                sys.exit(f"error: {path}, named by {source.provider}, is not there. Correct hydra.searchpath.")
+                raise UsageError(f"{path}, named by {source.provider}, is not there. Correct hydra.searchpath.")
 
 
 def _show_sweep() -> None:
     for folder in sweep.to_show:
         from mbgd.tools.sweep import show
 
-        try:
-            show(folder)
-        except UsageError as error:
-            sys.exit(f"error: {error}")
+        show(folder)
 
 
 def hint(error: BaseException | None, configuration: Path) -> str:

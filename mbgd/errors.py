@@ -1,8 +1,17 @@
 """What ends a run early: mistakes of the user's, workers that are gone, a cluster that wants its machines back."""
 
+FAILED = 1
+"""Exit code where training failed."""
+
+USAGE = 2
+"""Exit code where nothing has begun, because the command or the configuration has a mistake."""
+
 
 class UsageError(ValueError):
     """A mistake of the user's, whose message alone teaches: what was wrong, what was got, the rule, the remedy."""
+
+    exit_code = USAGE
+    """FAILED where training had begun."""
 
 
 class WorkersLost(RuntimeError):  # noqa: N818  (the workers are the error)
@@ -15,6 +24,7 @@ class Preempted(Exception):  # noqa: N818  (nothing went wrong)
     def __init__(self, step: int) -> None:
         super().__init__(f"stopped by a signal after step {step}")
         self.step = step
+        self.folder = ""
 
 
 class ReplicasDiffer(RuntimeError):  # noqa: N818  (the replicas are the error)

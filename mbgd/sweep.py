@@ -129,7 +129,7 @@ def read_jobs(sweep: Path) -> list[Job]:
     found = [read_job(path.parent) for path in sweep.glob(f"**/{RECORD}")]
     jobs = sorted((job for job in found if job is not None), key=lambda job: job.record.number)
     if not jobs:
-        raise UsageError(f"{sweep} holds no jobs of a sweep. Name the folder that `python train.py -m …` printed.")
+        raise UsageError(f"{sweep} holds no jobs of a sweep. Name the folder that `mbgd train -m …` printed.")
     return jobs
 
 

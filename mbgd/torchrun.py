@@ -6,6 +6,7 @@ memory. On several hosts the store listens on the address given by --local-addr 
 writes there is unpickled. A private network is needed all the same (docs/clusters.md).
 """
 
+import argparse
 import hashlib
 import io
 import os
@@ -16,6 +17,7 @@ import stat
 import sys
 import types
 import uuid
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -40,16 +42,23 @@ UNPICKLED = {
 
 def main() -> None:
     end_with_parent()
-    os.environ[PARENT] = str(os.getpid())
     # torch takes a second to import.
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import record
+
+    record(run.run)(prepare(sys.argv[1:]))
+
+
+def prepare(options: Sequence[str]) -> argparse.Namespace:
+    """torchrun's options and what it is to start, as torchrun parses them, for workers that meet as described above."""
+    from torch.distributed import run
     from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
 
     from mbgd.store import STORE, make_store
 
-    arguments = run.parse_args(  # type: ignore[no-untyped-call]
-        ["--signals-to-handle", ",".join(signals()), *sys.argv[1:]]
+    os.environ[PARENT] = str(os.getpid())
+    arguments: argparse.Namespace = run.parse_args(  # type: ignore[no-untyped-call]
+        ["--signals-to-handle", ",".join(signals()), *options]
     )
     rendezvous_handler_registry.register("mbgd-host", _one_host)
     rendezvous_handler_registry.register("mbgd-hosts", _several_hosts)
@@ -62,7 +71,7 @@ def main() -> None:
         sys.exit("error: several hosts need --rdzv-backend c10d, and --local-addr: the address to listen on")
     else:
         arguments.rdzv_backend = "mbgd-hosts"
-    record(run.run)(arguments)
+    return arguments
 
 
 def signals() -> list[str]:

@@ -21,6 +21,10 @@ class _LogFile:
         self._file = file
         self._has_failed = False
 
+    @property
+    def name(self) -> str:
+        return self._file.name
+
     def write(self, text: str) -> int:
         try:
             self._file.write(text)
@@ -134,3 +138,13 @@ def start_log(path: Path, rank: int, num_workers: int) -> None:
 def write_to_log(text: str) -> None:
     """Details that only the log is to hold; standard error where there is no log."""
     print(text, file=getattr(sys.stderr, "file", None) or sys.stderr, flush=True)
+
+
+def write_to_log_alone(text: str) -> str:
+    """What the log is to hold and nobody needs to see; the log's path, nothing where there is none."""
+    file = getattr(sys.stderr, "file", None)
+    if file is None:
+        return ""
+    file.write(text + "\n")
+    file.flush()
+    return str(file.name)

@@ -109,7 +109,7 @@ def test_a_second_run_does_not_write_over_the_first(tmp_path: Path) -> None:
         (["steps=1", "resume=never"], "already holds a run"),
     ):
         done = train(tmp_path, *overrides, "run.dir=out")
-        assert done.returncode == 1
+        assert done.returncode == 2
         assert message in done.stderr
     assert "complete" in train(tmp_path, "steps=1", "run.dir=out").stdout
     assert (tmp_path / "out/summary.json").read_bytes() == before
@@ -129,7 +129,7 @@ def test_training_on_from_another_run(tmp_path: Path) -> None:
     assert first["weights_sha256"] == whole["weights_sha256"]
 
     done = train(tmp_path, "steps=30", constant, "resume=nowhere", "run.dir=third")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "there is no checkpoint" in done.stderr
     done = train(tmp_path, "steps=30", constant, "optimizer.lr=0.1", "resume=first", "run.dir=fourth")
     assert "optimizer.lr: 0.01 before, 0.1 now" in done.stderr
@@ -216,7 +216,7 @@ def write_files(folder: Path) -> None:
 def test_mistakes_are_explained_before_training(tmp_path: Path, overrides: list[str], message: str) -> None:
     write_files(tmp_path)
     done = train(tmp_path, *overrides)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert message.lower() in done.stderr.lower()
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "runs").exists()

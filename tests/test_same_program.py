@@ -396,5 +396,5 @@ def test_train_py_compares_the_whole_configuration(tmp_path: Path) -> None:
     for process in processes:
         _, told = process.communicate(timeout=120)
         assert "do not run the same program: checkpoint.keep: 2 on worker 0, 3 on worker 1. Start every" in told
-        assert process.returncode == 1
+        assert process.returncode == 2
     assert not (tmp_path / "run").exists()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from hydra_plugins.mbgd_torchrun import processes
-from hydra_plugins.mbgd_torchrun.launcher import Job, end_of, hand_out_gpus, num_cores, quoted, refuse_another_sweeps
+from hydra_plugins.mbgd_torchrun.launcher import Job, hand_out_gpus, num_cores, quoted, refuse_another_sweeps
 from hydra_plugins.mbgd_torchrun.processes import Command, marked, run_all
 from mbgd.config import Direction
 from mbgd.errors import UsageError
@@ -58,10 +58,10 @@ def test_a_failed_job_is_reported_and_the_rest_go_on(sweep: tuple[Path, int, str
     folder, exit_code, output = sweep
     assert exit_code == 1
     assert "3 jobs of 2 workers, 2 at once" in output
-    assert "job 2 · batch.size=2000 · failed with exit code 1" in output
-    assert "    error on worker 0: batch.last=drop with batch.size=2000 leaves none" in output
+    assert "job 2 · batch.size=2000 · failed with exit code 2" in output
+    assert "    error: batch.last=drop with batch.size=2000 leaves none" in output
     first, second, failed = read_jobs(folder)
-    assert [job.state for job in (first, second, failed)] == ["complete", "complete", "failed (1)"]
+    assert [job.state for job in (first, second, failed)] == ["complete", "complete", "failed (2)"]
     assert [job.folder.name for job in (first, second, failed)] == ["0", "1", "2"]
     for job, size in ((first, 32), (second, 64)):
         assert f"batch.size={size} · eval/loss {job.metrics['eval/loss']:.4g}" in output
@@ -190,7 +190,7 @@ def test_mistakes_are_told_before_any_job_starts(tmp_path: Path, overrides: list
     (tmp_path / "taken/0/config.yaml").touch()
     process = start(tmp_path, *overrides)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 1
+    assert process.returncode == 2
     assert message in output
     assert not list(tmp_path.glob("**/job.log"))
 
@@ -263,14 +263,6 @@ def test_gpus_are_handed_out_without_overlap() -> None:
     assert hand_out_gpus(["0"], 2, 2) == [None, None]  # not one for each worker: they train on the CPU
     with pytest.raises(SystemExit, match="max_parallel=3 jobs of 2 workers need 6 GPUs; there are 4"):
         hand_out_gpus(["0", "1", "2", "3"], 2, 3)
-
-
-def test_the_end_of_a_log_leaves_out_what_torchrun_says(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    log.write_text(
-        "ValueError: why\nE1123 15:41:00.5 57 torch/distributed/elastic/multiprocessing/api.py:1] failed\nx\n"
-    )
-    assert end_of(log) == "    ValueError: why"
 
 
 def test_values_spread_by_factors_get_a_logarithmic_axis() -> None:

@@ -1,8 +1,6 @@
 """Starts a sweep's jobs from one process, each with its own workers, and tells the sweeper what they came to."""
 
 import dataclasses
-import inspect
-import itertools
 import os
 import re
 import sys
@@ -18,7 +16,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from hydra_plugins.mbgd_torchrun.processes import Command, run_all
 from mbgd import sweep
-from mbgd.errors import UsageError
+from mbgd.cli import configuration, launching
+from mbgd.cli.launching import num_cores, quoted
+from mbgd.errors import FAILED, UsageError
 
 SECONDS_TO_SHUT_DOWN = 10
 """How long torchrun gives workers to save and end."""
@@ -29,12 +29,11 @@ LINES_SHOWN = 15
 OF_THE_SWEEP = re.compile(r"[+~]*hydra[./](launcher|sweeper|sweep|mode)\b")
 """Overrides of Hydra's that are for the sweep, not for its jobs."""
 
-OF_TORCHRUN = re.compile(r"[WE]\d{4} \S+ \d+ torch/distributed/elastic/")
-"""The first line of a log that is torchrun's, not the workers'."""
-
 
 class JobFailed(CompactHydraException):
     """A job that gives the sweeper no value."""
+
+    exit_code = FAILED
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Job:
 
 
 class TorchrunLauncher(Launcher):
-    """Starts each job in processes of its own: train.py, under torchrun where it has several workers."""
+    """Starts each job in processes of its own, with the command that has started this one."""
 
     def __init__(self, nproc_per_node: int, max_parallel: int, timeout_seconds: float | None) -> None:
         for name, value in (("nproc_per_node", nproc_per_node), ("max_parallel", max_parallel)):
@@ -63,7 +62,8 @@ class TorchrunLauncher(Launcher):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.context, self.config = hydra_context, config
-        self.script = inspect.getfile(inspect.unwrap(task_function))
+        for note in configuration.which_wins(config.hydra):
+            print(f"note: {note}", flush=True)
         self.folder = Path(str(config.hydra.sweep.dir))
         self.gpus = hand_out_gpus(visible_gpus(), self.num_workers, self.max_parallel)
         wanted = OmegaConf.select(config, "hydra.sweeper.direction")
@@ -127,15 +127,14 @@ class TorchrunLauncher(Launcher):
         if gpus is not None:
             environment["CUDA_VISIBLE_DEVICES"] = gpus
         environment |= {key: str(value) for key, value in job.config.hydra.job.env_set.items()}
-        torchrun = ["-m", "mbgd.torchrun", "--nproc-per-node", str(self.num_workers)]
-        torchrun += ["--shutdown-timeout", str(SECONDS_TO_SHUT_DOWN)]
+        workers = [f"workers={self.num_workers}", f"--shutdown-timeout={SECONDS_TO_SHUT_DOWN}"]
         hydra = self.config.hydra
         options = ["--config-name", hydra.job.config_name]
         for source in hydra.runtime.config_sources:
             if source.provider == "command-line":
                 options += ["--config-dir", source.path]
         own = [one for one in hydra.overrides.hydra if not OF_THE_SWEEP.match(one)]
-        start = [sys.executable, *(torchrun if self.num_workers > 1 else []), self.script]
+        start = [sys.executable, *launching.program, *(workers if self.num_workers > 1 else [])]
         folder = f"run.dir={quoted(str(job.folder))}"
         return Command([*start, *options, *job.record.overrides, *own, folder], job.folder / sweep.LOG, environment)
 
@@ -213,18 +212,7 @@ def hand_out_gpus(gpus: Sequence[str], num_workers: int, max_parallel: int) -> l
     return [",".join(gpus[slot * num_workers : (slot + 1) * num_workers]) for slot in range(max_parallel)]
 
 
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def quoted(value: str) -> str:
-    """A text as Hydra's command line takes it literally: backslashes count double before a quotation mark only."""
-    return "'" + re.sub(r"(\\*)'", r"\1\1\'", re.sub(r"(\\+)$", r"\1\1", value)) + "'"
-
-
 def end_of(log: Path) -> str:
-    """The last that a job's workers said; what torchrun says of their end comes after that and tells less."""
+    """The last that a job's workers said."""
     lines = log.read_text(errors="replace").splitlines()
-    said = list(itertools.takewhile(lambda line: not OF_TORCHRUN.match(line), lines)) or lines
-    return "\n".join(f"    {line}" for line in said[-LINES_SHOWN:])
+    return "\n".join(f"    {line}" for line in lines[-LINES_SHOWN:])

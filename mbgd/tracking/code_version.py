@@ -7,8 +7,12 @@ SECONDS = 2.0
 
 
 def code_version(script: str) -> dict[str, str | bool]:
-    """The commit of the repository that holds the script, and whether tracked files differ from it; {} without git."""
-    folder = Path(script).resolve().parent
+    """The commit of the repository that holds the script, and whether tracked files differ from it; {} without git.
+
+    Where the script is the command mbgd, the repository is that of the folder it was given in.
+    """
+    is_command = not script.endswith(".py") or Path(script).name == "__main__.py"
+    folder = Path.cwd() if is_command else Path(script).resolve().parent
     command = ["git", "-C", str(folder), "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=SECONDS, check=True)

@@ -36,7 +36,7 @@ def open_trackers(trackers: Trackers, config: Config, folder: RunFolder, trainer
     trackers.open("metrics.jsonl", lambda: JsonLines(folder.metrics_path))
     trackers.open("run.json", lambda: Record(path, trainer, report=tracking.report))
     if not tracking.quiet:
-        trackers.open("the terminal's progress", lambda: _terminal(trainer))
+        trackers.open("the terminal's progress", lambda: _terminal(trainer, path))
     if _uses_wandb(tracking):
         trackers.open("wandb", lambda: _wandb(config, path, trainer))
     if tracking.tensorboard:
@@ -46,8 +46,8 @@ def open_trackers(trackers: Trackers, config: Config, folder: RunFolder, trainer
         )
 
 
-def _terminal(trainer: Trainer) -> Tracker:
-    print(wording.describe_start(trainer), flush=True)
+def _terminal(trainer: Trainer, folder: Path) -> Tracker:
+    print(f"{wording.describe_start(trainer)}\n{wording.describe_folder(folder)}", flush=True)
     return console.tracker(trainer.num_steps, trainer.state.step)
 
 

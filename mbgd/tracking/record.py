@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mbgd import strict_json
+from mbgd import strict_json, versions
 from mbgd.atomic_file import write_atomically
 from mbgd.conditions import conditions
 from mbgd.tracking.base import Ending, Metrics
@@ -30,6 +30,7 @@ class Record:
                 "platform": platform.platform(),
                 "python": platform.python_version(),
                 "torch": torch.__version__,
+                "mbgd": versions.of_mbgd(),
                 "workers": trainer.workers.num_workers,
                 **conditions(trainer.plan, trainer.workers.device),
             },

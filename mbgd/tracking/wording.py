@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from mbgd import threads
 from mbgd.escaping import plain
 from mbgd.plan import Plan
 from mbgd.tracking.base import Metrics
@@ -57,8 +58,13 @@ def plan_lines(trainer: Trainer) -> dict[str, str]:
         "parameters": f"{parameters:,}, {trainer.settings.precision.value}",
         "averaging": trainer.averaging_description,
         "noise scale": trainer.noise_scale.describe(),
-        "device": f"{workers.device.type}, {count(torch.get_num_threads(), 'thread')} per worker",
+        "device": f"{workers.device.type}, {count(torch.get_num_threads(), 'thread')} per worker"
+        + "".join(f" ({reason})" for reason in threads.why),
     }
+
+
+def describe_folder(folder: Path) -> str:
+    return f"{'folder':<11} {plain(folder)}"
 
 
 def describe_end(result: Result, folder: Path) -> str:

@@ -1,0 +1,114 @@
+"""torch's elastic agent in this process, the same that torchrun runs: quiet, and with the workers' own exit code."""
+
+import argparse
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher import api
+
+from mbgd.errors import FAILED, USAGE
+from mbgd.preemption import EXIT_CODE as PREEMPTED
+
+OF_TORCHRUN = "torch.distributed"
+"""Its loggers, which say in their own words what the workers have told."""
+
+NO_FILE = "<N/A>"
+"""What torch calls the error file of a worker that has told nothing."""
+
+
+class Agent(LocalElasticAgent):  # type: ignore[misc, unused-ignore]
+    """torch's agent, which says when it starts workers again, and does not where that cannot help."""
+
+    last: "Agent | None" = None
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        Agent.last = self
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        first = self._ended()  # by themselves: the agent ends the rest
+        result: RunResult = super()._monitor_workers(worker_group)
+        if result.is_failed():
+            _tell({rank: one for rank, one in result.failures.items() if one.pid in first} or result.failures)
+            if {USAGE, PREEMPTED} & {failure.exitcode for failure in result.failures.values()}:
+                self._remaining_restarts = 0
+            if self._remaining_restarts > 0:
+                most = worker_group.spec.max_restarts
+                number = most - self._remaining_restarts + 1
+                print(f"restart     {number} of {most}: all workers are started again", flush=True)
+        return result
+
+    def exit_codes(self) -> list[int]:
+        """Of the workers of this host that have ended."""
+        return list(self._ended().values())
+
+    def _ended(self) -> dict[int, int]:
+        """The exit codes of the workers of this host that have ended, by process id."""
+        handlers = getattr(self._pcontext, "subprocess_handlers", {}).values()
+        return {one.proc.pid: code for one in handlers if (code := one.proc.poll()) is not None}
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Start the workers as `mbgd.torchrun.prepare` describes them; the exit code for the shell."""
+    if "LOGLEVEL" not in os.environ:  # by which torch's users ask for it
+        for name in [one for one in logging.root.manager.loggerDict if one.startswith(OF_TORCHRUN)]:
+            logging.getLogger(name).disabled = True
+    api.LocalElasticAgent = Agent  # type: ignore[attr-defined]
+    with tempfile.TemporaryDirectory(prefix="mbgd-", ignore_cleanup_errors=True) as folder:
+        arguments.log_dir = folder
+        try:
+            torchrun.run(arguments)  # type: ignore[no-untyped-call]
+        except ChildFailedError as error:
+            return _exit_code([failure.exitcode for failure in error.failures.values()])
+        except SignalException as stop:
+            return _after_signal(stop.sigval)
+        except KeyboardInterrupt:
+            return 128 + signal.SIGINT
+    return 0
+
+
+def _tell(failures: Mapping[int, Any]) -> None:
+    """Of workers that could not tell themselves: killed, or ended by something else than Python."""
+    for rank, one in sorted(failures.items()):
+        if one.error_file != NO_FILE or one.exitcode in (FAILED, USAGE, PREEMPTED):
+            continue
+        how = _name(-one.exitcode) if one.exitcode < 0 else f"exit code {one.exitcode}"
+        remedy = "; the kernel does so where memory runs out (dmesg tells)" if one.exitcode == -signal.SIGKILL else ""
+        host = socket.gethostname()
+        print(f"error on worker {rank}: process {one.pid} on host {host} ended by {how}{remedy}.", file=sys.stderr)
+
+
+def _name(number: int) -> str:
+    with contextlib.suppress(ValueError):
+        return signal.Signals(number).name
+    return f"signal {number}"
+
+
+def _exit_code(codes: Collection[int]) -> int:
+    """One for all workers: of what they have said, rather than of what has ended the rest."""
+    said = [code for code in codes if code > 0]
+    if said and set(said) == {PREEMPTED}:
+        return PREEMPTED
+    return next((code for code in said if code != PREEMPTED), FAILED)
+
+
+def _after_signal(number: signal.Signals) -> int:
+    codes = Agent.last.exit_codes() if Agent.last is not None else []
+    if codes and set(codes) <= {0, PREEMPTED}:
+        return max(codes)
+    if said := [code for code in codes if code > 0 and code != PREEMPTED]:
+        return said[0]
+    print(f"error: stopped by {number.name}; the workers have saved nothing since.", file=sys.stderr)
+    return 128 + number

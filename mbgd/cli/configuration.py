@@ -1,0 +1,52 @@
+"""Where configurations come from: mbgd's own, and conf/ of the folder that a command is given in."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mbgd.errors import UsageError
+
+OURS = Path(__file__).parent.parent / "conf"
+"""In a clone, a link to conf/ of the repository."""
+
+NAME = "train"
+"""The configuration that is composed unless --config-name names another."""
+
+PROVIDER = "this folder"
+
+own: list[Path] = []
+"""conf/ of the folder, where it has one: Hydra looks there first. Set before Hydra is called."""
+
+
+def find_own(folder: Path) -> Path | None:
+    """conf/ of this folder, unless it is mbgd's own; UsageError where it is something else than a folder."""
+    found = folder / "conf"
+    if not found.exists() and not found.is_symlink():
+        return None
+    if not found.is_dir():
+        raise UsageError(
+            f"{found} is not a folder. mbgd looks for configurations of yours in conf/ of the folder where it is "
+            "started: rename the file, or start in another folder."
+        )
+    return None if found.samefile(OURS) else found
+
+
+def which_wins(hydra: Any) -> Iterator[str]:
+    """What to tell where two folders have a configuration of the same name, and it is used.
+
+    hydra: the node `hydra` of what was composed.
+    """
+    folders = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"]
+    choices = [(group, one) for group, one in hydra.runtime.choices.items() if isinstance(one, str)]
+    for config in [hydra.job.config_name, *(f"{group.lstrip('/')}/{one}" for group, one in choices)]:
+        paths = [folder / f"{config}.yaml" for folder in folders if (folder / f"{config}.yaml").is_file()]
+        used, *others = paths or [Path()]
+        for other in others:
+            if not other.samefile(used):
+                yield f"{_shown(used)} is used, not {_shown(other)}, which has the same name"
+
+
+def _shown(path: Path) -> str:
+    if path.is_relative_to(OURS):
+        return f"mbgd's own {path.relative_to(OURS)}"
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

@@ -1,0 +1,164 @@
+"""`workers=N` and what else of a command is for the launcher: how many processes train, and how they are started."""
+
+import argparse
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mbgd.errors import UsageError
+
+PER_HOST_WITHOUT_GPU = 2
+"""What workers=auto means there."""
+
+OPTIONS = ("--nnodes", "--rdzv-endpoint", "--rdzv-id", "--rdzv-conf", "--local-addr", "--shutdown-timeout")
+"""torchrun's, beside --max-restarts."""
+
+COMMAND = "MBGD_COMMAND"
+"""Environment variable with the command as the user gave it, for workers to name."""
+
+program: list[str] = []
+"""How Python was told to run this program, without the program's own arguments: jobs of a sweep are started alike."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What of a command is for the launcher."""
+
+    workers: str | None
+    max_restarts: int
+    options: tuple[str, ...]
+    """torchrun's, with their values."""
+
+    @property
+    def starts_processes(self) -> bool:
+        return self.workers not in (None, "1") or self.max_restarts > 0 or bool(self.options)
+
+
+def split(arguments: Sequence[str]) -> tuple[Wanted, list[str]]:
+    """What of the arguments is for the launcher, and what is for Hydra; UsageError for mistakes in the former."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for option in OPTIONS:
+        parser.add_argument(option)
+    parser.add_argument("--max-restarts", default="0")
+
+    def refuse(message: str) -> None:
+        raise UsageError(f"{message}. `mbgd train --help` shows what there is.")
+
+    parser.error = refuse  # type: ignore[assignment, method-assign]
+    given, rest = parser.parse_known_args(arguments)
+    workers = None
+    overrides = []
+    for one in rest:
+        key, equals, value = one.partition("=")
+        if key == "workers" and equals:
+            if workers is not None:
+                raise UsageError(f"workers= is given twice, as {workers} and {value}. Give it once.")
+            workers = value
+            check(value)
+        else:
+            overrides.append(one)
+    if not re.fullmatch(r"\d{1,6}", given.max_restarts):
+        raise UsageError(f"--max-restarts {given.max_restarts}; it must be a whole number >= 0.")
+    values = {option: getattr(given, option.strip("-").replace("-", "_")) for option in OPTIONS}
+    options = tuple(f"{option}={value}" for option, value in values.items() if value is not None)
+    return Wanted(workers, int(given.max_restarts), options), overrides
+
+
+def check(workers: str) -> None:
+    """UsageError unless this says how many workers there are."""
+    if workers not in ("auto", "gpus") and not re.fullmatch(r"[1-9]\d{0,5}", workers):
+        raise UsageError(
+            f"workers={workers}; it must be a whole number >= 1 (how many processes train on this host), gpus (one for "
+            f"each GPU), or auto (gpus; {PER_HOST_WITHOUT_GPU} where there is none)."
+        )
+
+
+def num_workers(workers: str | None, overrides: Sequence[str]) -> int:
+    """How many workers this host gets; UsageError where there are fewer GPUs than that."""
+    import torch  # slow to import
+
+    num_gpus = torch.cuda.device_count()
+    if workers in (None, "auto"):
+        return num_gpus or PER_HOST_WITHOUT_GPU
+    if workers == "gpus":
+        if num_gpus == 0:
+            raise UsageError(
+                "workers=gpus, but torch sees no GPU on this host. Use workers=N for N processes on the CPU."
+            )
+        return num_gpus
+    number = int(workers)
+    if 0 < num_gpus < number and "backend=gloo" not in overrides:
+        raise UsageError(
+            f"workers={number}, but this host has {num_gpus} GPU{'s' if num_gpus > 1 else ''}; each worker needs one "
+            f"of its own. Use workers={num_gpus}, or backend=gloo to train on the CPU."
+        )
+    return number
+
+
+def launch(wanted: Wanted, overrides: Sequence[str]) -> int:
+    """Start the workers, each with these overrides, and wait for their end; the exit code for the shell."""
+    number = num_workers(wanted.workers, overrides)
+    from mbgd.cli import agent
+    from mbgd.torchrun import prepare
+
+    share_threads(number)
+    os.environ[COMMAND] = as_given(wanted, overrides)
+    rendezvous = ["--rdzv-backend=c10d"] if any(one.startswith("--nnodes") for one in wanted.options) else []
+    options = [*wanted.options, *rendezvous, f"--nproc-per-node={number}", f"--max-restarts={wanted.max_restarts}"]
+    worker = [sys.executable, "-u", *program, *overrides]
+    # torchrun puts values in for ${…} and makes $$ one.
+    return agent.run(prepare([*options, "--no-python", *(one.replace("$", "$$") for one in worker)]))
+
+
+def share_threads(number: int) -> None:
+    """Share the cores out evenly among the workers of this host, unless the user has said how many threads they get."""
+    from mbgd.threads import SHARED_OUT  # torch is slow to import
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        os.environ[SHARED_OUT] = "1"
+        os.environ["OMP_NUM_THREADS"] = str(max(1, num_cores() // number))
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def as_given(wanted: Wanted, overrides: Sequence[str]) -> str:
+    """The command as a user would paste it into a shell."""
+    is_script = bool(program) and program[0].endswith(".py")
+    start = ["python", *program] if is_script else ["mbgd", "train"]
+    workers = [f"workers={wanted.workers}"] if wanted.workers else []
+    restarts = [f"--max-restarts={wanted.max_restarts}"] if wanted.max_restarts else []
+    return shlex.join([*start, *workers, *restarts, *wanted.options, *overrides])
+
+
+def started_by_launcher() -> bool:
+    """Whether this process is a worker that torchrun, SLURM or this program has started."""
+    return "RANK" in os.environ
+
+
+def check_started(wanted: Wanted) -> None:
+    """UsageError where a worker's command wants another number of workers than have been started."""
+    size = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))
+    if wanted.workers not in (None, size):
+        raise UsageError(
+            f"workers={wanted.workers} on a worker of {size} that another launcher has started. Leave workers= out, or "
+            "start one process: mbgd train workers=…"
+        )
+
+
+def with_folder(command: str, folder: str) -> str:
+    """The command, which names the run's folder."""
+    words = [one for one in shlex.split(command) if one != "resume=never"]
+    if not any(one.startswith(("run.dir=", "run.id=")) for one in words):
+        words.append(f"run.dir={folder if re.fullmatch(r'[A-Za-z0-9_./-]+', folder) else quoted(folder)}")
+    return shlex.join(words)
+
+
+def quoted(value: str) -> str:
+    """A text as Hydra's command line takes it literally: backslashes count double before a quotation mark only."""
+    return "'" + re.sub(r"(\\*)'", r"\1\1\'", re.sub(r"(\\+)$", r"\1\1", value)) + "'"

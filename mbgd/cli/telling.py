@@ -1,0 +1,103 @@
+"""What a worker dies of is told once: by the first of the workers of this host that die of the same.
+
+They learn of each other through the files that torchrun has every worker write its error to, beside each other.
+"""
+
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from mbgd import worker_log
+
+SECONDS_FOR_THE_OTHERS = 3.0
+"""How long a worker that has failed waits for the others of its host to fail of the same."""
+
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+OURS = "mbgd"
+"""Key of our own part of the file."""
+
+
+def tell(text: str, *, is_consequence: bool = False) -> None:
+    """Print what ended this worker, unless another worker of this host tells the same.
+
+    is_consequence: that another worker was lost; told only where none of them tells what it died of.
+    """
+    environment = os.environ
+    rank, size = environment.get("RANK"), int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    file = environment.get(ERROR_FILE)
+    if file is None or size == 1:
+        _print(text, [] if rank is None or environment.get("WORLD_SIZE") == "1" else [int(rank)])
+        return
+    with suppress(OSError):
+        temporary = Path(file + ".tmp")  # nobody reads a part of it
+        temporary.write_text(json.dumps(_record(text, is_consequence=is_consequence)))
+        temporary.replace(file)
+    told = _wait_for_the_others(Path(file), size)
+    mine = int(rank or "0")
+    if is_consequence:
+        others = [one for of_rank, one in told.items() if of_rank != mine]
+        if any(not one["is_consequence"] for one in others) or min(told, default=mine) < mine:
+            worker_log.write_to_log_alone(text)
+            return
+    alike = sorted({mine, *(of_rank for of_rank, one in told.items() if _comparable(one["text"]) == _comparable(text))})
+    if mine == alike[0]:
+        _print(text, [] if len(alike) == size else alike)
+    else:
+        worker_log.write_to_log_alone(text)
+
+
+def _print(text: str, ranks: list[int]) -> None:
+    """ranks: of whom it is told; none: of all."""
+    if not ranks:
+        print(f"error: {text}", file=sys.stderr, flush=True)
+        return
+    named = f"worker{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+    where = f"({named} of {os.environ['WORLD_SIZE']}, host {socket.gethostname()})"
+    print(f"error on {named}: {text}\n{where}", file=sys.stderr, flush=True)
+
+
+def _record(text: str, *, is_consequence: bool) -> dict[str, Any]:
+    """As torchrun reads it, whose table has room for a line."""
+    first = text.splitlines()[0]
+    extra = {"py_callstack": first, "timestamp": str(int(time.time()))}
+    ours = {"text": text, "is_consequence": is_consequence, "rank": int(os.environ["RANK"])}
+    return {"message": {"message": first, "extraInfo": extra}, OURS: ours}
+
+
+def _wait_for_the_others(file: Path, size: int) -> Mapping[int, Any]:
+    """What the workers of this host have told, by rank, once all have or none is to be expected any more."""
+    ended: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        ended.append(number)
+
+    before = signal.signal(signal.SIGTERM, note)  # torchrun ends the rest as soon as one has ended
+    deadline = time.monotonic() + SECONDS_FOR_THE_OTHERS
+    while len(told := read(file.parent.parent)) < size and time.monotonic() < deadline and not ended:
+        time.sleep(0.02)
+    signal.signal(signal.SIGTERM, before)
+    return told
+
+
+def read(folder: Path) -> dict[int, Any]:
+    """What the workers of one start have told, by rank. folder: the one with a folder for each of them."""
+    found = {}
+    for path in folder.glob("*/error.json"):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            ours = json.loads(path.read_bytes())[OURS]
+            found[int(ours["rank"])] = ours
+    return found
+
+
+def _comparable(text: str) -> str:
+    """Without what differs between processes: addresses and process ids."""
+    return re.sub(r"0x[0-9a-f]+|\bpid \d+|\bprocess \d+", "", text)

@@ -1,0 +1,97 @@
+"""`mbgd train …` and `train.py …`: train what the configuration describes, here or on workers that this starts."""
+
+import os
+import re
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mbgd import command_line, plain_output
+from mbgd.cli import configuration, launching, telling
+from mbgd.errors import UsageError
+from mbgd.worker_log import guard_output
+
+FLAGS_THAT_TELL = {
+    "-h",
+    "--help",
+    "--hydra-help",
+    "--version",
+    "-c",
+    "--cfg",
+    "-i",
+    "--info",
+    "-sc",
+    "--shell-completion",
+}
+"""Hydra's options with which nothing is trained."""
+
+FLAGS_OF_SWEEPS = {"-m", "--multirun"}
+
+
+def train(arguments: Sequence[str]) -> int:
+    """The command's exit code: 0, 1 (training failed), 2 (a mistake in the command), 75 (stopped by a signal, saved).
+
+    arguments: overrides and options of Hydra's, `workers=`, and options of the launcher's.
+    """
+    plain_output.start()
+    guard_output()  # which keeps what the streams are set to
+    if launching.started_by_launcher() and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training saves on it; no traceback of an import
+    try:
+        return _train(arguments)
+    except UsageError as error:
+        telling.tell(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted before training began", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _train(arguments: Sequence[str]) -> int:
+    launching.program[:] = sys.orig_argv[1 : len(sys.orig_argv) - len(arguments)]
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    if "COMP_LINE" in os.environ:  # what the shell wants completed
+        os.environ["COMP_LINE"] = re.sub(r"(?<=\s)workers=\S*\s", "", os.environ["COMP_LINE"])
+    wanted, overrides = launching.split(arguments)
+    flags = {one.split("=")[0] for one in overrides}
+    is_sweep, tells = bool(FLAGS_OF_SWEEPS & flags), bool(FLAGS_THAT_TELL & flags)
+    if launching.started_by_launcher():
+        if is_sweep:
+            raise UsageError(
+                "--multirun inside torchrun would start the sweep once in every worker. Start one process that "
+                "sweeps: mbgd train --multirun … (or python train.py --multirun …)"
+            )
+        launching.check_started(wanted)
+    elif is_sweep and wanted.workers is not None:
+        is_number = wanted.workers.isdigit()  # then torch is not needed here
+        number = wanted.workers if is_number else launching.num_workers(wanted.workers, overrides)
+        overrides.append(f"hydra.launcher.nproc_per_node={number}")
+    elif wanted.starts_processes and not tells:
+        command_line.check_arguments(overrides)
+        return launching.launch(wanted, overrides)
+    else:
+        os.environ[launching.COMMAND] = launching.as_given(wanted, overrides)
+    if (found := configuration.find_own(Path.cwd())) is not None:
+        configuration.own[:] = [found]
+    return command_line.call(_run, configuration.OURS / f"{configuration.NAME}.yaml", overrides)
+
+
+def _run(composed: Any) -> None:
+    """One run, from what Hydra has composed."""
+    from hydra.core.hydra_config import HydraConfig
+
+    hydra = HydraConfig.get()
+    try:
+        command_line.check_sources(hydra.runtime.config_sources)
+    except UsageError as error:  # of which Hydra would say something, too
+        telling.tell(str(error))
+        sys.exit(error.exit_code)
+    if os.environ.get("RANK", "0") == "0":
+        for one in configuration.which_wins(hydra):
+            print(f"note: {one}", file=sys.stderr, flush=True)
+    from mbgd.run import run_or_explain
+
+    run_or_explain(composed, hydra.runtime.choices)
