@@ -1,14 +1,14 @@
 """Hydra overrides → the configuration of `train.py`, for tools that take the same overrides."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, get_type_hints
 
 from mbgd import command_line
+from mbgd.cli.configuration import OURS
 from mbgd.errors import UsageError
 from mbgd.loader import Data
 
-CONFIGURATION = Path(__file__).parent.parent / "conf" / "train.yaml"
+CONFIGURATION = OURS / "train.yaml"
 
 
 def compose(overrides: Sequence[str]) -> Any:
@@ -19,7 +19,7 @@ def compose(overrides: Sequence[str]) -> Any:
     from omegaconf.errors import OmegaConfBaseException
 
     if not CONFIGURATION.is_file():
-        raise UsageError(f"{CONFIGURATION} is not there: the configuration lies beside the package, in a clone of it.")
+        raise UsageError(f"{CONFIGURATION} is not there; install mbgd again.")
     with initialize_config_dir(str(CONFIGURATION.parent), version_base="1.3"):
         try:
             return composed_by_hydra(CONFIGURATION.stem, list(overrides))
