@@ -1,9 +1,11 @@
 """Hydra overrides → the configuration of `train.py`, for tools that take the same overrides."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from mbgd import command_line
+from mbgd.cli import configuration
 from mbgd.cli.configuration import OURS
 from mbgd.errors import UsageError
 from mbgd.loader import Data
@@ -12,7 +14,7 @@ CONFIGURATION = OURS / "train.yaml"
 
 
 def compose(overrides: Sequence[str]) -> Any:
-    """What `python train.py OVERRIDES` would compose; UsageError where Hydra cannot."""
+    """What `mbgd train OVERRIDES` would compose in this folder; UsageError where Hydra cannot."""
     from hydra import compose as composed_by_hydra
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
@@ -20,6 +22,7 @@ def compose(overrides: Sequence[str]) -> Any:
 
     if not CONFIGURATION.is_file():
         raise UsageError(f"{CONFIGURATION} is not there; install mbgd again.")
+    configuration.use_folder(Path.cwd())
     with initialize_config_dir(str(CONFIGURATION.parent), version_base="1.3"):
         try:
             return composed_by_hydra(CONFIGURATION.stem, list(overrides))

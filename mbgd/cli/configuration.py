@@ -1,5 +1,6 @@
 """Where configurations come from: mbgd's own, and conf/ of the folder that a command is given in."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,14 @@ def find_own(folder: Path) -> Path | None:
             "started: rename the file, or start in another folder."
         )
     return None if found.samefile(OURS) else found
+
+
+def use_folder(folder: Path) -> None:
+    """Compose with conf/ of this folder too, and import what lies in the folder."""
+    found = find_own(folder)
+    own[:] = [] if found is None else [found]
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
 
 
 def which_wins(hydra: Any) -> Iterator[str]:

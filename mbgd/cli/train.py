@@ -51,8 +51,6 @@ def train(arguments: Sequence[str]) -> int:
 
 def _train(arguments: Sequence[str]) -> int:
     launching.program[:] = sys.orig_argv[1 : len(sys.orig_argv) - len(arguments)]
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
     if "COMP_LINE" in os.environ:  # what the shell wants completed
         os.environ["COMP_LINE"] = re.sub(r"(?<=\s)workers=\S*\s", "", os.environ["COMP_LINE"])
     wanted, overrides = launching.split(arguments)
@@ -74,8 +72,7 @@ def _train(arguments: Sequence[str]) -> int:
         return launching.launch(wanted, overrides)
     else:
         os.environ[launching.COMMAND] = launching.as_given(wanted, overrides)
-    if (found := configuration.find_own(Path.cwd())) is not None:
-        configuration.own[:] = [found]
+    configuration.use_folder(Path.cwd())
     return command_line.call(_run, configuration.OURS / f"{configuration.NAME}.yaml", overrides)
 
 

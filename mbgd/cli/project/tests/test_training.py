@@ -17,6 +17,13 @@ def train(folder: Path, *overrides: str) -> dict[str, object]:
     return summary
 
 
+def test_the_average_is_right_on_these_parts() -> None:
+    """Every step of three workers is plain torch's on one; the last lines say what was found where it is not."""
+    command = [sys.executable, "-m", "mbgd", "verify", "experiment=first", "--steps", "2"]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_the_same_bits_on_one_worker_and_on_two(tmp_path: Path) -> None:
     one = train(tmp_path / "one", "averaging=reproducible", "steps=20", "workers=1")
     two = train(tmp_path / "two", "averaging=reproducible", "steps=20", "workers=2")
