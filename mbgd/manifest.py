@@ -39,6 +39,8 @@ class Values(msgspec.Struct):
     run: dict[str, str | int | float | bool | None] | None = None
     tracking: dict[str, str] = {}
     evaluation: dict[str, Number] = {}
+    extra_state: dict[str, Any] = {}
+    export: dict[str, str] = {}
 
 
 class Manifest(msgspec.Struct):

@@ -78,6 +78,7 @@ class OptimizerState:
                 paths(of_parameter, str(number))
         except Exception as error:
             return [f"optimizer state cannot be read ({type(error).__name__}: {error})"]
+        found += self._odd_keys(values, state)
         for name in tensors.keys() - loaded.keys():
             number = name.partition(".")[0]
             is_known = number.isdecimal() and int(number) < len(self._parameters)
@@ -88,6 +89,20 @@ class OptimizerState:
             numbers_with_state = {str(number) for number, of_parameter in state.items() if of_parameter}
             missing = [n for n in self._made if n.partition(".")[0] in numbers_with_state and n not in paths.tensors]
             found += [f"optimizer state {name} is missing" for name in missing]
+        return found
+
+    def _odd_keys(self, values: Mapping[str, Any], state: Mapping[Any, Any]) -> list[str]:
+        """Keys of the state that are no parameter's number, where it has to be one, or that are there twice."""
+        of_parameters = range(len(self._parameters))
+        odd = [
+            key for key in state if isinstance(key, int | float) and (type(key) is not int or key not in of_parameters)
+        ]
+        if self._is_torchs:
+            odd += [key for key in state if not isinstance(key, int | float)]
+        found = [f"optimizer state {key!r}: it is of no parameter; there are {len(of_parameters)}" for key in odd]
+        entries = values.get("state")
+        if isinstance(entries, list) and len(entries) != len(state):
+            found.append("optimizer state: a parameter's is there twice")
         return found
 
     def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:

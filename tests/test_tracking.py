@@ -220,7 +220,8 @@ def shown(folder: Path, *overrides: str) -> list[str]:
 
 def test_a_terminal_of_80_columns(tmp_path: Path) -> None:
     lines = shown(tmp_path / "run", "epochs=60", "evaluation.every_steps=1000")
-    assert max(map(len, lines)) <= 80
+    paths = [line for line in lines if line.startswith("folder ") or str(tmp_path) in line]  # as long as they are
+    assert max(len(line) for line in lines if line not in paths) <= 80
     assert any(line.startswith("step 1000/1380 · eval loss ") and "accuracy" in line for line in lines)
     bars = [
         line for line in lines if re.search(r"━ +\d+/1380 \d\d:\d\d loss [\d.e-]+ · [\d,]+ examples/s$", line.strip())
