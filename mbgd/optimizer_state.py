@@ -94,11 +94,9 @@ class OptimizerState:
     def _odd_keys(self, values: Mapping[str, Any], state: Mapping[Any, Any]) -> list[str]:
         """Keys of the state that are no parameter's number, where it has to be one, or that are there twice."""
         of_parameters = range(len(self._parameters))
-        odd = [
-            key for key in state if isinstance(key, int | float) and (type(key) is not int or key not in of_parameters)
-        ]
-        if self._is_torchs:
-            odd += [key for key in state if not isinstance(key, int | float)]
+        odd = [key for key in state if type(key) is not int or key not in of_parameters]
+        if not self._is_torchs:
+            odd = [key for key in odd if isinstance(key, int | float)]  # texts and the like may be keys of its own
         found = [f"optimizer state {key!r}: it is of no parameter; there are {len(of_parameters)}" for key in odd]
         entries = values.get("state")
         if isinstance(entries, list) and len(entries) != len(state):

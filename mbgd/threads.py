@@ -68,4 +68,4 @@ def choose(settings: Averaging, device: torch.device, plan: Plan, work: Work) ->
     if work.per_example * size / plan.num_micro_batches(size) > SMALL:
         return
     torch.set_num_threads(1)
-    why.append("a small model; averaging.num_threads: more")
+    why.append("small model; averaging.num_threads: more")

@@ -220,7 +220,7 @@ def test_a_folders_own_configuration_wins_and_that_is_told(installed: Path, tmp_
         "note: conf/model/mlp.yaml is used, not mbgd's own model/mlp.yaml, which has the same name\n"
     )
     assert "hidden:\n  - 7" in (tmp_path / "out/config.yaml").read_text()
-    assert "(a small model" in done.stdout
+    assert "(small model" in done.stdout
     shutil.rmtree(tmp_path / "conf")
     (tmp_path / "conf").touch()
     done = mbgd(installed, tmp_path, "train", "steps=1")
