@@ -526,9 +526,11 @@ class Trainer:
         )
 
     def _compares_after(self, num_steps: int) -> bool:
-        return any(num_steps % every == 0 for every in self._compared_every)
+        return num_steps == self.num_steps or any(num_steps % every == 0 for every in self._compared_every)
 
     def _evaluates_after(self, num_steps: int) -> bool:
+        if self._evaluation is None:
+            return False
         every = self.settings.evaluation.every_steps or self.plan.steps_per_epoch
         return num_steps % every == 0 or num_steps == self.num_steps
 
