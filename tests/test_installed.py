@@ -139,7 +139,7 @@ def test_the_projects_own_test_passes(installed: Path, project: Path) -> None:
         command, cwd=project, env=environment_of(installed), capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout
-    assert "1 passed" in done.stdout
+    assert "2 passed" in done.stdout
 
 
 @pytest.mark.parametrize(
