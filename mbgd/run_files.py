@@ -5,7 +5,7 @@ Known fields have types, which nothing is bent to fit; a field that is not there
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -103,6 +103,17 @@ def read_summary(folder: Path) -> dict[str, Any]:
     if "sha256" in summary and summary["sha256"] != seal(summary):
         raise Unreadable(folder / SUMMARY, "it has other content than was written")
     return summary
+
+
+def read_or_tell(reader: Callable[[Path], dict[str, Any]], *, folder: Path, problems: list[str]) -> dict[str, Any]:
+    """What the reader gives of the folder, or nothing; a file that cannot be read is added to the problems."""
+    try:
+        return reader(folder)
+    except FileNotFoundError:
+        return {}
+    except Unreadable as error:
+        problems.append(f"{error.path.name} cannot be read: {error.reason}")
+        return {}
 
 
 def seal(values: Mapping[str, Any]) -> str:

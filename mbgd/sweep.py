@@ -3,15 +3,17 @@
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mbgd import run_files
 from mbgd.config import Direction
 from mbgd.errors import UsageError
 from mbgd.escaping import plain
-from mbgd.files import Unreadable, convert, read_json
+from mbgd.files import convert, read_json
 from mbgd.run_files import read_config, read_summary
 from mbgd.suggestions import did_you_mean
 from mbgd.tracking.json_lines import METRICS, Line, describe_bad, read_history
@@ -104,15 +106,7 @@ def read_job(folder: Path) -> Job | None:
         return None
     problems: list[str] = []
 
-    def read(reader: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-        try:
-            return reader(folder)
-        except FileNotFoundError:
-            return {}
-        except Unreadable as error:
-            problems.append(f"{error.path.name} cannot be read: {error.reason}")
-            return {}
-
+    read = partial(run_files.read_or_tell, folder=folder, problems=problems)
     config, summary = read(read_config), read(read_summary)
     lines: list[Line] = []
     if os.path.lexists(folder / METRICS):

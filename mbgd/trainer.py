@@ -381,7 +381,7 @@ class Trainer:
             if not want_sums and self._buffers:
                 self._take_buffers(shard)
         lap("averaging")
-        if totals is not None and (log or self._findings.has_weights):
+        if totals is not None:
             self._check_totals(shard, totals, log=log)
         weight = totals.weight if totals is not None and self._findings.has_weights else shard.minibatch.size
         for look in self.before_update:

@@ -477,8 +477,21 @@ def test_a_loss_that_is_not_finite_names_its_examples() -> None:
             assert "it is not for the examples 13" in message or averaging == "ddp"
 
 
-def loss_not_finite(workers: mbgd.Workers, averaging: str, inputs: Tensor, targets: Tensor) -> str:
-    model = Linear().double()
+def test_nor_does_a_buffer_that_moves_hide_it_until_a_logged_step() -> None:
+    inputs, targets = data()
+    targets[13] = torch.inf
+    for message in run_workers(normed_loss_not_finite, 2, inputs, targets):
+        assert "the loss is not finite at step 2; it is not for the examples 13" in message
+
+
+def normed_loss_not_finite(workers: mbgd.Workers, inputs: Tensor, targets: Tensor) -> str:
+    return loss_not_finite(workers, "shared_memory", inputs, targets, normed)
+
+
+def loss_not_finite(
+    workers: mbgd.Workers, averaging: str, inputs: Tensor, targets: Tensor, make: Callable[[], nn.Module] = Linear
+) -> str:
+    model = make().double()
     settings = mbgd.Settings(
         batch=mbgd.Batch(size=8),
         precision="fp64",  # type: ignore[arg-type]

@@ -1,12 +1,12 @@
 """What a run's folder tells: curves by name, and what the run was."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mbgd import run_files
 from mbgd.escaping import plain
-from mbgd.files import Unreadable
 from mbgd.run_files import read_config, read_run, read_summary
 from mbgd.tracking.json_lines import Line, describe_bad
 from mbgd.tracking.json_lines import read_history as read_metrics
@@ -53,15 +53,7 @@ def read_history(folder: Path) -> History:
     lines, bad = read_metrics(folder)
     problems = [f"metrics.jsonl: {describe_bad(bad)}"] if bad else []
 
-    def read(reader: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-        try:
-            return reader(folder)
-        except FileNotFoundError:
-            return {}
-        except Unreadable as error:
-            problems.append(f"{error.path.name} cannot be read: {error.reason}")
-            return {}
-
+    read = partial(run_files.read_or_tell, folder=folder, problems=problems)
     return History(
         name=plain(folder.resolve().name),
         curves=_curves(lines),
