@@ -8,12 +8,10 @@ import math
 from collections.abc import Iterable, Mapping
 from enum import Enum
 
-import numpy as np
 import torch
 from torch import Tensor
 
 NEVER = 2**62
-_OF_NUMPY = torch.float32, torch.float64
 
 
 class Wrong(Enum):
@@ -36,7 +34,6 @@ class Watch:
             {} if self._waits else {wrong: torch.full((), NEVER, dtype=torch.int64, device=device) for wrong in Wrong}
         )
         self._found: dict[Wrong, int] = {}
-        self._ones = np.ones(0)
 
     def check_finite(self, wrong: Wrong, step: int, value: Tensor) -> None:
         """`value`, of shape (), must be finite in step number `step`."""
@@ -47,15 +44,10 @@ class Watch:
 
     def check_losses(self, step: int, losses: Tensor) -> None:
         """Every loss, of any shape, must be finite."""
-        losses = losses.detach()
-        if not self._waits or losses.dtype not in _OF_NUMPY:
-            self.check_finite(Wrong.loss, step, losses.sum())
-            return
-        # In every step of the smallest models, torch's own sum would be felt; of a product with ones, nothing is.
-        values = losses.numpy().reshape(-1)
-        if len(values) != len(self._ones) or values.dtype != self._ones.dtype:
-            self._ones = np.ones_like(values)
-        if not math.isfinite(values.dot(self._ones)) and not np.isfinite(values).all():
+        total = losses.detach().sum()
+        if not self._waits:
+            self._keep(Wrong.loss, step, total.isfinite())
+        elif not math.isfinite(total.item()) and not losses.isfinite().all():  # a sum may overflow
             self._found.setdefault(Wrong.loss, step)
 
     def check_true(self, wrong: Wrong, step: int, value: Tensor) -> None:

@@ -54,14 +54,17 @@ class CrossEntropy:
         if targets.dtype is not torch.int64:
             _check_integers(targets)
             targets = targets.long()
-        rows = logits.flatten(0, -2)  # one per token: several times as fast as torch's way with (N, C, T)
+        rows, of_rows = logits, targets
+        if targets.dim() > 1:
+            # One row per token: several times as fast as torch's way with (N, C, T).
+            rows, of_rows = logits.flatten(0, -2), targets.flatten()
         if rows.dtype.itemsize < 4:
             rows = rows.float()  # neither losses nor weights in 16 bits
         class_weights = self._class_weights(rows)
         try:
             losses = F.cross_entropy(
                 rows,
-                targets.flatten(),
+                of_rows,
                 weight=class_weights if self.label_smoothing else None,
                 reduction="none",
                 ignore_index=_NO_TARGET if self.ignore_index is None else self.ignore_index,

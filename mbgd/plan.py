@@ -6,7 +6,8 @@ Positions count along the epoch's order; which example lies at a position is `or
 """
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 from mbgd.config import AveragingName, Last, Settings
@@ -128,15 +129,18 @@ class Plan:
 
 def micro_batches(start: int, stop: int, num_parts: int, rank: int, num_workers: int) -> list[MicroBatch]:
     """Worker `rank`'s share of positions [start, stop) cut into `num_parts` micro-batches."""
-    size = stop - start
+    parts = _parts(stop - start, num_parts, rank, num_workers)
+    return [MicroBatch(number, num_parts, start + begin, start + end, counts) for number, begin, end, counts in parts]
+
+
+@lru_cache(maxsize=16)  # minibatches have one or two sizes
+def _parts(size: int, num_parts: int, rank: int, num_workers: int) -> list[tuple[int, int, int, bool]]:
+    """Number, start and stop of each micro-batch of a worker in a minibatch of `size`, and whether it counts."""
     first, last = cut(num_parts, num_workers, rank), cut(num_parts, num_workers, rank + 1)
     if first == last:
-        return [MicroBatch(0, num_parts, start, start + cut(size, num_parts, 1), counts=False)]
-    edges = [start + cut(size, num_parts, part) for part in range(first, last + 1)]
-    return [
-        MicroBatch(number, num_parts, begin, end)
-        for number, begin, end in zip(range(first, last), edges[:-1], edges[1:], strict=True)
-    ]
+        return [(0, 0, cut(size, num_parts, 1), False)]
+    edges = [cut(size, num_parts, part) for part in range(first, last + 1)]
+    return [(number, *edge, True) for number, edge in zip(range(first, last), pairwise(edges), strict=True)]
 
 
 def make_plan(settings: Settings, num_examples: int, num_workers: int) -> Plan:

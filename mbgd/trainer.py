@@ -154,6 +154,7 @@ class Trainer:
             self._watch,
             losses_per_example=findings.losses_per_example,
         )
+        self._compares_forwards = self.plan.most_forwards > 1
         self._on_gpu = device.type == "cuda"
         self._must_be_finite = settings.precision is not Precision.fp16  # whose overflows are skipped
         self.noise_scale = NoiseScale(settings.noise_scale, self.plan, device)
@@ -361,7 +362,7 @@ class Trainer:
         sums = []
         measured = MicroBatchNorms(self._trained.parameters) if measure_noise else None
         self._averaging.norms = measured if self._recomputing is None else self._recomputing.watch(step, measured)
-        first, *_, last = (shard.micro_batches[0], *shard.micro_batches)
+        first, last = shard.micro_batches[0], shard.micro_batches[-1]
         for examples in shard.micro_batches:
             terms = self._forward_backward(step, examples, is_first=examples is first, is_last=examples is last)
             if examples.micro_batch.counts:
@@ -491,8 +492,7 @@ class Trainer:
 
     def _check_parameters(self, step: int) -> None:
         """A forward must not change what is trained; the trial before training has refused what it saw."""
-        changed = self._trained.changed()
-        if changed and self.plan.most_forwards > 1:
+        if self._compares_forwards and (changed := self._trained.changed()):
             raise UsageError(
                 f"the forward of step {step + 1} changed parameters in place ({shown(changed)}), which it did not do "
                 "before training. Each worker and micro-batch would change them in another way, so that the workers' "

@@ -12,6 +12,7 @@ from mbgd.config import Precision, Settings
 from mbgd.finite import Watch, Wrong
 from mbgd.objective import PerExample
 from mbgd.optimizer_state import OptimizerState
+from mbgd.optimizers import step_of
 from mbgd.trained import GradientHooks, Trained
 
 
@@ -51,6 +52,7 @@ class Update:
     ) -> None:
         self.watch = watch
         self._trained, self._optimizer = trained, optimizer
+        self._optimizer_step = step_of(optimizer)
         self.hooks = GradientHooks(trained)
         self._clip_norm = settings.clip_norm
         self._schedule = settings.schedule
@@ -164,10 +166,10 @@ class Update:
         if in_kernel:
             assert isinstance(weight, int)
             self._optimizer.grad_scale = self._scale(weight)  # type: ignore[attr-defined]
-            self._optimizer.step()
+            self._optimizer_step()
             self._optimizer.grad_scale = None  # type: ignore[attr-defined]  # the optimizer is the user's
         elif self._scaler is None:
-            self._optimizer.step()
+            self._optimizer_step()
         else:
             self._scaler.step(self._optimizer)
             self._scaler.update()

@@ -1,5 +1,6 @@
 """Training as a whole, on real workers: precisions, buffers, odd parameters, datasets, evaluation, errors."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -380,3 +381,51 @@ def test_problems_whose_sums_are_exact_give_equal_bits(num_workers: int) -> None
     for of_worker in run_workers(train_whole_numbers_each_way, num_workers):
         for got in of_worker:
             assert torch.equal(got, wanted)
+
+
+def _train_sgd(prepare: Callable[[torch.optim.Optimizer], object]) -> tuple[Tensor, int]:
+    """Parameters after 4 steps, and how often the optimizer's own code ran."""
+    ran = []
+
+    class Counting(torch.optim.SGD):
+        def step(self, closure: object = None) -> None:
+            ran.append(1)
+            super().step()
+
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+    optimizer = Counting(model.parameters(), lr=0.1)
+    prepare(optimizer)
+    data = mbgd.InMemory(torch.randn(16, 3), torch.randn(16, 1))
+    settings = mbgd.Settings(steps=4, batch=mbgd.Batch(8))
+    mbgd.Trainer(model, mbgd.MeanSquaredError(), optimizer, mbgd.Data(train=data), settings).fit()
+    return nn.utils.parameters_to_vector(model.parameters()).detach(), len(ran)
+
+
+def test_what_hangs_on_an_optimizers_step_is_called_once_a_step() -> None:
+    """The trainer leaves out torch's record of the call for profilers, and nothing else."""
+    plain, num_plain = _train_sgd(lambda optimizer: None)
+    calls: list[str] = []
+    hooked, num_hooked = _train_sgd(
+        lambda optimizer: (
+            optimizer.register_step_pre_hook(lambda *_: calls.append("before")),
+            optimizer.register_step_post_hook(lambda *_: calls.append("after")),
+        )
+    )
+    assert calls == ["before", "after"] * 4
+    handle = torch.optim.optimizer.register_optimizer_step_post_hook(lambda *_: calls.append("global"))
+    try:
+        _train_sgd(lambda optimizer: None)
+    finally:
+        handle.remove()
+    assert calls.count("global") >= 4  # the trial of the optimizer before training makes a step, too
+
+    def replace(optimizer: torch.optim.Optimizer) -> None:
+        step = optimizer.step
+        optimizer.step = lambda *_: calls.append("replaced") or step()  # type: ignore[method-assign,func-returns-value]
+
+    replaced, num_replaced = _train_sgd(replace)
+    assert calls.count("replaced") == 4
+    assert num_plain == num_hooked == num_replaced
+    assert torch.equal(plain, hooked)
+    assert torch.equal(plain, replaced)

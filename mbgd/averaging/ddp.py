@@ -144,18 +144,21 @@ class DDP:
         self._before.clear()
 
     def start(self) -> None:
-        if self._trained.moved_on():
+        if self._ddp is not None and self._trained.moved_on():
             self._wrap()
 
     def finish(self, note: int = NO_NOTE) -> list[int] | None:
+        if self._ddp is None:
+            self._trained.moved_on()
+            return [note]
         check_exchanged(self._trained, self._exchanged)
         for work in self._works:
             work.wait()
         self._works.clear()
-        if self._trained.moved_on() and self._ddp is not None:
+        if self._trained.moved_on():
             self._sum_late([p for p in self._trained.with_gradient() if p not in self._wrapped])
             self._wrap()
-        return [note] if self._workers.num_workers == 1 else None
+        return None
 
     def _sum_late(self, parameters: Sequence[Tensor]) -> None:
         """Add up the gradients of parameters that began to require one in a forward, and so are in no bucket."""
