@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import mbgd
 from mbgd.data import digits
@@ -413,7 +414,7 @@ def test_what_hangs_on_an_optimizers_step_is_called_once_a_step() -> None:
         )
     )
     assert calls == ["before", "after"] * 4
-    handle = torch.optim.optimizer.register_optimizer_step_post_hook(lambda *_: calls.append("global"))
+    handle = register_optimizer_step_post_hook(lambda *_: calls.append("global"))
     try:
         _train_sgd(lambda optimizer: None)
     finally:
