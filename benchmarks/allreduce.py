@@ -17,8 +17,8 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch import nn
 
-from mbgd.averaging.exchange import Exchange
-from mbgd.averaging.memory import HostMemory
+from mbgd.averaging.host_memory.exchange import Exchange
+from mbgd.averaging.host_memory.memory import HostMemory
 from mbgd.averaging.shared_memory import in_order
 
 from machine import as_worker, publish

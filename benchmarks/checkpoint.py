@@ -23,9 +23,9 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import mbgd
-from mbgd import checkpoint
+from mbgd.checkpoints import format as checkpoint
+from mbgd.checkpoints.saving import CheckpointFolder
 from mbgd.config import Checkpoint
-from mbgd.saving import CheckpointFolder
 
 from machine import publish
 

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 import mbgd
 from mbgd import Workers
+from mbgd.checks.replicas import checksum
 from mbgd.config import Averaging, AveragingName, Batch, Check, Settings
 from mbgd.errors import ComputedWrongly
-from mbgd.replicas import checksum
 from mbgd.trainer import Trainer
 
 

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import mbgd
-from mbgd import cuda
 from mbgd.config import AveragingName, NoiseScale
 from mbgd.models import CNN, GPT, ResNet
+from mbgd.workers import cuda
 
 from machine import publish
 

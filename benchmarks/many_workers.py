@@ -16,7 +16,7 @@ import torch
 import torch.multiprocessing
 
 import mbgd
-from mbgd.averaging.memory import HostMemory
+from mbgd.averaging.host_memory.memory import HostMemory
 from mbgd.config import AveragingName
 from mbgd.data import InMemory
 

@@ -1,6 +1,6 @@
 """Time and memory before the first index of a shuffled epoch is known: `python benchmarks/order.py`.
 
-`mbgd.order.Order` against `torch.utils.data.DistributedSampler`, which shuffles the whole epoch before it
+`mbgd.batches.order.Order` against `torch.utils.data.DistributedSampler`, which shuffles the whole epoch before it
 gives its first index, in every worker. The sampler runs in a process of its own, so that its peak is its own.
 """
 
@@ -14,7 +14,7 @@ import tracemalloc
 
 from torch.utils.data import Dataset, DistributedSampler
 
-from mbgd.order import Order
+from mbgd.batches.order import Order
 
 from machine import publish
 

@@ -16,7 +16,7 @@ import torch
 import torch.multiprocessing
 import torch.nn.functional as F
 
-from mbgd.clock import PARTS, HostStopwatch
+from mbgd.measuring.clock import PARTS, HostStopwatch
 from mbgd.tracking import NoTracker
 
 from machine import as_worker, publish

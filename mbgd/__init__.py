@@ -7,14 +7,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mbgd.batches.loader import Data
     from mbgd.config import Averaging, AveragingName, Batch, Check, Evaluation, Last, NoiseScale, Precision, Settings
     from mbgd.data import InMemory
     from mbgd.errors import UsageError
-    from mbgd.loader import Data
-    from mbgd.losses import CrossEntropy, MeanSquaredError
-    from mbgd.objective import PerExample
+    from mbgd.task.losses import CrossEntropy, MeanSquaredError
+    from mbgd.task.objective import PerExample
     from mbgd.trainer import Result, Trainer
-    from mbgd.workers import Workers, start_workers
+    from mbgd.workers.group import Workers, start_workers
 
 __all__ = [
     "Averaging",
@@ -38,7 +38,16 @@ __all__ = [
     "start_workers",
 ]
 
-_HOMES = ("config", "data", "errors", "loader", "losses", "objective", "trainer", "workers")
+_HOMES = (
+    "batches.loader",
+    "config",
+    "data",
+    "errors",
+    "task.losses",
+    "task.objective",
+    "trainer",
+    "workers.group",
+)
 
 
 def __getattr__(name: str) -> Any:

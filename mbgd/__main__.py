@@ -2,7 +2,7 @@
 
 import sys
 
-from mbgd.parent import end_with_parent
+from mbgd.workers.parent import end_with_parent
 
 end_with_parent()
 

@@ -4,8 +4,8 @@ import math
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+from mbgd.config.field_types import converted
 from mbgd.errors import UsageError
-from mbgd.field_types import converted
 
 
 class Schedule(ABC):

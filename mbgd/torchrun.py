@@ -22,7 +22,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from mbgd.parent import PARENT, end_with_parent
+from mbgd.workers.parent import PARENT, end_with_parent
 
 KEY_FILE = "MBGD_KEY_FILE"
 """Environment variable: a file with a secret of all hosts of a run. Nobody else can guess the name they meet under."""
@@ -54,7 +54,7 @@ def prepare(options: Sequence[str]) -> argparse.Namespace:
     from torch.distributed import run
     from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
 
-    from mbgd.store import STORE, make_store
+    from mbgd.workers.store import STORE, make_store
 
     os.environ[PARENT] = str(os.getpid())
     arguments: argparse.Namespace = run.parse_args(  # type: ignore[no-untyped-call]

@@ -9,39 +9,42 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mbgd import averaging as averagings
-from mbgd import diagnosis, extra_state, optimizers, strict_json
-from mbgd.agreement import Agreement
 from mbgd.averaging.norms import MicroBatchNorms
-from mbgd.buffers import Buffers
-from mbgd.checkpoint import differences
+from mbgd.batches.loader import Data, Examples, Loader, Shard
+from mbgd.batches.plan import MicroBatch, count_steps, make_plan
+from mbgd.batches.randomness import key_generators
+from mbgd.checkpoints.fingerprint import weights_sha256
+from mbgd.checkpoints.format import differences
+from mbgd.checkpoints.saving import Checkpoints, NoCheckpoints, save_last
+from mbgd.checkpoints.snapshot import Snapshot, SnapshotMemory
+from mbgd.checkpoints.task_state import TaskState, refuse_odd_parts
+from mbgd.checks import diagnosis
+from mbgd.checks.preflight import Trial, check_skipping, check_targets
+from mbgd.checks.recomputing import Recomputing
+from mbgd.checks.replicas import Replicas
+from mbgd.checks.same_program import check_same_program
 from mbgd.config import AveragingName, Config, Precision, Settings, problems
 from mbgd.errors import NotSaved, Preempted, UsageError
-from mbgd.evaluation import Evaluation
-from mbgd.fingerprint import weights_sha256
-from mbgd.finite import Watch, Wrong, not_finite, shown
-from mbgd.garbage import collected_at_steps
-from mbgd.loader import Data, Examples, Loader, Shard
-from mbgd.modes import set_training
-from mbgd.noise_scale import NUM_NOISE_SUMS, NoiseScale, noise_sums
-from mbgd.objective import NUM_SUMS, Objective, PerExample, Totals
-from mbgd.plan import MicroBatch, count_steps, make_plan
-from mbgd.precision import autocast, parameter_dtype
-from mbgd.preemption import NoStop, Stop
-from mbgd.preflight import Trial, check_skipping, check_targets
-from mbgd.profiling import NoProfiler, Profiler, part
-from mbgd.randomness import key_generators
-from mbgd.recomputing import Recomputing
-from mbgd.replicas import Replicas
-from mbgd.same_program import check_same_program
-from mbgd.saving import Checkpoints, NoCheckpoints, save_last
-from mbgd.snapshot import Snapshot, SnapshotMemory
-from mbgd.task import Task
-from mbgd.task_state import TaskState, refuse_odd_parts
+from mbgd.evaluation.evaluating import Evaluation
+from mbgd.files import strict_json
+from mbgd.measuring.garbage import collected_at_steps
+from mbgd.measuring.profiling import NoProfiler, Profiler, part
+from mbgd.measuring.training_log import TrainingLog
+from mbgd.step import optimizers
+from mbgd.step.finite import Watch, Wrong, not_finite, shown
+from mbgd.step.noise_scale import NUM_NOISE_SUMS, NoiseScale, noise_sums
+from mbgd.step.update import Norms, Update
+from mbgd.task import extra_state
+from mbgd.task.buffers import Buffers
+from mbgd.task.modes import set_training
+from mbgd.task.objective import NUM_SUMS, Objective, PerExample, Totals
+from mbgd.task.precision import autocast, parameter_dtype
+from mbgd.task.task import Task
+from mbgd.task.trained import Trained, check_module_hooks, describe_not_held
 from mbgd.tracking import NoTracker, Tracker
-from mbgd.trained import Trained, check_module_hooks, describe_not_held
-from mbgd.training_log import TrainingLog
-from mbgd.update import Norms, Update
-from mbgd.workers import Workers
+from mbgd.workers.agreement import Agreement
+from mbgd.workers.group import Workers
+from mbgd.workers.preemption import NoStop, Stop
 
 NOT_FINITE, LATE_BUFFERS = 1, 2
 """Notes that workers exchange with the gradients, as bits."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.multiprocessing
 
-from mbgd.workers import start_workers
+from mbgd.workers.group import start_workers
 
 # torch._dynamo: making an optimizer imports it, which takes a second.
 multiprocessing.get_context("forkserver").set_forkserver_preload(

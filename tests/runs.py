@@ -12,13 +12,13 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import mbgd
-from mbgd import saving
-from mbgd.build import build_trainer, typed
+from mbgd.building.build import build_trainer, typed
+from mbgd.checkpoints import saving
 from mbgd.config import identity
-from mbgd.resume import resume
-from mbgd.run_folder import open_run_folder
+from mbgd.runs.resume import resume
+from mbgd.runs.run_folder import open_run_folder
+from mbgd.runs.trackers import open_trackers
 from mbgd.tracking import Trackers, told_of_its_end
-from mbgd.tracking.opening import open_trackers
 
 CONF = Path(__file__).parent.parent / "conf"
 

@@ -8,17 +8,17 @@ import torch
 import yaml
 
 import mbgd
-from mbgd import saving
+from mbgd.checkpoints import saving
+from mbgd.checkpoints.fingerprint import weights_sha256
 from mbgd.config import Checkpoint, Config, Evaluation, Run, Tracking, identity
-from mbgd.course import SAME_COURSE
+from mbgd.config.course import SAME_COURSE
 from mbgd.errors import Preempted
-from mbgd.fingerprint import weights_sha256
-from mbgd.resume import resume
-from mbgd.run_folder import RunFolder, open_run_folder
+from mbgd.runs.record import Record
+from mbgd.runs.resume import resume
+from mbgd.runs.run_folder import RunFolder, open_run_folder
 from mbgd.tracking import told_of_its_end
 from mbgd.tracking.base import Trackers
 from mbgd.tracking.json_lines import JsonLines
-from mbgd.tracking.record import Record
 
 NUM_STEPS = 8
 PLAIN: dict[str, Any] = {

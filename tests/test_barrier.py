@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import mbgd
-from mbgd.averaging import barrier
-from mbgd.averaging.memory import HostMemory
+from mbgd.averaging.host_memory import barrier
+from mbgd.averaging.host_memory.memory import HostMemory
 from mbgd.errors import WorkersLost
-from mbgd.workers import start_workers
+from mbgd.workers.group import start_workers
 
 from processes import environment, eventually, run_workers, started
 
@@ -105,7 +105,8 @@ def test_the_time_of_day_does_not_matter(tmp_path: Path) -> None:
     (tmp_path / "clock.c").write_text(SET_THE_CLOCK_FORWARD)
     subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "clock.c", "-ldl"], check=True)
     code = (
-        "import ctypes, time; from mbgd.averaging.barrier import *; from mbgd.averaging import barrier; import torch\n"
+        "import ctypes, time; from mbgd.averaging.host_memory.barrier import *\n"
+        "from mbgd.averaging.host_memory import barrier; import torch\n"
         "inbox = torch.zeros(bytes_of_inbox(2), dtype=torch.uint8); make_inbox(inbox, num_workers=2, num_cores=2)\n"
         "start = time.monotonic(); came = barrier._came(barrier._semaphore(inbox, 0), 0.2)\n"
         "print(time.time() - wall(), came, time.monotonic() - start)"

@@ -22,17 +22,18 @@ import torch
 import yaml
 
 import mbgd
-from mbgd import checkpoint, saving
+from mbgd.checkpoints import format as checkpoint
+from mbgd.checkpoints import saving
+from mbgd.checkpoints.fingerprint import weights_sha256
 from mbgd.config import Checkpoint, Config, Run, identity
-from mbgd.course import SAME_COURSE
+from mbgd.config.course import SAME_COURSE
 from mbgd.data import digits
 from mbgd.errors import Preempted, WorkersLost
-from mbgd.fingerprint import weights_sha256
-from mbgd.preemption import StopOnSignal
-from mbgd.resume import resume
-from mbgd.run_folder import open_run_folder
+from mbgd.runs.resume import resume
+from mbgd.runs.run_folder import open_run_folder
 from mbgd.tracking.json_lines import JsonLines
-from mbgd.workers import start_workers
+from mbgd.workers.group import start_workers
+from mbgd.workers.preemption import StopOnSignal
 
 from processes import environment, free_port
 

@@ -21,15 +21,16 @@ from safetensors.torch import load_file
 from torch import nn
 
 import mbgd
-from mbgd import checkpoint, saving
 from mbgd.__main__ import main as mbgd_main
+from mbgd.checkpoints import format as checkpoint
+from mbgd.checkpoints import saving
+from mbgd.checkpoints.fingerprint import weights_sha256
+from mbgd.checkpoints.saving import CheckpointFolder
+from mbgd.checkpoints.snapshot import Snapshot, SnapshotMemory
 from mbgd.config import Checkpoint, Direction
 from mbgd.data import digits
 from mbgd.errors import Preempted
-from mbgd.fingerprint import weights_sha256
 from mbgd.models import CNN
-from mbgd.saving import CheckpointFolder
-from mbgd.snapshot import Snapshot, SnapshotMemory
 
 from processes import run_workers
 

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from PIL import Image
 
 import mbgd
-from mbgd.build import build_trainer, typed
+from mbgd.building.build import build_trainer, typed
 from mbgd.config import Settings, problems
 
 CONF = Path(__file__).parent.parent / "conf"

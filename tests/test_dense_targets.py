@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mbgd
+from mbgd.batches.order import Order
+from mbgd.batches.plan import Plan
 from mbgd.config import AveragingName
 from mbgd.data import InMemory
-from mbgd.losses import _class_dims
-from mbgd.objective import Totals
-from mbgd.order import Order
-from mbgd.plan import Plan
+from mbgd.task.losses import _class_dims
+from mbgd.task.objective import Totals
 
 import reference
 from processes import run_workers

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from mbgd.__main__ import main as mbgd_main
-from mbgd.checkpoint import differences
-from mbgd.escaping import in_html, plain
-from mbgd.sweep import read_ranking
-from mbgd.tools.sweep_plot import plot
+from mbgd.checkpoints.format import differences
+from mbgd.cli.tools.sweep_plot import plot
+from mbgd.runs.sweep import read_ranking
+from mbgd.text.escaping import in_html, plain
 from mbgd.tracking.wording import describe
 
 NASTY = "\x1b]0;owned\x07[/red]\n\r\t\u202e\u200b\x9b31m$\\frac$ €μ"

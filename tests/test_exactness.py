@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mbgd
+from mbgd.batches.order import Order
+from mbgd.batches.plan import Plan
 from mbgd.config import AveragingName
-from mbgd.order import Order
-from mbgd.plan import Plan
 
 import reference
 from processes import run_workers

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mbgd.build import typed
-from mbgd.composing import compose
+from mbgd.building.build import typed
+from mbgd.building.composing import compose
 from mbgd.data import digits
 from mbgd.errors import UsageError
 from mbgd.explain import example, page, wording

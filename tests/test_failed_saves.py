@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 import mbgd
-from mbgd import checkpoint
+from mbgd.checkpoints import format as checkpoint
+from mbgd.checkpoints.saving import CheckpointFolder, CheckpointsElsewhere
+from mbgd.checkpoints.snapshot import Snapshot
 from mbgd.config import Checkpoint
-from mbgd.saving import CheckpointFolder, CheckpointsElsewhere
-from mbgd.snapshot import Snapshot
 
 from processes import eventually, run_workers
 

@@ -13,12 +13,15 @@ from typing import Any
 import pytest
 import yaml
 
-from mbgd import Workers, checkpoint, run_folder, saving
+from mbgd import Workers
+from mbgd.checkpoints import format as checkpoint
+from mbgd.checkpoints import saving
 from mbgd.config import Run, identity
 from mbgd.errors import UsageError
-from mbgd.resume import resume
-from mbgd.run_folder import open_run_folder
-from mbgd.workers import start_workers
+from mbgd.runs import run_folder
+from mbgd.runs.resume import resume
+from mbgd.runs.run_folder import open_run_folder
+from mbgd.workers.group import start_workers
 
 from processes import environment, started
 from small_runs import PLAIN, prepare, train

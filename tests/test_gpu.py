@@ -20,16 +20,18 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mbgd
-from mbgd import checkpoint, cuda, saving
-from mbgd.clock import MOST_EVENTS, PARTS, StreamStopwatch
-from mbgd.conditions import conditions
+from mbgd.checkpoints import format as checkpoint
+from mbgd.checkpoints import saving
+from mbgd.checkpoints.fingerprint import weights_sha256
+from mbgd.checks.replicas import Replicas
 from mbgd.config import AveragingName, Checkpoint, NoiseScale
 from mbgd.data import digits
-from mbgd.fingerprint import weights_sha256
-from mbgd.finite import Watch
+from mbgd.measuring.clock import MOST_EVENTS, PARTS, StreamStopwatch
 from mbgd.models import CNN, GPT, MLP
-from mbgd.replicas import Replicas
-from mbgd.workers import start_workers
+from mbgd.runs.conditions import conditions
+from mbgd.step.finite import Watch
+from mbgd.workers import cuda
+from mbgd.workers.group import start_workers
 
 from processes import environment, eventually, run_workers, started
 

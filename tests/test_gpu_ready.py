@@ -16,16 +16,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mbgd
 import mbgd.averaging as averagings
-from mbgd import cuda, flight_recorder
-from mbgd.averaging.memory import CannotShareError
-from mbgd.flight_recorder import Exchanges
-from mbgd.garbage import ALL_EVERY_STEPS, YOUNG_EVERY_STEPS, collected_at_steps
+from mbgd.averaging.host_memory.memory import CannotShareError
+from mbgd.batches.reading import BLOCK_BYTES, BLOCK_EXAMPLES, Batches, most_at_once
+from mbgd.cli.tools.compare import differing_conditions
+from mbgd.measuring.garbage import ALL_EVERY_STEPS, YOUNG_EVERY_STEPS, collected_at_steps
 from mbgd.models import GPT
-from mbgd.reading import BLOCK_BYTES, BLOCK_EXAMPLES, Batches, most_at_once
-from mbgd.roll_call import Missing, Stuck, describe
-from mbgd.tools.compare import differing_conditions
-from mbgd.update import _divide
-from mbgd.workers import choose_backend
+from mbgd.step.update import _divide
+from mbgd.workers import cuda, flight_recorder
+from mbgd.workers.flight_recorder import Exchanges
+from mbgd.workers.group import choose_backend
+from mbgd.workers.roll_call import Missing, Stuck, describe
 
 from processes import run_workers
 

@@ -11,7 +11,7 @@ import torch
 import mbgd
 from mbgd.data import digits
 from mbgd.errors import WorkersLost
-from mbgd.workers import start_workers
+from mbgd.workers.group import start_workers
 
 from processes import environment, eventually, started
 

@@ -24,11 +24,11 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from mbgd import checkpoint
 from mbgd.__main__ import main as mbgd_main
+from mbgd.checkpoints import format as checkpoint
 from mbgd.errors import UsageError
-from mbgd.resume import resume
-from mbgd.run_files import seal
+from mbgd.files.run_files import seal
+from mbgd.runs.resume import resume
 
 from small_runs import PLAIN, lines, prepare, train
 
@@ -346,7 +346,7 @@ def test_tools_read_any_field_of_any_file(tmp_path: Path, runs: tuple[Path, Path
 def no_plot() -> Iterator[None]:
     """Without the picture, which takes a second, and has tests of its own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mbgd.tools.sweep_plot.plot", lambda ranking, path: None)
+        patch.setattr("mbgd.cli.tools.sweep_plot.plot", lambda ranking, path: None)
         yield
 
 

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 import mbgd
+from mbgd.batches.loader import read
 from mbgd.data import huggingface, huggingface_images
-from mbgd.loader import read
 
 ROWS = {
     "a": [0.1, 2.0, 3.0, 4.0],

@@ -17,11 +17,11 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 import mbgd
+from mbgd.batches.loader import Loader, augmentation_keys
+from mbgd.batches.order import Order
+from mbgd.batches.plan import Plan
 from mbgd.data import ImageFolder
 from mbgd.data.images import decode
-from mbgd.loader import Loader, augmentation_keys
-from mbgd.order import Order
-from mbgd.plan import Plan
 
 from processes import run_workers
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from mbgd import threads
+from mbgd.batches.plan import Plan
 from mbgd.cli import launching
 from mbgd.cli.agent import _exit_code
 from mbgd.cli.launching import num_workers, split, with_folder
 from mbgd.config import Averaging, AveragingName
 from mbgd.errors import UsageError
-from mbgd.plan import Plan
+from mbgd.task import threads
 
 ROOT = Path(__file__).parent.parent
 

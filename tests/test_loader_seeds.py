@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import mbgd
-from mbgd.loader import Loader, read
-from mbgd.plan import Plan
-from mbgd.randomness import key_reading
+from mbgd.batches.loader import Loader, read
+from mbgd.batches.plan import Plan
+from mbgd.batches.randomness import key_reading
 
 from processes import run_workers
 

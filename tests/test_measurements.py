@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mbgd
-from mbgd.clock import PARTS, HostStopwatch
+from mbgd.batches.order import Order
 from mbgd.data import digits
-from mbgd.order import Order
+from mbgd.measuring.clock import PARTS, HostStopwatch
 
 from processes import run_workers
 

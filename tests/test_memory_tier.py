@@ -14,11 +14,12 @@ import pytest
 import torch
 
 import mbgd
-from mbgd import checkpoint, memory_tier
+from mbgd.checkpoints import format as checkpoint
+from mbgd.checkpoints import memory_tier
+from mbgd.checkpoints.memory_tier import memory_path, newest_in_memory, remove_memory
+from mbgd.checkpoints.saving import CheckpointFolder, DiskAndMemory, MemoryFolder, create, save_last
+from mbgd.checkpoints.snapshot import Snapshot
 from mbgd.config import Checkpoint
-from mbgd.memory_tier import memory_path, newest_in_memory, remove_memory
-from mbgd.saving import CheckpointFolder, DiskAndMemory, MemoryFolder, create, save_last
-from mbgd.snapshot import Snapshot
 
 from processes import run_workers
 from runs import run

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mbgd
-from mbgd import build
+from mbgd.building import build
 from mbgd.data import digits
 
 import runs

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mbgd
+from mbgd.batches.order import Order
 from mbgd.data import digits
-from mbgd.noise_scale import estimate, noise_sums
-from mbgd.order import Order
+from mbgd.step.noise_scale import estimate, noise_sums
 
 from processes import run_workers
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mbgd
-from mbgd.objective import Totals
+from mbgd.task.objective import Totals
 
 CLASSES = 4
 

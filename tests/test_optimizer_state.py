@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import mbgd
-from mbgd import checkpoint
-from mbgd.optimizer_state import OptimizerState
-from mbgd.snapshot import Snapshot, SnapshotMemory
-from mbgd.state_tree import Flattening, unflatten
+from mbgd.checkpoints import format as checkpoint
+from mbgd.checkpoints.snapshot import Snapshot, SnapshotMemory
+from mbgd.files.state_tree import Flattening, unflatten
+from mbgd.step.optimizer_state import OptimizerState
 
 NUM_EXAMPLES = 24
 

@@ -17,10 +17,10 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from mbgd import profiling
-from mbgd.run import run as run_composed
+from mbgd.cli.run import run as run_composed
+from mbgd.measuring import profiling
 from mbgd.tracking import Ending, NoTracker, Outcome, Trackers
-from mbgd.workers import Workers
+from mbgd.workers.group import Workers
 
 import wandb_files
 from processes import environment, eventually, started

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mbgd.order import BLOCK_POSITIONS, Order, mix, mix_array, scramble
+from mbgd.batches.order import BLOCK_POSITIONS, Order, mix, mix_array, scramble
 
 GOLDEN_10 = [4, 0, 9, 1, 8, 6, 5, 7, 2, 3]
 GOLDEN_MIX = 15020427595393229491
@@ -177,7 +177,7 @@ def test_golden_mix_never_changes() -> None:
 
 
 def test_the_same_in_another_process() -> None:
-    code = "from mbgd.order import *; print([Order(50, 7).indices(2, 0, 50).tolist(), mix(7, -2, 2**70)])"
+    code = "from mbgd.batches.order import *; print([Order(50, 7).indices(2, 0, 50).tolist(), mix(7, -2, 2**70)])"
     command = [sys.executable, "-c", code]
     environment = os.environ | {"PYTHONHASHSEED": "123"}
     printed = subprocess.run(command, env=environment, capture_output=True, check=True).stdout

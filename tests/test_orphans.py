@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mbgd.parent import PARENT
+from mbgd.workers.parent import PARENT
 
 from own_processes import marked, started_by_user
 from processes import eventually
@@ -46,7 +46,7 @@ def test_a_worker_whose_parent_has_ended_before_it_asks_ends_at_once(tmp_path: P
 
 
 def test_a_wrapper_between_parent_and_worker_is_no_end(tmp_path: Path) -> None:
-    check = "import os, sys; from mbgd.parent import *; end_with_parent(); sys.exit(PARENT in os.environ)"
+    check = "import os, sys; from mbgd.workers.parent import *; end_with_parent(); sys.exit(PARENT in os.environ)"
     command = ["sh", "-c", '"$@"; exit $?', "sh", sys.executable, "-c", check]
     environment = os.environ | {PARENT: str(os.getpid()), "PYTHONPATH": str(ROOT)}
     assert subprocess.run(command, cwd=tmp_path, env=environment).returncode == 0

@@ -19,7 +19,7 @@ FULL = Path("/dev/full")
 PRINTING = """
 import sys, time
 from pathlib import Path
-from mbgd.worker_log import guard_output, start_log, write_to_log
+from mbgd.workers.log import guard_output, start_log, write_to_log
 
 guard_output()
 print("before the log")
@@ -122,7 +122,7 @@ def test_a_terminal_that_goes_away(tmp_path: Path) -> None:
 
 
 def test_a_terminal_without_the_character(tmp_path: Path) -> None:
-    code = "from mbgd.worker_log import guard_output\nguard_output()\nprint('2 × 3 → 6')"
+    code = "from mbgd.workers.log import guard_output\nguard_output()\nprint('2 × 3 → 6')"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"2 \\xd7 3 \\u2192 6\n", b"")

@@ -9,9 +9,9 @@ from test_configuration import composed
 from torch import Tensor, nn
 
 import mbgd
-from mbgd import optimizers
-from mbgd.build import build_trainer, make, typed
-from mbgd.references import referred
+from mbgd.building.build import build_trainer, make, typed
+from mbgd.building.references import referred
+from mbgd.step import optimizers
 
 HERE = "test_own_parts"
 

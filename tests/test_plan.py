@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mbgd.plan import MicroBatch, Plan
+from mbgd.batches.plan import MicroBatch, Plan
 
 
 @st.composite

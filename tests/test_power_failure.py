@@ -18,7 +18,7 @@ import pytest
 import yaml
 from safetensors import safe_open
 
-from mbgd import checkpoint
+from mbgd.checkpoints import format as checkpoint
 from mbgd.tracking.json_lines import Line, read_lines
 
 from small_runs import NUM_STEPS, PLAIN, lines, train

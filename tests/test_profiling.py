@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import mbgd
-from mbgd import profiling
-from mbgd.clock import PARTS
 from mbgd.config import Config, problems
 from mbgd.data import digits
+from mbgd.measuring import profiling
+from mbgd.measuring.clock import PARTS
 
 from processes import run_workers
 

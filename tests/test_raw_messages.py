@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from test_command_line import ROOT, train
 
-from mbgd import plain_output
+from mbgd.text import plain_output
 
 FAST = ("steps=1", "tracking.report=false", "noise_scale.every_steps=null")
 

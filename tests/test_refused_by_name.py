@@ -14,8 +14,8 @@ from test_accounted_for import AfterStep, Case, Linear, Running, data, made, pla
 from torch import Tensor, nn
 
 import mbgd
+from mbgd.checkpoints.task_state import exported
 from mbgd.errors import ReplicasDiffer
-from mbgd.task_state import exported
 
 from processes import run_workers
 

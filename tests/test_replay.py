@@ -9,7 +9,7 @@ import pytest
 
 from mbgd import Workers
 from mbgd.errors import UsageError
-from mbgd.run_files import seal
+from mbgd.files.run_files import seal
 from mbgd.verify.replay import Replay, describe, replay
 
 from processes import run_workers

@@ -19,8 +19,8 @@ from mbgd.errors import UsageError
 from mbgd.report import write_report
 from mbgd.report.chart import Series, draw, thinned
 from mbgd.report.history import read_history
-from mbgd.report.numbers import short
 from mbgd.report.panels import panels, time_split
+from mbgd.text.numbers import short
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 NASTY = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">'&"

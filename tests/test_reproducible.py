@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 import mbgd
 import mbgd.averaging as averagings
-from mbgd.averaging.memory import CannotShareError
+from mbgd.averaging.host_memory.memory import CannotShareError
 from mbgd.averaging.tree import Counter, fold, worker_nodes
+from mbgd.batches.plan import cut
 from mbgd.config import AveragingName
 from mbgd.data import digits
 from mbgd.models import CNN, MLP, Linear, ResNet
-from mbgd.plan import cut
 
 from processes import run_workers
 

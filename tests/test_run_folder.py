@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from mbgd import Workers
-from mbgd.build import run_name
+from mbgd.building.build import run_name
 from mbgd.config import Run
 from mbgd.errors import UsageError
-from mbgd.run_folder import id_of_restarts, open_run_folder
-from mbgd.suggestions import nearest
-from mbgd.worker_log import start_log
+from mbgd.runs.run_folder import id_of_restarts, open_run_folder
+from mbgd.text.suggestions import nearest
+from mbgd.workers.log import start_log
 
 UUID = "0f8fad5b-d9cb-469f-a165-70867728950e"
 
@@ -49,7 +49,7 @@ def test_restarts_of_a_run_share_its_folder(tmp_path: Path, monkeypatch: pytest.
 def test_a_folder_that_another_process_writes_to_is_left_alone_until_that_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("mbgd.run_folder.SECONDS_FOR_ANOTHER_RUN_TO_END", 0.1)
+    monkeypatch.setattr("mbgd.runs.run_folder.SECONDS_FOR_ANOTHER_RUN_TO_END", 0.1)
     hold = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
     command = [sys.executable, "-c", hold, str(tmp_path / "lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:

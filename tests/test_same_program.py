@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import mbgd
+from mbgd.checks.same_program import check_same_config, check_same_program
 from mbgd.config import AveragingName
-from mbgd.same_program import check_same_config, check_same_program
 from mbgd.schedule import Cosine
 
 from processes import environment, free_port, run_workers

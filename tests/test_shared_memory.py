@@ -17,16 +17,16 @@ from torch import Tensor, nn
 
 import mbgd
 import mbgd.averaging as averagings
-from mbgd.averaging import memory
-from mbgd.averaging.exchange import Exchange
-from mbgd.averaging.memory import HostMemory
+from mbgd.averaging.host_memory import memory
+from mbgd.averaging.host_memory.exchange import Exchange
+from mbgd.averaging.host_memory.memory import HostMemory
 from mbgd.averaging.shared_memory import PLACED_AT_ONCE_BYTES, in_order
 from mbgd.averaging.start import start_alike
+from mbgd.batches.plan import Plan
 from mbgd.config import Averaging, AveragingName
 from mbgd.data import digits
 from mbgd.errors import WorkersLost
-from mbgd.plan import Plan
-from mbgd.workers import start_workers
+from mbgd.workers.group import start_workers
 
 from processes import environment, eventually, run_workers, started
 

@@ -15,11 +15,11 @@ import pytest
 from hydra_plugins.mbgd_torchrun import processes
 from hydra_plugins.mbgd_torchrun.launcher import Job, hand_out_gpus, num_cores, quoted, refuse_another_sweeps
 from hydra_plugins.mbgd_torchrun.processes import Command, marked, run_all
+from mbgd.cli.tools.sweep import show
+from mbgd.cli.tools.sweep_plot import is_geometric
 from mbgd.config import Direction
 from mbgd.errors import UsageError
-from mbgd.sweep import Record, read_jobs, read_ranking
-from mbgd.tools.sweep import show
-from mbgd.tools.sweep_plot import is_geometric
+from mbgd.runs.sweep import Record, read_jobs, read_ranking
 
 ROOT = Path(__file__).parent.parent
 PNG = b"\x89PNG\r\n"

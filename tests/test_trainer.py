@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import mbgd
+from mbgd.batches.plan import Plan
 from mbgd.data import digits
-from mbgd.plan import Plan
 
 from processes import run_workers
 

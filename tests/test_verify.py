@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from mbgd import Workers
-from mbgd.build import typed
-from mbgd.composing import compose
+from mbgd.building.build import typed
+from mbgd.building.composing import compose
+from mbgd.cli.tools import verify as verify_tool
 from mbgd.errors import UsageError
-from mbgd.objective import PerExample
-from mbgd.tools import verify as verify_tool
-from mbgd.update import Update
+from mbgd.step.update import Update
+from mbgd.task.objective import PerExample
 from mbgd.verify import cluster, wording
 from mbgd.verify.verifying import verify
 

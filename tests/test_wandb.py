@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 import mbgd
-from mbgd.checkpoint import read
+from mbgd.checkpoints.format import read
 from mbgd.errors import Preempted
+from mbgd.runs.trackers import check_installed
 from mbgd.tracking import Ending, Outcome
 from mbgd.tracking.follower import Follower
-from mbgd.tracking.opening import check_installed
 
 import runs
 import wandb_files
@@ -228,7 +228,7 @@ def test_a_loss_that_is_not_finite_raises_an_alert(tmp_path: Path) -> None:
 def test_without_the_package_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     from mbgd.config import Tracking, Wandb, WandbMode
 
-    monkeypatch.setattr("mbgd.tracking.opening.find_spec", lambda name: None)
+    monkeypatch.setattr("mbgd.runs.trackers.find_spec", lambda name: None)
     with pytest.raises(mbgd.UsageError, match=r"pip install 'mbgd\[wandb\]'"):
         check_installed(Tracking(wandb=Wandb(mode=WandbMode.auto)))
     with pytest.raises(mbgd.UsageError, match=r"pip install 'mbgd\[tensorboard\]'"):

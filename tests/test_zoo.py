@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import mbgd
-from mbgd.build import build_trainer, typed
+from mbgd.batches.order import Order
+from mbgd.building.build import build_trainer, typed
+from mbgd.checkpoints.fingerprint import weights_sha256
 from mbgd.config import AveragingName
 from mbgd.data import TokenWindows, text, tokens
-from mbgd.fingerprint import weights_sha256
 from mbgd.models import GPT
-from mbgd.order import Order
 
 import reference
 from experiments import goal

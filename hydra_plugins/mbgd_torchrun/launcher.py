@@ -15,10 +15,11 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from hydra_plugins.mbgd_torchrun.processes import Command, run_all
-from mbgd import sweep
-from mbgd.cli import configuration, launching
+from mbgd.building import configuration
+from mbgd.cli import launching
 from mbgd.cli.launching import num_cores, quoted
 from mbgd.errors import FAILED, UsageError
+from mbgd.runs import sweep
 
 SECONDS_TO_SHUT_DOWN = 10
 """How long torchrun gives workers to save and end."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from mbgd.parent import PARENT
+from mbgd.workers.parent import PARENT
 
 SECONDS_BETWEEN_LOOKS = 0.05
 SECONDS_TO_STOP = 15.0

@@ -3,7 +3,7 @@
 from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
-from mbgd.cli import configuration
+from mbgd.building import configuration
 
 
 class OwnConfiguration(SearchPathPlugin):

@@ -11,21 +11,21 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mbgd import cuda
 from mbgd.averaging.ddp import DDP
-from mbgd.averaging.memory import CannotShareError, HostMemory
+from mbgd.averaging.host_memory.memory import CannotShareError, HostMemory
 from mbgd.averaging.norms import MicroBatchNorms
 from mbgd.averaging.reproducible import Reproducible
 from mbgd.averaging.shared_memory import SharedMemory
 from mbgd.averaging.start import start_alike
+from mbgd.batches.plan import MicroBatch, Plan
 from mbgd.config import Averaging as Settings
 from mbgd.config import AveragingName
 from mbgd.errors import UsageError
-from mbgd.objective import PerExample
-from mbgd.plan import MicroBatch, Plan
-from mbgd.task import Task
-from mbgd.trained import Trained
-from mbgd.workers import Workers
+from mbgd.task.objective import PerExample
+from mbgd.task.task import Task
+from mbgd.task.trained import Trained
+from mbgd.workers import cuda
+from mbgd.workers.group import Workers
 
 
 class Averaging(Protocol):

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mbgd.averaging.tree import Node, fold, worker_nodes
-from mbgd.plan import cut
-from mbgd.workers import Workers
+from mbgd.batches.plan import cut
+from mbgd.workers.group import Workers
 
 
 class BucketExchange:

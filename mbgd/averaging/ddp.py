@@ -11,14 +11,14 @@ from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
-from mbgd.averaging.exchange import NO_NOTE
+from mbgd.averaging.host_memory.exchange import NO_NOTE
 from mbgd.averaging.norms import MicroBatchNorms
+from mbgd.batches.plan import MicroBatch
 from mbgd.errors import UsageError
-from mbgd.objective import PerExample
-from mbgd.plan import MicroBatch
-from mbgd.task import Task
-from mbgd.trained import Trained
-from mbgd.workers import Workers
+from mbgd.task.objective import PerExample
+from mbgd.task.task import Task
+from mbgd.task.trained import Trained
+from mbgd.workers.group import Workers
 
 # `buffers.py` averages the buffers that move. torch 2.13 renamed the option.
 _RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters

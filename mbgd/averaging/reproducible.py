@@ -11,16 +11,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mbgd.averaging.bucket_exchange import BucketExchange, nodes_of_workers
 from mbgd.averaging.ddp import check_exchanged, later, used_anywhere, wrap
-from mbgd.averaging.exchange import MOVED_ON, NO_NOTE, Exchange, check_moved_on
-from mbgd.averaging.memory import HostMemory
+from mbgd.averaging.host_memory.exchange import MOVED_ON, NO_NOTE, Exchange, check_moved_on
+from mbgd.averaging.host_memory.memory import HostMemory
 from mbgd.averaging.norms import MicroBatchNorms
 from mbgd.averaging.tree import Counter, fold
+from mbgd.batches.plan import MicroBatch, Plan
 from mbgd.errors import UsageError
-from mbgd.objective import PerExample
-from mbgd.plan import MicroBatch, Plan
-from mbgd.task import Task
-from mbgd.trained import Trained
-from mbgd.workers import Workers
+from mbgd.task.objective import PerExample
+from mbgd.task.task import Task
+from mbgd.task.trained import Trained
+from mbgd.workers.group import Workers
 
 Gradients = dict[Tensor, Tensor]
 """Parameter → gradient."""

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from mbgd.averaging.exchange import MOVED_ON, NO_NOTE, Exchange, check_moved_on
-from mbgd.averaging.memory import HostMemory
+from mbgd.averaging.host_memory.exchange import MOVED_ON, NO_NOTE, Exchange, check_moved_on
+from mbgd.averaging.host_memory.memory import HostMemory
 from mbgd.averaging.norms import MicroBatchNorms
-from mbgd.objective import PerExample
-from mbgd.plan import MicroBatch
-from mbgd.task import Task
-from mbgd.trained import Trained
-from mbgd.workers import Workers
+from mbgd.batches.plan import MicroBatch
+from mbgd.task.objective import PerExample
+from mbgd.task.task import Task
+from mbgd.task.trained import Trained
+from mbgd.workers.group import Workers
 
 PLACED_AT_ONCE_BYTES = 2**18
 """Gradients of this size on are moved while the processor still has them in its cache, and their own memory is free."""

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from mbgd.errors import UsageError
-from mbgd.workers import Workers
+from mbgd.workers.group import Workers
 
 
 def start_alike(module: nn.Module, workers: Workers) -> None:

@@ -7,7 +7,7 @@ depends on the number of leaves alone, so the sum has the same bits however the 
 from collections.abc import Callable, Mapping
 from typing import Generic, NamedTuple, TypeVar
 
-from mbgd.plan import cut
+from mbgd.batches.plan import cut
 
 T = TypeVar("T")
 Add = Callable[[T, T], T]

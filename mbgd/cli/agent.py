@@ -19,7 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher import api
 
 from mbgd.errors import FAILED, USAGE
-from mbgd.preemption import EXIT_CODE as PREEMPTED
+from mbgd.workers.preemption import EXIT_CODE as PREEMPTED
 
 OF_TORCHRUN = "torch.distributed"
 """Its loggers, which say in their own words what the workers have told."""

@@ -5,12 +5,12 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from mbgd import plain_output
 from mbgd.errors import UsageError
-from mbgd.suggestions import did_you_mean
+from mbgd.text import plain_output
+from mbgd.text.suggestions import did_you_mean
 
 TOOLS = ("checkpoints", "compare", "explain", "report", "sweep", "verify")
-"""Modules of mbgd.tools."""
+"""Modules of mbgd.cli.tools."""
 
 TRAIN = "train what the configuration describes: mbgd train workers=2 model=cnn batch.size=128"
 
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return train(arguments[1:])
     plain_output.start()
     modules = {"new": "mbgd.cli.new", "completion": "mbgd.cli.completion"}
-    modules |= {name: f"mbgd.tools.{name}" for name in TOOLS}
+    modules |= {name: f"mbgd.cli.tools.{name}" for name in TOOLS}
     given = next((one for one in arguments if not one.startswith("-")), None)
     if given is not None and given not in modules:
         meant = did_you_mean(given, ["train", *modules])

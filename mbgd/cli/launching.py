@@ -115,7 +115,7 @@ def launch(wanted: Wanted, overrides: Sequence[str]) -> int:
 
 def share_threads(number: int) -> None:
     """Share the cores out evenly among the workers of this host, unless the user has said how many threads they get."""
-    from mbgd.threads import SHARED_OUT  # torch is slow to import
+    from mbgd.task.threads import SHARED_OUT  # torch is slow to import
 
     if "OMP_NUM_THREADS" not in os.environ:
         os.environ[SHARED_OUT] = "1"

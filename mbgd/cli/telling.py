@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from mbgd import worker_log
+from mbgd.workers import log as worker_log
 
 SECONDS_FOR_THE_OTHERS = 3.0
 """How long a worker that has failed waits for the others of its host to fail of the same."""

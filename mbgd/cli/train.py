@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mbgd import command_line, plain_output
-from mbgd.cli import configuration, launching, telling
+from mbgd.building import command_line, configuration
+from mbgd.cli import launching, telling
 from mbgd.errors import UsageError
-from mbgd.worker_log import guard_output
+from mbgd.runs import sweep
+from mbgd.text import plain_output
+from mbgd.workers.log import guard_output
 
 FLAGS_THAT_TELL = {
     "-h",
@@ -73,7 +75,10 @@ def _train(arguments: Sequence[str]) -> int:
     else:
         os.environ[launching.COMMAND] = launching.as_given(wanted, overrides)
     configuration.use_folder(Path.cwd())
-    return command_line.call(_run, configuration.OURS / f"{configuration.NAME}.yaml", overrides)
+    try:
+        return command_line.call(_run, configuration.OURS / f"{configuration.NAME}.yaml", overrides)
+    finally:
+        _show_sweep()
 
 
 def _run(composed: Any) -> None:
@@ -89,6 +94,13 @@ def _run(composed: Any) -> None:
     if os.environ.get("RANK", "0") == "0":
         for one in configuration.which_wins(hydra):
             print(f"note: {one}", file=sys.stderr, flush=True)
-    from mbgd.run import run_or_explain
+    from mbgd.cli.run import run_or_explain
 
     run_or_explain(composed, hydra.runtime.choices)
+
+
+def _show_sweep() -> None:
+    for folder in sweep.to_show:
+        from mbgd.cli.tools.sweep import show
+
+        show(folder)

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mbgd.batches.order import mix
 from mbgd.errors import UsageError
-from mbgd.order import mix
 
 Pixels = NDArray[np.uint8]
 """Height × width × channels."""

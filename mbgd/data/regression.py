@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mbgd.batches.order import GAMMA, mix, scramble
 from mbgd.errors import UsageError
-from mbgd.order import GAMMA, mix, scramble
 
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]

@@ -3,9 +3,9 @@
 import math
 from collections.abc import Callable
 
-from mbgd.escaping import in_html as escape
 from mbgd.explain.variance import Variance
-from mbgd.report.numbers import short
+from mbgd.text.escaping import in_html as escape
+from mbgd.text.numbers import short
 
 WIDTH, HEIGHT = 620, 320
 LEFT, RIGHT, TOP, BOTTOM = 70, 20, 16, 44

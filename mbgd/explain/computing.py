@@ -8,14 +8,14 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from mbgd.batches.describing import kind
+from mbgd.batches.plan import cut
+from mbgd.batches.reading import read
 from mbgd.config import Config, Precision
-from mbgd.describing import kind
 from mbgd.errors import UsageError
 from mbgd.explain.explanation import Example, Explanation, Next, Opposite, Share, Weight
 from mbgd.explain.one_by_one import Chosen, by_vmap, choose, one_at_a_time, part, sums, values_at
 from mbgd.explain.variance import Variance, measure
-from mbgd.plan import cut
-from mbgd.reading import read
 from mbgd.verify.reference import Reference
 
 MOST_EXAMPLES = 512

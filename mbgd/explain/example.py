@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from mbgd.data.in_memory import InMemory
-from mbgd.objective import PerExample
+from mbgd.task.objective import PerExample
 
 GRADIENTS = (1.5, -2.0, 1.1, 0.4, -0.9), (1.2, 2.3, -1.1, -0.8, -0.7)
 """Of the two examples' losses by the five weights; their mean is (1.35, 0.15, 0, −0.2, −0.8)."""

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
-from mbgd.objective import PerExample
-from mbgd.plan import cut
-from mbgd.task import Task, plain_name
+from mbgd.batches.plan import cut
+from mbgd.task.objective import PerExample
+from mbgd.task.task import Task, plain_name
 
 NUM_CHOSEN = 5
 MOST_VALUES_AT_ONCE = 2**22

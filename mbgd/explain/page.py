@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mbgd import report
-from mbgd.atomic_file import write_atomically
-from mbgd.escaping import in_html as escape
 from mbgd.explain.chart import draw
 from mbgd.explain.explanation import Explanation
 from mbgd.explain.pictures import Picture
 from mbgd.explain.wording import number
-from mbgd.report.numbers import short
+from mbgd.files.atomic import write_atomically
+from mbgd.text.escaping import in_html as escape
+from mbgd.text.numbers import short
 
 NO_NETWORK = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 MOST_EXAMPLES = 24

@@ -3,10 +3,10 @@
 import textwrap
 from collections.abc import Iterator, Sequence
 
-from mbgd.escaping import plain
 from mbgd.explain.explanation import Explanation, Share
 from mbgd.explain.pictures import Picture
-from mbgd.report.numbers import short
+from mbgd.text.escaping import plain
+from mbgd.text.numbers import short
 
 Rows = list[tuple[str, Sequence[float], float | None]]
 """Label, a value for each shown weight, and one more."""

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mbgd.escaping import in_html as escape
 from mbgd.report.history import Curve
-from mbgd.report.numbers import short, size_of_unit, whole
+from mbgd.text.escaping import in_html as escape
+from mbgd.text.numbers import short, size_of_unit, whole
 
 WIDTH, HEIGHT = 520, 230
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 26

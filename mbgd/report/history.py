@@ -5,9 +5,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mbgd import run_files
-from mbgd.escaping import plain
-from mbgd.run_files import read_config, read_run, read_summary
+from mbgd.files import run_files
+from mbgd.files.run_files import read_config, read_run, read_summary
+from mbgd.text.escaping import plain
 from mbgd.tracking.json_lines import Line, describe_bad
 from mbgd.tracking.json_lines import read_history as read_metrics
 

@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mbgd.atomic_file import write_atomically
-from mbgd.escaping import in_html as escape
+from mbgd.files.atomic import write_atomically
 from mbgd.report.chart import Series, draw
 from mbgd.report.history import History, read_history
-from mbgd.report.numbers import short
 from mbgd.report.panels import Panel, panels, time_split
+from mbgd.text.escaping import in_html as escape
+from mbgd.text.numbers import short
 
 NUM_COLOURS = 8
 NO_NETWORK = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"

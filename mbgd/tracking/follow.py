@@ -16,10 +16,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from mbgd.escaping import plain
-from mbgd.files import open_regular
+from mbgd.files.reading import open_regular
+from mbgd.files.run_files import METRICS
+from mbgd.text.escaping import plain
 from mbgd.tracking.base import Ending, Metrics, Outcome
-from mbgd.tracking.json_lines import METRICS, MOST_LINE_BYTES, Line, parse
+from mbgd.tracking.json_lines import MOST_LINE_BYTES, Line, parse
 
 SINKS = {"wandb": "mbgd.tracking.wandb_sink", "tensorboard": "mbgd.tracking.tensorboard_sink"}
 """Modules with a function `open_sink(folder, start)`."""

@@ -7,13 +7,13 @@ from typing import Annotated, Any
 
 import msgspec
 
-from mbgd import strict_json
 from mbgd.errors import UsageError
-from mbgd.escaping import plain
-from mbgd.files import Unreadable, convert, open_regular, parse_json
+from mbgd.files import strict_json
+from mbgd.files.reading import Unreadable, convert, open_regular, parse_json
+from mbgd.files.run_files import METRICS
+from mbgd.text.escaping import plain
 from mbgd.tracking.base import Ending, Metrics
 
-METRICS = "metrics.jsonl"
 MOST_LINE_BYTES = 2**20
 
 Step = Annotated[int, msgspec.Meta(ge=0, le=2**53)]

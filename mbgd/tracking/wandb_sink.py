@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import yaml
 
-from mbgd.atomic_file import write_atomically
+from mbgd.files.atomic import write_atomically
 from mbgd.tracking.base import Ending, Metrics, Outcome
 from mbgd.tracking.follow import say
 
@@ -78,7 +78,7 @@ class WandbSink:
     def _log_artifacts(self, best: str | None, *, highest: bool) -> None:
         import wandb
 
-        from mbgd import checkpoint
+        from mbgd.checkpoints import format as checkpoint
 
         folder = self._folder / "checkpoints"
         aliases: dict[Path, list[str]] = {path: ["last"] for path in checkpoint.complete(folder)[:1]}
@@ -168,7 +168,7 @@ def _usable_state(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        from mbgd import checkpoint  # with torch, which W&B's process does without
+        from mbgd.checkpoints import format as checkpoint  # with torch, which W&B's process does without
 
         aside = checkpoint.set_aside(path)
         print(

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mbgd.conditions import processor
-from mbgd.workers import Workers
+from mbgd.runs.conditions import processor
+from mbgd.workers.group import Workers
 
 STRAGGLER = 1.3
 """A worker that takes more than so many times the median is named."""

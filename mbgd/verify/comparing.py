@@ -8,17 +8,17 @@ from typing import Any
 
 from torch import Tensor
 
-from mbgd.build import build_trainer
+from mbgd.batches.loader import Shard
+from mbgd.batches.plan import Minibatch
+from mbgd.building.build import build_trainer
+from mbgd.checkpoints.fingerprint import weights_sha256
+from mbgd.checks.preflight import random_state_kept
 from mbgd.config import AveragingName, Config, Precision
-from mbgd.fingerprint import weights_sha256
-from mbgd.loader import Shard
-from mbgd.plan import Minibatch
-from mbgd.preflight import random_state_kept
 from mbgd.verify import findings, looking
 from mbgd.verify.findings import Finding, Severity
 from mbgd.verify.reference import Reference, digests
 from mbgd.verify.subject import Done, Gradient, Subject
-from mbgd.workers import Workers
+from mbgd.workers.group import Workers
 
 EXACT = 1e-12
 """Relative error in float64 up to which a gradient is exact."""

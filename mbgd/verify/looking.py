@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from mbgd.batches.describing import content
+from mbgd.batches.loader import Examples
+from mbgd.batches.plan import MicroBatch
+from mbgd.batches.randomness import key_generators
+from mbgd.batches.reading import Indices, read
 from mbgd.config import Precision
-from mbgd.describing import content
-from mbgd.loader import Examples
-from mbgd.objective import PerExample
-from mbgd.plan import MicroBatch
-from mbgd.precision import parameter_dtype
-from mbgd.randomness import key_generators
-from mbgd.reading import Indices, read
-from mbgd.task import plain_name
+from mbgd.task.objective import PerExample
+from mbgd.task.precision import parameter_dtype
+from mbgd.task.task import plain_name
 from mbgd.trainer import Trainer
 from mbgd.verify import findings
 from mbgd.verify.findings import Finding

@@ -6,17 +6,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mbgd.build import build_trainer
+from mbgd.batches.describing import content
+from mbgd.batches.loader import Examples, Loader, Shard
+from mbgd.batches.plan import Plan
+from mbgd.batches.randomness import key_generators
+from mbgd.building.build import build_trainer
 from mbgd.config import AveragingName, Config, Precision
-from mbgd.describing import content
-from mbgd.loader import Examples, Loader, Shard
-from mbgd.objective import PerExample
-from mbgd.plan import Plan
-from mbgd.precision import autocast, parameter_dtype
-from mbgd.randomness import key_generators
-from mbgd.trained import GradientHooks
+from mbgd.task.objective import PerExample
+from mbgd.task.precision import autocast, parameter_dtype
+from mbgd.task.trained import GradientHooks
 from mbgd.verify.subject import Gradient
-from mbgd.workers import Workers
+from mbgd.workers.group import Workers
 
 FP16_SCALE = 2.0**12
 """Of the loss, so that small gradients do not vanish."""

@@ -8,19 +8,19 @@ from typing import Any
 
 import torch
 
-from mbgd import checkpoint
-from mbgd.build import build_trainer, typed
-from mbgd.composing import from_values
-from mbgd.conditions import conditions
+from mbgd.building.build import build_trainer, typed
+from mbgd.building.composing import from_values
+from mbgd.checkpoints import format as checkpoint
+from mbgd.checkpoints.snapshot import Snapshot
 from mbgd.config import AveragingName
 from mbgd.errors import UsageError
-from mbgd.escaping import plain
-from mbgd.files import Unreadable
-from mbgd.run_files import read_config, read_summary
-from mbgd.snapshot import Snapshot
+from mbgd.files.reading import Unreadable
+from mbgd.files.run_files import read_config, read_summary
+from mbgd.runs.conditions import conditions
+from mbgd.text.escaping import plain
 from mbgd.tracking.json_lines import describe_bad, read_history
 from mbgd.trainer import Trainer
-from mbgd.workers import Workers
+from mbgd.workers.group import Workers
 
 WEIGHTS, OF_TRAINING = "eval/weights_sha256", "train/"
 

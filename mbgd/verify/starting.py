@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import IO
 
-from mbgd.parent import PARENT
-from mbgd.store import STORE, make_store
+from mbgd.workers.parent import PARENT
+from mbgd.workers.store import STORE, make_store
 
 SECONDS_BETWEEN_LOOKS = 0.02
 SECONDS_TO_FOLLOW = 10.0

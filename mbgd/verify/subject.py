@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbgd.build import build_trainer
+from mbgd.batches.describing import content, kind
+from mbgd.batches.loader import Shard
+from mbgd.building.build import build_trainer
+from mbgd.checks.replicas import checksum
 from mbgd.config import Config, Precision
-from mbgd.describing import content, kind
-from mbgd.loader import Shard
-from mbgd.replicas import checksum
 from mbgd.trainer import Trainer
-from mbgd.workers import Workers
+from mbgd.workers.group import Workers
 
 Gradient = dict[str, Tensor]
 """By the parameter's name, float64; a parameter that takes no part has none."""

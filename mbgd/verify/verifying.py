@@ -9,7 +9,7 @@ from mbgd.errors import UsageError
 from mbgd.verify import cluster
 from mbgd.verify.comparing import Comparison, compare, same_bits
 from mbgd.verify.findings import Severity
-from mbgd.workers import Workers
+from mbgd.workers.group import Workers
 
 
 def verify(config: Config, workers: Workers, num_steps: int, seconds: float) -> dict[str, Any]:

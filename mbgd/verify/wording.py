@@ -4,8 +4,8 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mbgd.escaping import plain
-from mbgd.report.numbers import short
+from mbgd.text.escaping import plain
+from mbgd.text.numbers import short
 
 WIDTH = 80
 MOST_PARAMETERS = 8

@@ -1,0 +1,1 @@
+"""Memory that the CPU workers of one host share: see README.md."""

@@ -1,0 +1,157 @@
+"""The sum of all workers' gradients in shared memory, in the order of addition that an averaging wants.
+
+Every worker has its gradients in memory that all have mapped. Behind a barrier, each adds up one slice of everybody's
+and writes the sum into everybody's memory, of which the gradients are views from then on. So each element is added up
+by one worker, and all have the same bits.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from mbgd.averaging.host_memory.memory import HostMemory
+from mbgd.batches.plan import cut
+from mbgd.errors import UsageError
+
+Row = Sequence[Tensor | None]
+"""A gradient for each parameter; None where the parameter took no part."""
+Fold = Callable[[Sequence[Tensor]], Tensor]
+"""All workers' rows, by rank and each one's in order → their sum, which may use their memory."""
+
+LINE_BYTES = 64
+"""Each gradient begins a cache line, which is also what the widest vector instructions like."""
+CHUNK_BYTES = 2**18
+"""What is added up of every row at once, so that it is still in the processor's cache when the sum is written."""
+
+
+NO_NOTE = 0
+MOVED_ON = 255
+"""A worker's note that the parameters it trains are no longer those of this exchange."""
+
+
+class Exchange:
+    """Adds up rows of gradients over all workers of a host.
+
+    Where no worker has a gradient for a parameter there is none afterwards; where some have, the others count as zeros.
+    Each worker gives a note of its own, which all have read before anything is added up.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], num_rows: int, memory: HostMemory, *, rank: int) -> None:
+        """num_rows: the most that a worker has. Made by all workers alike; raises CannotShareError."""
+        self._parameters, self._memory = parameters, memory
+        layout = _Layout(parameters)
+        flags_bytes = _whole_lines(num_rows * len(parameters) + 1)
+        pieces = memory.allocate(flags_bytes + num_rows * layout.num_bytes)
+        rows = [piece[flags_bytes:].view(num_rows, layout.num_bytes) for piece in pieces]
+        self.places = [layout.gradients(row) for row in rows[rank]]
+        """Where this worker's gradients belong: for each row, for each parameter."""
+        self._chunks = list(_chunks(rows, layout, rank))
+        self._flags = [piece[: num_rows * len(parameters)].view(num_rows, -1).numpy() for piece in pieces]
+        self._my_flags = self._flags[rank]
+        self._notes = [piece[flags_bytes - 1 : flags_bytes].numpy() for piece in pieces]
+        self._my_note = self._notes[rank]
+        self._written: list[list[bool]] = [[] for _ in range(num_rows)]
+        self._read: list[bytes] = []
+        self._used: list[bool] = []
+        self.everywhere = True
+        """Whether what took part in any row of the last exchange took part in all."""
+
+    def __call__(
+        self, rows: Sequence[Row], rows_of_workers: Sequence[int], fold: Fold, note: int = NO_NOTE
+    ) -> list[int]:
+        """Make the parameters' gradients the sum of all workers' rows; every worker's note, by rank.
+
+        rows: this worker's; what lies where it belongs is not copied. rows_of_workers: how many each worker has.
+        Where one worker's note is `MOVED_ON`, nothing is added up.
+        """
+        for number, row in enumerate(rows):
+            self._put(number, row)
+        self._my_note[0] = note
+        self._memory.barrier()
+        notes = [int(of_worker[0]) for of_worker in self._notes]
+        if MOVED_ON in notes:
+            self._memory.barrier()  # all have read them
+            return notes
+        self._read_flags(rows_of_workers)
+        for of_workers in self._chunks:
+            total = fold([row for rows, held in zip(of_workers, rows_of_workers, strict=True) for row in rows[:held]])
+            for target, *_ in of_workers:
+                if target is not total:
+                    target.copy_(total)
+        self._memory.barrier()
+        for parameter, place, used in zip(self._parameters, self.places[0], self._used, strict=True):
+            parameter.grad = place if used else None
+        return notes
+
+    def _put(self, number: int, row: Row) -> None:
+        places = self.places[number]
+        moved = [(place, g) for place, g in zip(places, row, strict=True) if g is not None and g is not place]
+        if moved:
+            torch._foreach_copy_([place for place, _ in moved], [gradient for _, gradient in moved])
+        flags = [gradient is not None for gradient in row]
+        if flags != self._written[number]:
+            self._my_flags[number] = self._written[number] = flags
+        if not all(flags):
+            torch._foreach_zero_([place for place, there in zip(places, flags, strict=True) if not there])
+
+    def _read_flags(self, rows_of_workers: Sequence[int]) -> None:
+        read = [flags[:held].tobytes() for flags, held in zip(self._flags, rows_of_workers, strict=True)]
+        if read != self._read:  # they seldom change
+            self._read = read
+            together = b"".join(read)
+            of_parameters = [together[number :: len(self._parameters)] for number in range(len(self._parameters))]
+            self._used = [any(flags) for flags in of_parameters]
+            self.everywhere = all(any(flags) == all(flags) for flags in of_parameters)
+
+
+def check_moved_on(notes: Sequence[int]) -> None:
+    """UsageError, on every worker alike, where parameters began or ceased to be trained on some workers only."""
+    if others := [rank for rank, note in enumerate(notes) if note != MOVED_ON]:
+        changed = [rank for rank, note in enumerate(notes) if note == MOVED_ON]
+        raise UsageError(
+            f"requires_grad of some parameters changed on worker {', '.join(map(str, changed))}, but not on worker "
+            f"{', '.join(map(str, others))}. All workers must change it in the same step: let it depend on the step "
+            "alone, never on the rank or on a worker's own examples."
+        )
+
+
+class _Layout:
+    """Where in a row the gradient of each parameter lies; those of one dtype lie together."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._parameters = parameters
+        self._offsets = [0] * len(parameters)
+        self.dtypes: list[tuple[torch.dtype, int, int]] = []
+        """Each dtype's first byte, and that behind its last."""
+        self.num_bytes = 0
+        for dtype in dict.fromkeys(parameter.dtype for parameter in parameters):
+            start = self.num_bytes
+            for number, parameter in enumerate(parameters):
+                if parameter.dtype == dtype:
+                    self._offsets[number] = self.num_bytes
+                    self.num_bytes += _whole_lines(parameter.nbytes)
+            self.dtypes.append((dtype, start, self.num_bytes))
+
+    def gradients(self, row: Tensor) -> list[Tensor]:
+        """Views of a row's bytes, one for each parameter, in the parameter's own order of elements."""
+        views = []
+        for parameter, offset in zip(self._parameters, self._offsets, strict=True):
+            flat = row[offset : offset + parameter.nbytes].view(parameter.dtype)
+            views.append(flat.as_strided(parameter.shape, torch.empty_like(parameter, device="meta").stride()))
+        return views
+
+
+def _chunks(rows: Sequence[Tensor], layout: _Layout, rank: int) -> Iterator[list[list[Tensor]]]:
+    """What a worker adds up, in pieces: the same part of all rows, of one dtype, by worker and by row."""
+    for dtype, start, stop in layout.dtypes:
+        num_lines = (stop - start) // LINE_BYTES
+        # In whole cache lines, so that no two workers write into the same one.
+        first, last = (start + LINE_BYTES * cut(num_lines, len(rows), edge) for edge in (rank, rank + 1))
+        for begin in range(first, last, CHUNK_BYTES):
+            end = min(begin + CHUNK_BYTES, last)
+            yield [[row[begin:end].view(dtype) for row in of_worker] for of_worker in rows]
+
+
+def _whole_lines(num_bytes: int) -> int:
+    return -(-num_bytes // LINE_BYTES) * LINE_BYTES

@@ -1,0 +1,128 @@
+"""Memory that all workers of one host read and write, and how they meet in it.
+
+Each piece is an anonymous file in memory (memfd_create): it has no name, takes nothing of /dev/shm, and ends with the
+processes that have mapped it, however they end. The others map it through /proc/<process>/fd, which the kernel allows
+to the same user alone, and which is there only until all have mapped it.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from mbgd.averaging.host_memory.barrier import Barrier, bytes_of_inbox, make_inbox
+from mbgd.workers.group import Workers
+
+T = TypeVar("T")
+
+
+class CannotShareError(Exception):
+    """The workers cannot share memory; the message says why. Raised on every worker alike."""
+
+
+@dataclass(frozen=True)
+class _Failed:
+    why: str
+
+
+class HostMemory:
+    """Pieces of memory that all workers have mapped, and a barrier between the workers.
+
+    All workers make one and call its methods in the same order. Raises CannotShareError.
+    """
+
+    def __init__(self, workers: Workers) -> None:
+        self._workers = workers
+        hosts = self._agree(_try(_host))
+        if others := [rank for rank, host in enumerate(hosts) if host != hosts[0]]:
+            raise CannotShareError(f"workers 0 and {others[0]} are on different hosts, or in different containers")
+        process_ids = workers.gather(os.getpid())
+        cores = {core for of_worker in workers.gather(sorted(os.sched_getaffinity(0))) for core in of_worker}
+        inboxes = self.allocate(bytes_of_inbox(workers.num_workers))
+        make_inbox(inboxes[workers.rank], num_workers=workers.num_workers, num_cores=len(cores))
+        workers.barrier()  # every inbox is made
+        self.barrier = Barrier(
+            inboxes, process_ids, rank=workers.rank, timeout_seconds=workers.timeout_seconds, num_cores=len(cores)
+        )
+        self._boards: dict[tuple[torch.Size, torch.dtype], _Boards] = {}
+
+    def allocate(self, num_bytes: int) -> list[Tensor]:
+        """So many bytes for each worker, by rank: uint8, all 0."""
+        descriptor = _try(lambda: _make_file(num_bytes))
+        path = descriptor if isinstance(descriptor, _Failed) else f"/proc/{os.getpid()}/fd/{descriptor}"
+        try:
+            paths = self._agree(path)
+            pieces = _try(lambda: [_map(path, num_bytes) for path in paths])
+            self._agree(pieces if isinstance(pieces, _Failed) else None)
+        finally:
+            if isinstance(descriptor, int):
+                os.close(descriptor)  # what is mapped stays; nobody else can get at it from here on
+        assert isinstance(pieces, list)
+        return pieces
+
+    def gather(self, values: Tensor) -> list[Tensor]:
+        """Every worker's `values` by rank, good until the call after the next; for small tensors."""
+        kind = values.shape, values.dtype
+        if kind not in self._boards:
+            pieces = [piece.view(values.dtype) for piece in self.allocate(2 * values.nbytes)]
+            self._boards[kind] = _Boards([[half.view(values.shape) for half in piece.chunk(2)] for piece in pieces])
+        boards = self._boards[kind]
+        # Two in turn: when one is written again, every worker has read it, or it would not have come to the last call.
+        boards.turn = 1 - boards.turn
+        boards.of_workers[self._workers.rank][boards.turn].copy_(values)
+        self.barrier()
+        return [of_worker[boards.turn] for of_worker in boards.of_workers]
+
+    def _agree(self, result: T | _Failed) -> list[T]:
+        """Every worker's result, of what JSON can hold, by rank; CannotShareError on every worker if one has failed."""
+        told = self._workers.gather({"why": result.why} if isinstance(result, _Failed) else {"result": result})
+        for rank, one in enumerate(told):
+            if "why" in one:
+                raise CannotShareError(f"worker {rank} cannot: {one['why']}")
+        return [one["result"] for one in told]
+
+
+@dataclass
+class _Boards:
+    of_workers: list[list[Tensor]]
+    """Two of each worker."""
+    turn: int = 0
+
+
+def _try(make: Callable[[], T]) -> T | _Failed:
+    try:
+        return make()
+    except (OSError, RuntimeError) as error:
+        return _Failed(str(error).splitlines()[0])
+
+
+def _host() -> list[str]:
+    """The same for processes that see each other's process numbers, and so each other's memory.
+
+    Namespaces of the network count as hosts too: whoever made them wants traffic between them to be seen.
+    """
+    if sys.platform != "linux":
+        raise OSError(f"this is {sys.platform}, not Linux")
+    namespaces = (str(Path(f"/proc/self/ns/{kind}").readlink()) for kind in ("pid", "net"))
+    return [Path("/proc/sys/kernel/random/boot_id").read_text(), *namespaces]
+
+
+def _make_file(num_bytes: int) -> int:
+    descriptor = os.memfd_create("mbgd", os.MFD_CLOEXEC)
+    os.fchmod(descriptor, 0o600)
+    try:
+        # Taken at once: too little memory is an error here, not a SIGBUS at some later write.
+        os.posix_fallocate(descriptor, 0, num_bytes)
+    except OSError as error:
+        os.close(descriptor)
+        raise OSError(f"{num_bytes:,} bytes of memory to share are not to be had: {error.strerror}") from error
+    return descriptor
+
+
+def _map(path: str, num_bytes: int) -> Tensor:
+    return torch.from_file(path, shared=True, size=num_bytes, dtype=torch.uint8)

@@ -1,0 +1,1 @@
+"""Step → this worker's examples: the plan, the order, keyed randomness, loading."""

@@ -1,0 +1,153 @@
+"""Plan + order + dataset → this worker's micro-batches, step by step, on its device."""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby, islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from mbgd.batches.order import Order
+from mbgd.batches.plan import MicroBatch, Minibatch, Plan, micro_batches
+from mbgd.batches.reading import BLOCK_EXAMPLES, Indices, keys, read
+from mbgd.errors import UsageError
+from mbgd.workers.group import Workers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """The examples of a run: map-style datasets (`__len__` and `__getitem__`, `__getitems__` or `gather`).
+
+    What `__getitem__` draws from torch's, numpy's or Python's global generators follows from (seed, epoch, index). A
+    training dataset with `augmented(index, key)` gives altered examples: key, an int from 0 to 2**63 − 1, follows from
+    (seed, epoch, index), and all randomness of the alteration must follow from it. `gather` draws nothing.
+    """
+
+    train: Any
+    evaluation: Any = None
+    """None: no evaluation."""
+    shuffle: bool = True
+    """A new keyed order of the training examples in every epoch."""
+    num_workers: int = 0
+    """Loader processes per worker, for datasets without `gather`."""
+
+    def __post_init__(self) -> None:
+        check_dataset("training", self.train)
+        if self.evaluation is not None:
+            check_dataset("evaluation", self.evaluation)
+        if self.num_workers < 0:
+            raise UsageError(f"data.num_workers={self.num_workers}; it must be ≥ 0.")
+
+
+def check_dataset(name: str, dataset: Any) -> None:
+    """Raise UsageError unless the dataset is map-style and holds an example."""
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise UsageError(
+            f"the {name} dataset ({type(dataset).__name__}) has no length, or no items by number; a dataset must be "
+            "map-style (__len__ and __getitem__), so that every example goes to exactly one worker."
+        )
+    if len(dataset) == 0:
+        raise UsageError(f"the {name} dataset ({type(dataset).__name__}) is empty; it must hold at least 1 example.")
+
+
+class Examples(NamedTuple):
+    """A micro-batch and its examples, on the device."""
+
+    micro_batch: MicroBatch
+    batch: Any
+
+
+class Shard(NamedTuple):
+    """What this worker computes in one step."""
+
+    step: int
+    """Counted from 0."""
+    minibatch: Minibatch
+    micro_batches: list[Examples]
+
+
+class Loader:
+    """Gives this worker's shards of the training data in the plan's order, from any step."""
+
+    def __init__(
+        self, data: Data, plan: Plan, seed: int, workers: Workers, *, dtype: torch.dtype, own_copies: bool
+    ) -> None:
+        """own_copies: every micro-batch lies in memory of its own, aligned alike wherever it is computed."""
+        self._data, self._plan, self._rank = data, plan, workers.rank
+        self._device, self._dtype, self._own_copies = workers.device, dtype, own_copies
+        self._order = Order(plan.num_examples, seed, data.shuffle)
+        self._augments = hasattr(data.train, "augmented")
+        self._is_keyed = self._augments or not hasattr(data.train, "gather")
+
+    def minibatch_indices(self, step: int) -> Indices:
+        """The example indices of a step, all workers together."""
+        minibatch = self._plan.minibatch(step)
+        return self._order.at(minibatch.epoch, np.arange(minibatch.start, minibatch.stop))
+
+    def shards(self, first: int, stop: int) -> Iterator[Shard]:
+        """This worker's shards of steps [first, stop)."""
+        planned: deque[tuple[int, Minibatch, list[MicroBatch]]] = deque()  # runs ahead as far as reading does
+        batches = read(
+            self._data.train,
+            self._indices(first, stop, planned),
+            num_workers=self._data.num_workers,
+            device=self._device,
+            dtype=self._dtype,
+            own_copies=self._own_copies,
+            augment=self._augments,
+        )
+        for batch in batches:
+            step, minibatch, micro_batches = planned.popleft()
+            first_examples, *others = micro_batches
+            yield Shard(
+                step,
+                minibatch,
+                [Examples(first_examples, batch), *(Examples(other, next(batches)) for other in others)],
+            )
+
+    def micro_batch(self, step: int, number: int) -> Examples:
+        """Micro-batch `number` of a step, whichever worker's it is."""
+        minibatch = self._plan.minibatch(step)
+        num_parts = self._plan.num_micro_batches(minibatch.size)
+        wanted = micro_batches(minibatch.start, minibatch.stop, num_parts, 0, 1)[number]
+        indices = self._order_of(minibatch.epoch, [wanted])
+        device, dtype = self._device, self._dtype
+        (batch,) = read(self._data.train, indices, num_workers=0, device=device, dtype=dtype, augment=self._augments)
+        return Examples(wanted, batch)
+
+    def _indices(
+        self, first: int, stop: int, planned: deque[tuple[int, Minibatch, list[MicroBatch]]]
+    ) -> Iterator[Indices]:
+        """The example indices of each of this worker's micro-batches; each step's plan is put into `planned`."""
+        plan = self._plan
+        block_steps = max(1, BLOCK_EXAMPLES * plan.num_workers // plan.minibatch_size)
+        for epoch, steps in groupby(range(first, stop), plan.epoch_of):
+            while block := list(islice(steps, block_steps)):
+                micro_batches: list[MicroBatch] = []
+                for step in block:
+                    minibatch = plan.minibatch(step)
+                    shard = plan.shard(minibatch, self._rank)
+                    planned.append((step, minibatch, shard))
+                    micro_batches += shard
+                yield from self._order_of(epoch, micro_batches)
+
+    def _order_of(self, epoch: int, micro_batches: Sequence[MicroBatch]) -> list[Indices]:
+        """The example indices of each micro-batch, permuted all at once."""
+        starts = np.array([micro_batch.start for micro_batch in micro_batches])
+        stops = np.array([micro_batch.stop for micro_batch in micro_batches])
+        ends = np.cumsum(stops - starts)
+        positions = np.arange(ends[-1]) + np.repeat(stops - ends, stops - starts)
+        indices = self._order.at(epoch, positions)
+        if self._is_keyed:
+            indices = np.stack([indices, augmentation_keys(self._order.seed, epoch, indices)], axis=1)
+        return [indices[end - mb.size : end] for end, mb in zip(ends.tolist(), micro_batches, strict=True)]
+
+
+def augmentation_keys(seed: int, epoch: int, indices: Indices) -> Indices:
+    """For each example a key, shape (N,), from 0 to 2**63 − 1, whatever worker or process reads it."""
+    return keys(indices, seed, epoch, _AUGMENTATION)
+
+
+_AUGMENTATION = 0x61756721  # apart from the keys of the order, of dropout and of reading

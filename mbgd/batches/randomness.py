@@ -1,0 +1,65 @@
+"""Randomness is keyed: inside the model by (seed, step, micro-batch), in datasets by (seed, epoch, example).
+
+Never by rank, by loader process, or by what ran before.
+"""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from numpy.random.mtrand import get_bit_generator, set_bit_generator
+
+from mbgd.batches.order import mix
+
+
+def key_generators(device: torch.device, *key: int) -> None:
+    """Make what torch's default generators draw next on CPU and `device` a function of the key alone."""
+    # 63 bits: torch takes a larger seed only after throwing and catching an exception of its own, which costs
+    # more than all the rest. torch.manual_seed would do too, at a hundred times the price: it visits every device.
+    seed = mix(*key) >> 1
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index].manual_seed(seed)
+
+
+def key_reading(key: int) -> None:
+    """Make what torch (on the CPU), numpy and `random` draw next a function of the key alone.
+
+    key: from 0 to 2**63 − 1.
+    """
+    torch.default_generator.manual_seed(key)
+    np.random.seed(key & 0xFFFFFFFF)  # more than 32 bits would take numpy 8 µs instead of 1
+    random.seed(key)
+
+
+def has_drawn_since(key: int) -> bool:
+    """Whether anything was drawn from torch, numpy or `random` since `key_reading(key)`, which is done anew."""
+    draws = _next_draws()
+    key_reading(key)
+    return draws != _next_draws()
+
+
+def _next_draws() -> tuple[float, float, float]:
+    return torch.rand((), dtype=torch.float64).item(), np.random.random(), random.random()
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """torch (on the CPU), numpy and `random` draw afterwards as if nothing had been drawn or seeded inside.
+
+    But numpy forgets the second of a pair of normal draws.
+    """
+    of_torch, of_numpy, of_random = torch.default_generator.get_state(), get_bit_generator(), random.getstate()
+    # Another generator meanwhile: to copy the state of numpy's own and to put it back takes 60 µs.
+    set_bit_generator(_NUMPY_MEANWHILE)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(of_torch)
+        set_bit_generator(of_numpy)
+        random.setstate(of_random)
+
+
+_NUMPY_MEANWHILE = np.random.MT19937(0)

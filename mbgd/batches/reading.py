@@ -1,0 +1,208 @@
+"""Examples of a dataset, by their numbers, as batches on the device."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from mbgd.batches.describing import content
+from mbgd.batches.order import mix, mix_array
+from mbgd.batches.randomness import has_drawn_since, key_reading, undisturbed
+from mbgd.batches.transfer import Transfer, cast
+from mbgd.errors import UsageError
+
+Indices = NDArray[np.int64]
+"""Shape (N,): numbers of examples; or (N, 2): numbers of examples, and the keys that all randomness in reading them
+follows from."""
+
+# Examples in memory are gathered for several micro-batches at once, so that small ones do not pay the price of a
+# gathering each: up to this many, as long as they take no more than so much memory.
+BLOCK_EXAMPLES = 2048
+BLOCK_BYTES = 2**25
+
+_READING = 0x72656164  # apart from the keys of the order, of dropout and of augmentation
+
+
+def keys(indices: Indices, *key: int) -> Indices:
+    """For each example a number from 0 to 2**63 − 1, shape (N,), that follows from it and `key`."""
+    return (mix_array(indices.astype(np.uint64), mix(*key)) >> np.uint64(1)).astype(np.int64)
+
+
+class Batches:
+    """The batch of each array of example indices, on the device; a view of a larger one unless `own_copies`.
+
+    augment: the arrays hold keys, and examples come from `augmented`, even where the dataset has `gather`.
+    seed: where the arrays hold no keys, what reading an example draws follows from (seed, example).
+    keep_processes: the batches are read again and again, `indices` can be iterated as often, and the loader processes
+    stay from one time to the next.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        indices: Iterable[Indices],
+        *,
+        num_workers: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        own_copies: bool = True,
+        augment: bool = False,
+        seed: int = 0,
+        keep_processes: bool = False,
+    ) -> None:
+        self._dataset, self._indices, self._dtype = dataset, indices, dtype
+        self._own_copies = own_copies
+        self._transfer = Transfer(device)
+        self._loader: DataLoader[Any] | None = None
+        if augment or not hasattr(dataset, "gather"):
+            self._loader = DataLoader(
+                _Fetched(dataset, augment),
+                batch_sampler=_Wanted(indices, seed),
+                num_workers=num_workers,
+                collate_fn=partial(_collate, dtype),
+                pin_memory=device.type == "cuda",
+                generator=torch.Generator(),  # or each pass would draw from the default one
+                persistent_workers=keep_processes and num_workers > 0,
+            )
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._gathered() if self._loader is None else self._loaded(self._loader)
+
+    def _loaded(self, loader: Iterable[Any]) -> Iterator[Any]:
+        for batch in loader:
+            if isinstance(batch, UsageError):
+                raise batch
+            yield self._transfer(batch)
+
+    def _gathered(self) -> Iterator[Any]:
+        gather, limit = partial(_gather_first, self._dataset), _Limit()
+        for block in _blocks(self._indices, limit):
+            gathered = cast(gather(torch.from_numpy(np.concatenate(block))), self._dtype)
+            gather = self._dataset.gather
+            sizes = [len(part) for part in block]
+            if not self._own_copies:
+                limit.num_examples = most_at_once(gathered, sum(sizes))
+            yield from zip(*(tensor.split(sizes) for tensor in self._transfer(gathered)), strict=True)
+
+
+def read(dataset: Any, indices: Iterable[Indices], **how: Any) -> Iterator[Any]:
+    """`Batches`, once."""
+    return iter(Batches(dataset, indices, **how))
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What the loader reads, batch by batch: (number, key) of each example."""
+
+    indices: Iterable[Indices]
+    seed: int
+
+    def __iter__(self) -> Iterator[list[list[int]]]:
+        for part in self.indices:
+            keyed = part if part.ndim > 1 else np.stack([part, keys(part, self.seed, _READING)], axis=1)
+            yield keyed.tolist()
+
+
+def _gather_first(dataset: Any, indices: Tensor) -> Any:
+    """`dataset.gather(indices)`; UsageError where it depends on random numbers."""
+    with undisturbed():
+        key_reading(0)
+        gathered = dataset.gather(indices)
+        if has_drawn_since(0):
+            key_reading(1)
+            if content(dataset.gather(indices)) != content(gathered):
+                raise UsageError(
+                    f"gather of {type(dataset).__name__} draws random numbers; it must give the same examples for the "
+                    "same indices, since how many are gathered at once depends on the number of workers. Draw in "
+                    "augmented(index, key); or leave gather out, for what __getitem__ draws follows from (seed, epoch, "
+                    "example)."
+                )
+    return gathered
+
+
+class _Fetched(Dataset[Any]):
+    """A dataset as loader processes see it: what reading an example draws follows from its key alone.
+
+    Examples are read one by one, each after its generators are seeded, from the first read on that draws anything;
+    seeding takes longer than reading a tensor's row does. A mistake of the user's comes back as it is, not as a
+    traceback in text.
+    """
+
+    def __init__(self, dataset: Any, augment: bool) -> None:
+        self._dataset, self._augment = dataset, augment
+        self._draws: bool | None = None
+        """None until an example is read."""
+
+    def __getitems__(self, wanted: list[tuple[int, int]]) -> Any:
+        try:
+            with undisturbed():
+                return self._read(wanted)
+        except UsageError as error:
+            return error
+
+    def _read(self, wanted: list[tuple[int, int]]) -> list[Any]:
+        examples: list[Any] = []
+        if self._draws is None:
+            examples = self._read_each(wanted[:1])
+            self._draws = has_drawn_since(wanted[0][1])
+        rest = wanted[len(examples) :]
+        if rest and not self._draws:
+            first_key = rest[0][1]
+            key_reading(first_key)
+            together = self._read_together(rest)
+            self._draws = has_drawn_since(first_key)
+            if not self._draws:
+                return examples + together
+        return examples + self._read_each(rest)
+
+    def _read_each(self, wanted: list[tuple[int, int]]) -> list[Any]:
+        examples = []
+        for one in wanted:
+            key_reading(one[1])
+            examples += self._read_together([one])
+        return examples
+
+    def _read_together(self, wanted: list[tuple[int, int]]) -> list[Any]:
+        dataset = self._dataset
+        if self._augment:
+            return [dataset.augmented(index, key) for index, key in wanted]
+        if hasattr(dataset, "__getitems__"):
+            return list(dataset.__getitems__([index for index, _ in wanted]))
+        return [dataset[index] for index, _ in wanted]
+
+
+def _collate(dtype: torch.dtype, examples: Any) -> Any:
+    """In the loader process: what is copied to the device later is in the dtype that it has there."""
+    return examples if isinstance(examples, UsageError) else cast(default_collate(examples), dtype)
+
+
+@dataclass
+class _Limit:
+    num_examples: int = 0
+    """How many are gathered at once, beyond one array. How large they are, the first array tells."""
+
+
+def most_at_once(gathered: Any, num_examples: int) -> int:
+    """How many examples may be gathered at once, where so many have given these tensors."""
+    bytes_of_one = sum(tensor.nbytes for tensor in gathered) / num_examples
+    return min(BLOCK_EXAMPLES, int(BLOCK_BYTES / max(bytes_of_one, 1.0)))
+
+
+def _blocks(indices: Iterable[Indices], limit: _Limit) -> Iterator[list[Indices]]:
+    """Group consecutive arrays up to the limit, at least one array a group."""
+    block: list[Indices] = []
+    size = 0
+    for part in indices:
+        if block and size + len(part) > limit.num_examples:
+            yield block
+            block, size = [], 0
+        block.append(part)
+        size += len(part)
+    if block:
+        yield block

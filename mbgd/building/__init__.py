@@ -1,0 +1,1 @@
+"""Configuration → objects. The only room that knows Hydra."""

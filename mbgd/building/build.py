@@ -1,0 +1,274 @@
+"""Configuration → objects. The only module that knows Hydra and OmegaConf."""
+
+import dataclasses
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from types import FunctionType
+from typing import Any, get_type_hints
+
+import torch
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mbgd import averaging
+from mbgd.batches.loader import Data
+from mbgd.batches.plan import count_steps, make_plan
+from mbgd.building import targets
+from mbgd.building.references import referred
+from mbgd.checkpoints import saving
+from mbgd.config import Config, Run, problems
+from mbgd.config.field_types import WORDS, converted
+from mbgd.errors import UsageError
+from mbgd.measuring import profiling
+from mbgd.step import optimizers
+from mbgd.task import threads
+from mbgd.task.task import Task
+from mbgd.text.suggestions import did_you_mean
+from mbgd.trainer import Trainer
+from mbgd.workers.group import Workers
+
+FROM_DATA = ("input_shape", "num_outputs")
+"""Arguments of a model that are taken from the training dataset where the configuration has null."""
+
+
+def typed(composed: DictConfig) -> Config:
+    """The configuration as typed settings; UsageError naming everything that is wrong with it at once."""
+    composed = composed.copy()
+    found = []
+    for key in _missing_keys(OmegaConf.to_container(composed)):
+        found.append(f"{key} has no value. Give it one: {key}=…")
+        OmegaConf.update(composed, key, None)  # so that what refers to it resolves, and other mistakes show too
+    schema = values = OmegaConf.structured(Config)
+    _make_writable(schema)  # frozen classes make read-only sections, into which nothing can be merged
+    for path, value in _typed_values(_resolved(composed), schema):
+        part = value
+        for key in reversed(path):
+            part = {key: part}
+        try:
+            values = OmegaConf.merge(values, part)
+        except OmegaConfBaseException as error:
+            reason = str(error.msg or error).splitlines()[0].rstrip(".")
+            meant = did_you_mean(*_mistyped(".".join(path), reason, value, schema))
+            found.append(
+                f"{'.'.join(path)}: {reason}.{_rule(reason)}{meant} `mbgd train --cfg job` shows every key and "
+                "its value."
+            )
+    config = OmegaConf.to_object(values)
+    assert isinstance(config, Config)
+    found += problems(config)
+    for name in ("data", "model", "objective", "optimizer"):
+        if not isinstance(getattr(config, name), dict):
+            found.append(f"{name}={getattr(config, name)}; it must be a group's choice, or name a _target_.")
+    if isinstance(config.data, dict):
+        found += _data_problems(config.data, OmegaConf.to_container(composed))
+    if found:
+        raise UsageError("the configuration has mistakes:\n" + "\n".join(f"  - {problem}" for problem in found))
+    return config
+
+
+def _resolved(composed: DictConfig) -> Any:
+    """The configuration as plain values, with every reference resolved."""
+    try:
+        return OmegaConf.to_container(composed, resolve=True)
+    except OmegaConfBaseException as error:
+        reason = str(error.msg or error).splitlines()[0]
+        named = re.search(r"Interpolation key '([^']+)' not found", reason)
+        meant = did_you_mean(named[1], _keys(composed)) if named else ""
+        raise UsageError(f"{error.full_key} refers to what is not there: {reason}.{meant}") from error
+
+
+def _mistyped(path: str, reason: str, value: Any, schema: DictConfig) -> tuple[str, list[str]]:
+    """The key or value that is refused, and the valid ones where there is a choice."""
+    if choices := re.search(r"expected one of \[(.*)\]", reason):
+        return str(value), choices[1].split(", ")
+    return path, list(_keys(schema)) if reason.startswith("Key ") else []
+
+
+def _keys(schema: DictConfig, prefix: str = "") -> Iterator[str]:
+    for key, node in schema.items_ex(resolve=False):
+        yield f"{prefix}{key!s}"
+        if isinstance(node, DictConfig):
+            yield from _keys(node, f"{prefix}{key!s}.")
+
+
+def _rule(reason: str) -> str:
+    """What OmegaConf's `reason` means, where it tells in its own words."""
+    kinds = {"Integer": int, "Float": float, "Boolean": bool}
+    if found := re.search(r"could not be converted to (\w+)", reason):
+        return f" It takes {WORDS[kinds[found[1]]].lower()}." if found[1] in kinds else ""
+    if "is not a subclass of" in reason:
+        return " It is a section: give values to its keys."
+    if "is not a ListConfig" in reason:
+        return " It takes a list, such as [a,b]."
+    return " It cannot be null." if "is not Optional" in reason else ""
+
+
+def _make_writable(section: DictConfig) -> None:
+    OmegaConf.set_readonly(section, False)
+    for value in section.values():
+        if isinstance(value, DictConfig):
+            _make_writable(value)
+
+
+def _missing_keys(node: Any, prefix: str = "") -> Iterator[str]:
+    """Keys whose value is ???. (OmegaConf.missing_keys stops at interpolations that lead to one.)"""
+    if node == "???":
+        yield prefix.removesuffix(".")
+    elif isinstance(node, dict):
+        for key, value in node.items():
+            yield from _missing_keys(value, f"{prefix}{key}.")
+
+
+def _typed_values(values: Any, schema: DictConfig, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """(path, value) of each typed value; a node that the schema leaves open comes as a whole."""
+    for key, value in values.items():
+        section = schema.get(key) if key in schema else None
+        if (
+            isinstance(section, DictConfig)
+            and dataclasses.is_dataclass(OmegaConf.get_type(section))
+            and isinstance(value, dict)
+        ):
+            yield from _typed_values(value, section, (*path, str(key)))
+        else:
+            yield (*path, str(key)), value
+
+
+def _data_problems(data: dict[str, Any], unresolved: Any) -> list[str]:
+    """Keys of `data` that nobody reads, and values that cannot be."""
+    types = get_type_hints(Data)
+    found = []
+    if data.get("train") is None:
+        found.append("data.train has no dataset; there is nothing to train on. Only data.evaluation may be null.")
+    for key in data.keys() & types.keys():
+        try:
+            converted(f"data.{key}={data[key]}", data[key], types[key])
+        except UsageError as error:
+            found.append(str(error))
+    unknown = set(data) - set(types)
+    for key in sorted(unknown - referred(unresolved, "data", unknown)):
+        valid = [f"data.{one}" for one in {**types, **data} if one != key] + list(_keys(OmegaConf.structured(Config)))
+        found.append(
+            f"data.{key}: there is no such key, and nothing refers to it as ${{data.{key}}}."
+            f"{did_you_mean(f'data.{key}', valid)} Beside keys that the configuration refers to, data has "
+            f"{', '.join(types)}; a dataset's own arguments stand under data.train and data.evaluation."
+        )
+    return found
+
+
+def resolved_yaml(composed: DictConfig) -> str:
+    """The whole configuration as text, with every reference resolved."""
+    return OmegaConf.to_yaml(composed, resolve=True)
+
+
+def run_name(run: Run, choices: Mapping[str, Any]) -> str:
+    """What the run is called where it has no name: its experiment, or its model and data, as chosen of the groups."""
+    experiment = choices.get("experiment")
+    chosen = [experiment] if experiment not in (None, "null") else [choices.get("model"), choices.get("data")]
+    return run.name or "-".join(str(one).replace("/", "-") for one in chosen)
+
+
+def build_trainer(config: Config, workers: Workers) -> Trainer:
+    """The trainer that the configuration describes, on this worker."""
+    torch.manual_seed(config.seed)
+    averaging.fix_threads(config.averaging, workers.device)
+    data = build_data(config)
+    from_data = {key: getattr(data.train, key, None) for key in FROM_DATA if config.model.get(key, ...) is None}
+    model = make("model", config.model, **from_data)
+    if not isinstance(model, torch.nn.Module):
+        raise UsageError(f"model is a {type(model).__name__}; it must be a torch.nn.Module.")
+    objective = make("objective", config.objective, _partial_=_is_function(config.objective))
+    if not callable(objective):
+        raise UsageError(f"objective is a {type(objective).__name__}; it must be a function (model, batch).")
+    optimizer = make_optimizer(config.optimizer, Task(model, objective))
+    plan = make_plan(config, len(data.train), workers.num_workers)
+    schedule = None
+    if config.schedule is not None:
+        schedule = make("schedule", config.schedule, num_steps=count_steps(config, plan))
+        if not callable(schedule):
+            raise UsageError(f"schedule is a {type(schedule).__name__}; it must be a function of the step.")
+    metrics = {name: make(f"evaluation.metrics.{name}", node) for name, node in config.evaluation.metrics.items()}
+    evaluation = dataclasses.replace(config.evaluation, metrics=metrics)
+    settings = dataclasses.replace(config, schedule=schedule, evaluation=evaluation)
+    with threads.work_counted(model) as work:
+        trainer = Trainer(model, objective, optimizer, data, settings, workers)
+    threads.choose(config.averaging, workers.device, plan, work)
+    saving.check(config.checkpoint, trainer.evaluation_names)
+    profiling.check(config.profile, trainer.num_steps)
+    return trainer
+
+
+def build_data(config: Config) -> Data:
+    """The datasets, and how they are read."""
+    data = {key: config.data[key] for key in get_type_hints(Data) if key in config.data}
+    for key, value in data.items():
+        if isinstance(value, dict) or (key in ("train", "evaluation") and value is not None):
+            data[key] = make(f"data.{key}", value)
+    return Data(**data)
+
+
+def make_optimizer(node: Any, task: Task) -> torch.optim.Optimizer:
+    """The optimizer of the parameters of model and objective, of a kind that the trainer can drive.
+
+    Of those that do not require a gradient, too: they may be unfrozen later.
+    """
+    kind = targets.find(node) if isinstance(node, dict) else None
+    if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer):
+        optimizers.check(kind)  # before its keys are corrected in vain
+    try:
+        optimizer: torch.optim.Optimizer = make("optimizer", node, list(task.parameters()))
+    except UsageError as error:
+        if "2D parameters" not in str(error):  # torch.optim.Muon
+            raise
+        others = optimizers.not_matrices(task.model)
+        raise UsageError(
+            f"optimizer ({node['_target_']}) takes matrices alone, and {len(others)} parameters of the model are "
+            f"none: {', '.join(others[:5])}{' …' if len(others) > 5 else ''}. Use another optimizer, such as "
+            "optimizer=adamw, or one of your own that gives it the matrices and the rest to another "
+            "(optimizer=own optimizer._target_=…)."
+        ) from error
+    optimizers.check(optimizer)
+    return optimizer
+
+
+def _is_function(node: Any) -> bool:
+    """Whether the target is itself an objective, not what makes one."""
+    try:
+        return isinstance(node, dict) and isinstance(get_object(node["_target_"]), FunctionType)
+    except Exception:  # what is wrong with the target, `make` says
+        return False
+
+
+def make(name: str, node: Any, *arguments: Any, **keywords: Any) -> Any:
+    """Call the node's `_target_`; its mistakes are the user's to mend, so they become UsageErrors.
+
+    What it is given are plain lists and dicts, also inside of others.
+    """
+    if not isinstance(node, dict) or not isinstance(node.get("_target_"), str) or not node["_target_"]:
+        raise UsageError(f"{name} has no _target_; it must name the class or function that makes it.")
+    node = {"_convert_": "all", **node, **{key: keywords.pop(key) for key in targets.OF_HYDRA if key in keywords}}
+    added = [key for key in keywords if key not in node]
+    if found := list(targets.mistakes(name, node, len(arguments), added)):
+        raise UsageError("\n".join(found))
+    try:
+        return instantiate(node, *arguments, **keywords)
+    except Exception as error:  # whatever a part of the user's raises
+        reason: BaseException = error  # Hydra's own message tells less than the exception at the bottom
+        while reason.__cause__ is not None and not isinstance(reason, UsageError):
+            reason = reason.__cause__
+        if isinstance(reason, UsageError):
+            raise reason from None
+        remedy = _remedy(reason) if isinstance(reason, ModuleNotFoundError) else ""
+        said = "; ".join(targets.misfits(name, {**node, **keywords})) or f"{type(reason).__name__}: {reason}"
+        raise UsageError(f"{name} ({node['_target_']}) cannot be made: {said}{remedy}") from error
+
+
+def _remedy(error: ModuleNotFoundError) -> str:
+    """What to do about a `_target_` that leads to no module."""
+    if error.name == "torchmetrics":
+        return ". Use pip install 'mbgd[metrics]'."
+    module, _, last = (error.name or "").rpartition(".")
+    if module in sys.modules:  # there is the module, without anything of that name
+        return f".{did_you_mean(last, dir(sys.modules[module]))}"
+    return ". Is its folder on PYTHONPATH?"

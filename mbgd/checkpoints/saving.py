@@ -1,0 +1,300 @@
+"""When checkpoints are taken, where they are kept, and who writes them: a thread beside training."""
+
+import shutil
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+from safetensors import SafetensorError
+
+from mbgd.checkpoints import format as checkpoint
+from mbgd.checkpoints import memory_tier
+from mbgd.checkpoints.memory_tier import memory_path
+from mbgd.checkpoints.snapshot import Snapshot
+from mbgd.config import Checkpoint, Direction
+from mbgd.errors import UsageError
+from mbgd.workers.group import Workers
+from mbgd.workers.log import write_to_log
+
+Take = Callable[[], Snapshot]
+
+
+class Checkpoints(Protocol):
+    """Takes snapshots of a run where they are due."""
+
+    def check(self, problems: Sequence[str]) -> None:
+        """UsageError where there are problems: what of the state cannot be kept, known after the first step."""
+
+    def after_step(self, step: int, evaluation: Mapping[str, float], take: Take, *, is_time: bool = True) -> None:
+        """Take one if one is due after so many steps.
+
+        evaluation: metrics of an evaluation at this very step; empty if there was none. is_time: one may be taken
+        because of the time that has passed.
+        """
+
+    def due_by_time(self) -> bool:
+        """Whether so much time has passed that one is due."""
+
+    def at_end(self, step: int, evaluation: Mapping[str, float], take: Take) -> bool:
+        """Take one and wait until everything is written; whether it could be."""
+
+    def newest_step(self) -> int | None:
+        """Of the newest whole checkpoint on disk; None where there is none."""
+
+    def settle(self, step: int, evaluation: Mapping[str, float], take: Take, *, is_on_disk: bool) -> None:
+        """What follows for this worker's host once it is known whether the disk has the last state."""
+
+
+class NoCheckpoints:
+    """Takes none."""
+
+    def check(self, problems: Sequence[str]) -> None:
+        pass
+
+    def after_step(self, step: int, evaluation: Mapping[str, float], take: Take, *, is_time: bool = True) -> None:
+        pass
+
+    def due_by_time(self) -> bool:
+        return False
+
+    def at_end(self, step: int, evaluation: Mapping[str, float], take: Take) -> bool:
+        return True
+
+    def newest_step(self) -> int | None:
+        return None
+
+    def settle(self, step: int, evaluation: Mapping[str, float], take: Take, *, is_on_disk: bool) -> None:
+        pass
+
+
+class CheckpointsElsewhere(NoCheckpoints):
+    """The main worker takes them; what cannot be kept is refused on every worker."""
+
+    def check(self, problems: Sequence[str]) -> None:
+        _check(problems)
+
+
+class CheckpointFolder:
+    """The checkpoints of one run on disk: the newest few, and the best."""
+
+    def __init__(self, path: Path, settings: Checkpoint, identity: Mapping[str, Any], *, durable: bool = True) -> None:
+        """identity: what the run's course depends on, kept in the manifest; a resumed run's must be the same.
+
+        durable: each is flushed to the disk.
+        """
+        self._path, self._settings, self._identity, self._durable = path, settings, dict(identity), durable
+        self._writer: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self._last_step, self._last_time, self._last_is_written = -1, time.monotonic(), False
+        found = self._find_best()
+        self._best = None if found is None else found[1]
+
+    def check(self, problems: Sequence[str]) -> None:
+        _check(problems)
+
+    def after_step(self, step: int, evaluation: Mapping[str, float], take: Take, *, is_time: bool = True) -> None:
+        """Raises UsageError where an earlier one could not be written and `checkpoint.required` is set."""
+        if self._writer is not None and not self._writer.is_alive():
+            self.wait()  # a failure is told as soon as it is known
+        if self._is_best(evaluation) or self._is_due(step) or (is_time and self.due_by_time()):
+            self._save(step, evaluation, take)
+            if self._failure is not None and self._writer is None:
+                self.wait()
+
+    def at_end(self, step: int, evaluation: Mapping[str, float], take: Take) -> bool:
+        if not self.wait() or step != self._last_step or not self._last_is_written:
+            self._save(step, evaluation, take)
+        return self.wait()
+
+    def newest_step(self) -> int | None:
+        whole = (path for path in checkpoint.complete(self._path) if checkpoint.verify(path) is None)
+        newest = next(whole, None)
+        return None if newest is None else checkpoint.step_of(newest)
+
+    def settle(self, step: int, evaluation: Mapping[str, float], take: Take, *, is_on_disk: bool) -> None:
+        pass
+
+    def _is_due(self, step: int) -> bool:
+        every_steps = self._settings.every_steps
+        return every_steps is not None and step % every_steps == 0
+
+    def due_by_time(self) -> bool:
+        every_seconds = self._settings.every_seconds
+        return every_seconds is not None and time.monotonic() - self._last_time >= every_seconds
+
+    def _is_best(self, evaluation: Mapping[str, float]) -> bool:
+        if self._settings.best is None or not evaluation:
+            return False
+        value = evaluation[self._settings.best]
+        is_better = checkpoint.is_better(value, self._best, highest=self._highest)
+        if is_better:
+            self._best = value
+        return is_better
+
+    @property
+    def _highest(self) -> bool:
+        return self._settings.direction is Direction.maximize
+
+    def _find_best(self) -> tuple[Path, float] | None:
+        if self._settings.best is None:
+            return None
+        return checkpoint.best(self._path, self._settings.best, highest=self._highest)
+
+    def _save(self, step: int, evaluation: Mapping[str, float], take: Take) -> None:
+        self.wait()  # one at a time: where the disk is slower than the schedule, training waits for it
+        self._last_step, self._last_time, self._last_is_written = step, time.monotonic(), False
+        try:
+            writer = threading.Thread(target=self._write, args=(take(), dict(evaluation)), name="checkpoint writer")
+            writer.start()
+        except Exception as error:  # no memory for the snapshot, a state that cannot be held, no more threads
+            self._failure = error
+        else:
+            self._writer = writer
+
+    def wait(self) -> bool:
+        """For what is being written; whether it could be."""
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        failure, self._failure = self._failure, None
+        if failure is None:
+            return True
+        found = self._find_best()
+        self._best = None if found is None else found[1]  # the best may be what was not written
+        write_to_log("".join(traceback.format_exception(failure)).rstrip())
+        message = (
+            f"a checkpoint could not be written to {self._path}: {_in_words(failure)}. Older checkpoints are as they "
+            "were."
+        )
+        if self._settings.required:
+            raise UsageError(f"{message} Training stops because of checkpoint.required=true.")
+        print(f"warning: {message} Training goes on.", flush=True)
+        return False
+
+    def _write(self, snapshot: Snapshot, evaluation: Mapping[str, float]) -> None:
+        try:
+            with_evaluation = replace(snapshot, values={**snapshot.values, "evaluation": evaluation})
+            checkpoint.write(self._path, with_evaluation, self._identity, durable=self._durable)
+            self._last_is_written = True
+        except BaseException as error:  # whatever it is, nothing was saved; only this thread would end of it
+            self._failure = error
+            return
+        try:
+            best = self._find_best()
+            for path in checkpoint.complete(self._path)[self._settings.keep :]:
+                if best is None or path != best[0]:
+                    checkpoint.remove(path)
+        except Exception as error:
+            print(f"warning: an old checkpoint could not be removed: {_in_words(error)}", flush=True)
+
+
+class MemoryFolder:
+    """The newest two snapshots in this host's memory, for workers that restart there.
+
+    One worker of each host writes them. They outlive the workers, but not the host, and go once all is on disk.
+    """
+
+    def __init__(self, path: Path, every_steps: int, identity: Mapping[str, Any]) -> None:
+        """path: a folder of this user's own."""
+        settings = Checkpoint(every_steps=every_steps, every_seconds=None, keep=2)
+        self._path, self._folder = path, CheckpointFolder(path, settings, identity, durable=False)
+
+    def after_step(self, step: int, evaluation: Mapping[str, float], take: Take, *, is_time: bool = True) -> None:
+        self._folder.after_step(step, evaluation, take)
+
+    def at_end(self, step: int, evaluation: Mapping[str, float], take: Take) -> bool:
+        return self._folder.at_end(step, evaluation, take)
+
+    def remove(self) -> None:
+        self._folder.wait()  # or what is being written would come after
+        shutil.rmtree(self._path, ignore_errors=True)
+
+
+class DiskAndMemory:
+    """Both, on the worker that writes both; memory alone, on the first worker of another host."""
+
+    def __init__(self, disk: Checkpoints, memory: MemoryFolder) -> None:
+        self._disk, self._memory = disk, memory
+
+    def check(self, problems: Sequence[str]) -> None:
+        self._disk.check(problems)
+
+    def after_step(self, step: int, evaluation: Mapping[str, float], take: Take, *, is_time: bool = True) -> None:
+        take = cache(take)  # one copy for both
+        self._memory.after_step(step, evaluation, take)
+        self._disk.after_step(step, evaluation, take, is_time=is_time)
+
+    def at_end(self, step: int, evaluation: Mapping[str, float], take: Take) -> bool:
+        return self._disk.at_end(step, evaluation, take)
+
+    def due_by_time(self) -> bool:
+        return self._disk.due_by_time()
+
+    def newest_step(self) -> int | None:
+        return self._disk.newest_step()
+
+    def settle(self, step: int, evaluation: Mapping[str, float], take: Take, *, is_on_disk: bool) -> None:
+        if is_on_disk:
+            self._memory.remove()
+        else:
+            self._memory.at_end(step, evaluation, take)
+
+
+def save_last(
+    checkpoints: Checkpoints, workers: Workers, step: int, evaluation: Mapping[str, float], take: Take
+) -> str:
+    """Save the last state and wait until it is written; what is wrong if it could not be, the same on every worker.
+
+    UsageError, on every worker too, where `checkpoint.required` is set then.
+    """
+    told = ["", ""]
+    try:
+        if not checkpoints.at_end(step, evaluation, take):
+            newest = checkpoints.newest_step()
+            there = "none of this run is there" if newest is None else f"the newest there is of step {newest}"
+            told[0] = f"the state after step {step} is in no checkpoint on disk; {there}"
+            if newest == step:  # renamed, but not flushed
+                told[0] = f"the checkpoint of step {step} may not outlast a failure of the power"
+    except UsageError as error:
+        told[1] = str(error)
+    problem, refusal = (str(text) for text in workers.broadcast(told))
+    checkpoints.settle(step, evaluation, take, is_on_disk=not problem and not refusal)
+    if refusal:
+        raise UsageError(refusal)
+    return problem
+
+
+def check(settings: Checkpoint, evaluation_names: Sequence[str]) -> None:
+    """UsageError where the best checkpoint is asked for by a metric that evaluations do not give."""
+    if settings.best is not None and settings.best not in evaluation_names:
+        known = f"one of {', '.join(evaluation_names)}" if evaluation_names else "null: there is no evaluation dataset"
+        raise UsageError(f"checkpoint.best={settings.best}, which no evaluation gives; it must be {known}.")
+
+
+def create(settings: Checkpoint, run: Path, disk: Path, identity: Mapping[str, Any], workers: Workers) -> Checkpoints:
+    """What this worker keeps of the run in folder `run`, whose checkpoints lie in `disk`."""
+    kept: Checkpoints = CheckpointsElsewhere()
+    if workers.is_main:
+        kept = CheckpointFolder(disk, settings, identity)
+    if settings.memory_every is not None and workers.local_rank == 0:
+        path = memory_path(run)
+        if problem := memory_tier.make(path):
+            print(f"warning: {problem}; no snapshots are kept in this host's memory.", flush=True)
+        else:
+            kept = DiskAndMemory(kept, MemoryFolder(path, settings.memory_every, identity))
+    return kept
+
+
+def _check(problems: Sequence[str]) -> None:
+    if problems:
+        raise UsageError("this run could not be saved:\n" + "\n".join(f"  - {one}" for one in problems))
+
+
+def _in_words(error: BaseException) -> str:
+    is_told_by_itself = isinstance(error, OSError | SafetensorError | UsageError)
+    return str(error) if is_told_by_itself else f"{type(error).__name__}: {error}"

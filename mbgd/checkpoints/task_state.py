@@ -1,0 +1,110 @@
+"""What a checkpoint and an export hold of model and objective: parameters, buffers and extra state, by plain names."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mbgd.errors import UsageError
+from mbgd.task import extra_state
+from mbgd.task.buffers import Buffers
+from mbgd.task.task import OBJECTIVE, Task, plain_name
+
+Files = Mapping[str, Mapping[str, Tensor]]
+"""Tensors by file, then by name."""
+
+
+class TaskState:
+    """The state of model and objective. Tied parameters are kept once."""
+
+    def __init__(self, task: Task, buffers: Buffers) -> None:
+        self._task, self._buffers = task, buffers
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What is trained or moves, as it lies: "model" and, where the objective has state, "objective"."""
+        kept, _ = extra_state.split(extra_state.extra_state(self._task))
+        tensors = {**self._task.parameters_by_name(), **self._buffers.tensors(), **kept}
+        tensors = {name: _storable(tensor) for name, tensor in tensors.items()}
+        if self._task.objective is None:
+            return {"model": tensors}
+        objective = {name.removeprefix(OBJECTIVE): t for name, t in tensors.items() if name.startswith(OBJECTIVE)}
+        model = {name: t for name, t in tensors.items() if not name.startswith(OBJECTIVE)}
+        return {"model": model, "objective": objective} if objective else {"model": model}
+
+    def values(self) -> dict[str, Any]:
+        """Extra state that is no tensor, and under which names of the tensors an export finds its own."""
+        _, others = extra_state.split(extra_state.extra_state(self._task))
+        return {"extra_state": others, "export": self._export_names()}
+
+    def _export_names(self) -> dict[str, str]:
+        """Each name in the model's `state_dict` → the name in `tensors`; tied parameters have several names."""
+        tensors = {**self._task.parameters_by_name(), **self._buffers.tensors()}
+        names = {id(tensor): name for name, tensor in tensors.items()}
+        exported = self._task.model.state_dict(keep_vars=True)
+        return {
+            plain_name(name): names.get(id(value), plain_name(name))
+            for name, value in exported.items()
+            if isinstance(value, Tensor)
+        }
+
+    def mismatches(self, saved: Files) -> list[str]:
+        """What in a checkpoint's tensors does not fit."""
+        now, then = _flat(self.tensors()), _flat(saved)
+        optional = self._buffers.recomputable()
+        return [
+            f"{name}: {_kind(then.get(name))} before, {_kind(now.get(name))} now"
+            for name in sorted(now.keys() | then.keys())
+            if _kind(now.get(name)) != _kind(then.get(name)) and name not in optional
+        ]
+
+    def restore(self, saved: Files, values: Mapping[str, Any]) -> None:
+        """Take over a checkpoint's tensors and values that fit."""
+        then = _flat(saved)
+        with torch.no_grad():
+            for name, tensor in {**self._task.parameters_by_name(), **self._buffers.tensors()}.items():
+                if name in then and then[name].shape == _storable(tensor).shape:
+                    _storable(tensor).copy_(then[name])
+        state = {name: then[name].clone() for name in extra_state.extra_state(self._task) if name in then}
+        extra_state.set_extra_state(self._task, {**state, **values.get("extra_state", {})})
+
+
+def exported(model: nn.Module) -> dict[str, Tensor]:
+    """What `load_state_dict` of the plain model takes: every name, tied ones too, on the CPU; no other buffers.
+
+    Extra state that is no tensor is not in it, and complex128 is there as pairs of float64: safetensors holds neither.
+    """
+    return {
+        plain_name(name): _storable(value.detach()).cpu().clone().contiguous()
+        for name, value in model.state_dict().items()
+        if isinstance(value, Tensor)
+    }
+
+
+def refuse_odd_parts(task: Task) -> None:
+    """UsageError where model or objective has a part whose state could not be told by name."""
+    for name, parameter in task.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            raise UsageError(
+                f"the parameter {plain_name(name)} has no shape yet (a lazy layer). Let the model compute one batch "
+                "before the optimizer is made, or give the layer its sizes."
+            )
+    if task.objective is not None and any(name.startswith(OBJECTIVE) for name, _ in task.model.named_modules()):
+        raise UsageError(
+            f"the model has a part named {OBJECTIVE[:-1]}, and the objective is a module too; the names of their "
+            "parameters could not be told apart. Rename that part of the model."
+        )
+
+
+def _storable(tensor: Tensor) -> Tensor:
+    """The tensor, or a view of it that safetensors can hold: it has no complex128."""
+    return torch.view_as_real(tensor) if tensor.dtype is torch.complex128 else tensor
+
+
+def _flat(files: Files) -> dict[str, Tensor]:
+    objective = {f"{OBJECTIVE}{name}": tensor for name, tensor in files.get("objective", {}).items()}
+    return {**files.get("model", {}), **objective}
+
+
+def _kind(tensor: Tensor | None) -> str:
+    return "None" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

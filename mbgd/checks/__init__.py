@@ -1,0 +1,1 @@
+"""What is tried before training, and compared during it."""

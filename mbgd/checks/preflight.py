@@ -1,0 +1,325 @@
+"""What can be found out about a task before the first collective, on every worker alike.
+
+The first examples go forward and backward through the plain model, a few times; parameters, buffers, gradients and
+random state are as before afterwards, but for what a forward has initialised.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mbgd.batches.loader import Data
+from mbgd.batches.plan import Plan
+from mbgd.batches.randomness import key_generators
+from mbgd.batches.reading import Indices, read
+from mbgd.config import AveragingName, Precision, Settings
+from mbgd.errors import UsageError
+from mbgd.step.finite import shown
+from mbgd.task.buffers import Buffers
+from mbgd.task.extra_state import extra_state_kept
+from mbgd.task.objective import PerExample, Totals
+from mbgd.task.precision import autocast, parameter_dtype
+from mbgd.task.task import Task
+from mbgd.task.trained import GradientHooks, Trained
+
+NUM_EXAMPLES = 4
+SCALES = 2.0**-10, 2.0**10
+"""What enters the two backwards of the trial at each loss; scaling by powers of 2 is exact."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the trial run showed."""
+
+    has_weights: bool
+    """The objective gives weights, or losses per token: the minibatch's weight is not known from the plan."""
+    has_tokens: bool
+    """The objective gives losses per token."""
+    losses_per_example: int
+    """Of the first few examples."""
+    metric_names: tuple[str, ...]
+    """Of training; those of an evaluation may be others."""
+    moving_buffers: tuple[str, ...]
+    """Names of the buffers that a forward in training mode changes."""
+    unused_parameters: tuple[str, ...]
+    """Names of trained parameters that got no gradient."""
+    output_shape: torch.Size | None
+    """Of what the model gives for a few examples; None: not a tensor of several dimensions."""
+
+
+class Trial:
+    """Runs examples of the first minibatch through a task; UsageError where the contract is broken."""
+
+    def __init__(
+        self, task: Task, trained: Trained, buffers: Buffers, data: Data, plan: Plan, settings: Settings, device: Any
+    ) -> None:
+        self._task, self._trained, self._buffers = task, trained, buffers
+        self._data, self._plan, self._settings, self._device = data, plan, settings, device
+
+    def __call__(self, first_minibatch: Indices) -> Findings:
+        """first_minibatch: the numbers of its examples."""
+        few = first_minibatch[:NUM_EXAMPLES]
+        with ExitStack() as stack:
+            for context in (random_state_kept(self._device), extra_state_kept(self._task), self._clean()):
+                stack.enter_context(context)
+            stack.enter_context(_refused_operations())
+            shapes = stack.enter_context(_output_shapes(self._task.model))
+            terms, gradients = self._run(few, SCALES[0])
+            if self._trained.changed():
+                self._initialise(first_minibatch)
+                self._buffers.put_back()
+                terms, gradients = self._run(few, SCALES[0])
+            self._buffers.find_unseen()
+            moving = self._buffers.changed()
+            self._check_used(terms)
+            self._buffers.put_back()
+            self._trained.put_back_flags()
+            self._trained.start_step()
+            again, gradients_again = self._run(few, SCALES[1])
+            self._check_repeated(terms, again, gradients, gradients_again)
+            unused = tuple(n for n, p in self._trained.by_name.items() if p.requires_grad and n not in gradients)
+            self._check_sizes(first_minibatch, moving)
+            moving = [name for name in moving if name in self._buffers.tensors()]  # without caches
+            names = tuple(sorted(terms.metrics))
+            self._check_weights(terms, first_minibatch, names)
+        shape = shapes[-1] if shapes else None
+        has_tokens = terms.losses.dim() > 1
+        return Findings(
+            has_weights=terms.weights is not None or has_tokens,
+            has_tokens=has_tokens,
+            losses_per_example=terms.losses.numel() // len(few),
+            metric_names=names,
+            moving_buffers=tuple(moving),
+            unused_parameters=unused,
+            output_shape=shape,
+        )
+
+    @contextmanager
+    def _clean(self) -> Iterator[None]:
+        """Puts buffers and gradients back, and keeps users' hooks out of it."""
+        hooks = GradientHooks(self._trained)
+        hooks.take_off()
+        self._buffers.start_step()
+        self._trained.start_step()
+        self._trained.remember_flags()
+        try:
+            yield
+        finally:
+            self._buffers.put_back()
+            self._trained.put_back_flags()
+            for parameter in self._task.parameters():
+                parameter.grad = None
+            hooks.put_back()
+
+    def _forward(self, indices: Indices) -> PerExample:
+        settings = self._settings
+        dtype = parameter_dtype(settings.precision)
+        data, device, seed = self._data.train, self._device, settings.seed
+        (batch,) = read(data, [indices], num_workers=0, device=device, dtype=dtype, seed=seed)
+        key_generators(self._device, settings.seed)
+        with autocast(settings.precision, self._device):
+            terms: PerExample = self._task(batch, len(indices))
+            return terms
+
+    def _run(self, indices: Indices, scale: float) -> tuple[PerExample, dict[str, Tensor]]:
+        """Forward and backward; the per-example losses, and the gradients of those parameters that have one."""
+        terms = self._forward(indices)
+        if not terms.losses.requires_grad:
+            raise UsageError(
+                "the objective's losses do not depend on any of the model's "
+                f"{len(self._trained.with_gradient())} trainable parameters; there is nothing to train. Compute the "
+                "losses from the model's output without detach() or no_grad()."
+            )
+        torch.autograd.backward(terms.losses, torch.full_like(terms.losses, scale))
+        gradients = {name: p.grad for name, p in self._trained.by_name.items() if p.grad is not None}
+        for name, gradient in gradients.items():
+            if gradient.layout is not torch.strided:
+                raise UsageError(
+                    f"the gradient of parameter {name} is sparse; only dense ones can be averaged, clipped and "
+                    "measured. Make the layer with sparse=False."
+                )
+        return terms, gradients
+
+    def _check_used(self, terms: PerExample) -> None:
+        if not any(parameter.grad is not None for parameter in self._trained.parameters):
+            raise UsageError(
+                "no parameter that the optimizer holds takes part in the objective's losses; there is nothing to "
+                f"train. The optimizer holds {shown(self._trained.by_name)}."
+            )
+
+    def _check_repeated(
+        self, once: PerExample, again: PerExample, gradients: dict[str, Tensor], others: dict[str, Tensor]
+    ) -> None:
+        if not torch.equal(once.losses.nan_to_num(), again.losses.nan_to_num()):
+            if self._settings.averaging.name is AveragingName.reproducible:
+                raise UsageError(
+                    "averaging=reproducible, but two computations of the same examples differ: losses "
+                    f"{once.losses[:2].tolist()} and {again.losses[:2].tolist()}. The model or the objective draws "
+                    "random numbers from a generator of its own, or keeps state between calls. Draw from torch's "
+                    "default generators, which the trainer keys by (seed, step, micro-batch)."
+                )
+            return
+        if self._settings.precision is Precision.fp16:
+            return  # the larger scale overflows
+        for name in gradients.keys() & others.keys():
+            large = others[name]
+            error = torch.linalg.vector_norm(gradients[name] * (SCALES[1] / SCALES[0]) - large)
+            if error.isfinite() and error > 0.01 * torch.linalg.vector_norm(large):
+                raise UsageError(
+                    f"the gradient of parameter {name} does not grow in proportion to the losses: a hook on an "
+                    "activation or a backward of your own clamps, rounds or normalises it. It would see gradients of "
+                    "a sum of losses, not of the minibatch's mean, and do something else on every number of workers. "
+                    "Use a hook on the parameter (p.register_hook), which gets the mean gradient, or clip_norm."
+                )
+
+    def _initialise(self, first_minibatch: Indices) -> None:
+        """A forward has changed parameters: let it initialise them from the first minibatch, as in plain torch.
+
+        UsageError where it changes them in every forward, and so in another way on every worker.
+        """
+        marks = self._buffers.marks()
+        self._trained.start_step()
+        with torch.no_grad():
+            self._forward(first_minibatch[:NUM_EXAMPLES])
+        if repeatedly := self._trained.changed():
+            if self._plan.most_forwards == 1:
+                return
+            raise UsageError(
+                f"the forward changes parameters in place ({shown(repeatedly)}), as Embedding(max_norm=…) does. Each "
+                "worker and micro-batch would change them in another way, so that the workers' copies differ. Bound "
+                "them in the loss or by a parametrization instead (torch.nn.utils.parametrize); it works as it is with "
+                "one worker and one micro-batch."
+            )
+        flags = [name for name, mark in self._buffers.marks().items() if mark == marks[name]]
+        self._buffers.put_back()
+        with torch.no_grad():
+            self._forward(first_minibatch)
+        self._buffers.put_back(but=flags)  # such as a flag that says that it is done
+        self._trained.start_step()
+
+    def _check_sizes(self, first_minibatch: Indices, moving: Sequence[str]) -> None:
+        """That the model takes the smallest micro-batch, and that what it counts does not depend on the size."""
+        if self._plan.most_forwards == 1 and self._plan.smallest_micro_batch > 1:
+            return
+        before = self._integers(moving)
+        smallest = self._plan.smallest_micro_batch
+        if smallest < NUM_EXAMPLES and smallest <= len(first_minibatch):
+            self._buffers.put_back()
+            try:
+                with torch.no_grad():
+                    self._forward(first_minibatch[:smallest])
+            except UsageError:
+                raise
+            except Exception as error:
+                raise UsageError(self._describe_smallest(error)) from error
+        elif moving and len(first_minibatch) > 1:
+            self._buffers.put_back()
+            with torch.no_grad():
+                self._forward(first_minibatch[: min(NUM_EXAMPLES, len(first_minibatch)) - 1])
+        self._buffers.changed()
+        after = self._integers(moving)
+        if self._plan.most_forwards > 1 and (found := [n for n in before if not torch.equal(before[n], after[n])]):
+            raise UsageError(
+                f"what the forward makes of the integer buffer {shown(found)} depends on the number of examples. A "
+                "minibatch is cut into micro-batches, which would each count their own. Count minibatches (+= 1) "
+                "instead of examples, or use one worker and batch.micro_batch_size=null."
+            )
+
+    def _integers(self, moving: Sequence[str]) -> dict[str, Tensor]:
+        tensors = self._buffers.tensors(caches=True)
+        known = {name: tensors[name] for name in moving if name in tensors}
+        return {n: t.clone() for n, t in known.items() if not (t.is_floating_point() or t.is_complex())}
+
+    def _describe_smallest(self, error: Exception) -> str:
+        plan = self._plan
+        remedies = [
+            f"batch.size={fits.minibatch_size}" if fits.drop_last == plan.drop_last else "batch.last=drop"
+            for fits in plan.with_micro_batches_of(plan.smallest_micro_batch + 1)
+        ]
+        return (
+            f"the model cannot take the smallest micro-batch of this plan, of {plan.smallest_micro_batch} examples: "
+            f"{type(error).__name__}: {error} (BatchNorm needs at least 2 values of each channel.) Minibatches of "
+            f"{' and '.join(map(str, plan.minibatch_sizes))} examples are cut into micro-batches for "
+            f"{plan.num_workers} workers. What works: {' or '.join(remedies) or 'fewer workers'}."
+        )
+
+    def _check_weights(self, terms: PerExample, first_minibatch: Indices, names: tuple[str, ...]) -> None:
+        if terms.weights is not None and terms.losses.dtype in (torch.bfloat16, torch.float16):
+            raise UsageError(
+                f"objective returned losses in {terms.losses.dtype} beside weights, which would be rounded to 16 bits. "
+                "Compute the losses in float32, or return losses.float()."
+            )
+        totals = Totals(terms.sums(names), names)
+        if totals.weight == 0:
+            self._buffers.put_back()
+            with torch.no_grad():
+                totals = Totals(self._forward(first_minibatch).sums(names), names)
+        totals.check_weights("in the first minibatch")
+
+
+def check_skipping(dataset: Any, objective: Any) -> None:
+    """Examples that the dataset leaves out must weigh nothing in the objective."""
+    skipped = getattr(dataset, "skipped_target", None)
+    ignored = getattr(objective, "ignore_index", None)
+    if skipped is not None and skipped != ignored:
+        raise UsageError(
+            f"data.on_error=skip gives examples that cannot be read the target {skipped}, to have weight 0, but "
+            f"objective.ignore_index={ignored}. Use objective=cross_entropy objective.ignore_index={skipped}; an "
+            "objective of your own does likewise and has an attribute ignore_index."
+        )
+
+
+def check_targets(dataset: Any, objective: Any, output_shape: torch.Size | None) -> None:
+    """Targets that lie in memory must all be classes that the model has, where the objective can tell."""
+    check, targets = getattr(objective, "check_targets", None), getattr(dataset, "targets", None)
+    if check is not None and isinstance(targets, Tensor) and output_shape is not None:
+        check(targets, num_classes=output_shape[getattr(objective, "class_dim", None) or -1])
+
+
+@contextmanager
+def random_state_kept(device: torch.device) -> Iterator[None]:
+    """Every generator of torch, numpy and `random` is afterwards in the state that it was in before."""
+    of_numpy, of_python = np.random.get_state(), random.getstate()
+    with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type=device.type):
+        try:
+            yield
+        finally:
+            np.random.set_state(of_numpy)
+            random.setstate(of_python)
+
+
+@contextmanager
+def _refused_operations() -> Iterator[None]:
+    """torch's own refusal, in words for users; averaging=reproducible has asked torch to refuse."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "does not have a deterministic implementation" not in str(error):
+            raise
+        raise UsageError(
+            f"averaging=reproducible, but the model or the objective uses an operation of which torch has no "
+            f"deterministic version on this device: {str(error).split(' does not')[0]}. Replace the operation, or use "
+            "averaging=ddp."
+        ) from error
+
+
+@contextmanager
+def _output_shapes(model: nn.Module) -> Iterator[list[torch.Size]]:
+    """Collects the shapes of what the model gives."""
+    shapes: list[torch.Size] = []
+
+    def note(module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.dim() > 1:
+            shapes.append(output.shape)
+
+    handle = model.register_forward_hook(note)
+    try:
+        yield shapes
+    finally:
+        handle.remove()

@@ -1,0 +1,168 @@
+"""Hardware that computes wrongly is convicted: now and then one micro-batch is computed again by another worker.
+
+With averaging=reproducible a micro-batch's gradient is a function of (seed, step, micro-batch) alone, to the bit,
+whoever computes it. At the steps that are checked, one micro-batch, chosen by the step, is computed again on another
+worker before gradients are averaged, and the workers compare its bits and those of their parameters. Where they
+differ, a third worker computes it too, and the run ends before the optimizer steps.
+"""
+
+import socket
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from mbgd.averaging.norms import MicroBatchNorms
+from mbgd.batches.loader import Examples, Shard
+from mbgd.batches.order import mix
+from mbgd.batches.plan import Plan, cut
+from mbgd.checks.replicas import checksum
+from mbgd.errors import ComputedWrongly
+from mbgd.workers.group import Workers
+
+_CHOICE = 0x6C656166  # apart from the keys of everything else
+
+Sums = list[int]
+"""A checksum for each trained parameter: of its gradient, or of the parameter itself."""
+
+
+class _Seen(MicroBatchNorms):
+    """Takes the checksums of one micro-batch's gradients as they are handed to the averaging."""
+
+    def __init__(self, parameters: Sequence[Tensor], number: int, device: torch.device) -> None:
+        super().__init__(parameters)
+        self._number, self._device = number, device
+        self._sums: dict[Tensor, Tensor] = {}
+
+    def take(
+        self, number: int, gradients: Mapping[Tensor, Tensor], before: Mapping[Tensor, Tensor] | None = None
+    ) -> None:
+        if number == self._number:
+            self._sums.update({p: checksum([gradient], self._device) for p, gradient in gradients.items()})
+        super().take(number, gradients, before)
+
+    def sums(self) -> Sums | None:
+        """None where this worker did not compute the micro-batch; a parameter without a gradient counts as zeros."""
+        if not self._sums:
+            return None
+        return [int(self._sums[p]) if p in self._sums else 0 for p in self._parameters]
+
+
+class Recomputing:
+    """Chooses, watches and compares; one for a run with `check.recompute_every_steps`."""
+
+    def __init__(
+        self,
+        every_steps: int,
+        plan: Plan,
+        workers: Workers,
+        seed: int,
+        parameters: Mapping[str, Tensor],
+        gradients_of: Callable[[int, Examples], dict[Tensor, Tensor]],
+        examples_of: Callable[[int, int], Examples],
+    ) -> None:
+        """gradients_of(step, examples): of Σ w L, as the averaging gets them, and nothing else is changed.
+
+        examples_of(step, number): a micro-batch, read here.
+        """
+        self._every_steps, self._plan, self._workers, self._seed = every_steps, plan, workers, seed
+        self._names, self._parameters = list(parameters), list(parameters.values())
+        self._gradients_of, self._examples_of = gradients_of, examples_of
+        self._seen: _Seen | None = None
+
+    def watch(self, step: int, norms: MicroBatchNorms | None) -> MicroBatchNorms | None:
+        """What the averaging of this step is given as its norms."""
+        self._seen = None
+        if (step + 1) % self._every_steps:
+            return norms
+        self._seen = _Seen(self._parameters, self.leaf(step), self._workers.device)
+        return self._seen
+
+    def leaf(self, step: int) -> int:
+        """The number of the micro-batch that is computed again."""
+        return mix(self._seed, step, _CHOICE) % self._num_leaves(step)
+
+    def owner(self, step: int) -> int:
+        """The worker that has computed it."""
+        num_leaves, num_workers = self._num_leaves(step), self._workers.num_workers
+        edges = [cut(num_leaves, num_workers, rank + 1) for rank in range(num_workers)]
+        return next(rank for rank, edge in enumerate(edges) if self.leaf(step) < edge)
+
+    def check(self, shard: Shard) -> None:
+        """ComputedWrongly, on every worker alike and before gradients are averaged, where bits differ."""
+        if self._seen is None:
+            return
+        step, rank = shard.step, self._workers.rank
+        owner, checker, third = self._judges(step)
+        again = self._sums(step) if rank == checker else None
+        mine = {
+            "parameters": [int(checksum([p], self._workers.device)) for p in self._parameters],
+            "first": self._seen.sums() if rank == owner else None,
+            "again": again,
+        }
+        of_workers = self._workers.gather(mine)
+        self._compare_parameters(step, [one["parameters"] for one in of_workers])
+        first, again = of_workers[owner]["first"], of_workers[checker]["again"]
+        if first != again:
+            self._vote(step, first, again, third)
+
+    def _judges(self, step: int) -> tuple[int, int, int | None]:
+        """(owner, who computes it again, who votes); with one worker it is always the same one, with two none votes."""
+        num_workers, owner = self._workers.num_workers, self.owner(step)
+        if num_workers == 1:
+            return owner, owner, owner
+        distance = 1 + mix(self._seed, step, _CHOICE, 1) % (num_workers - 1)
+        checker = (owner + distance) % num_workers
+        others = [rank for rank in range(num_workers) if rank not in (owner, checker)]
+        return owner, checker, others[0] if others else None
+
+    def _vote(self, step: int, first: Sums | None, again: Sums, third: int | None) -> None:
+        owner, checker, _ = self._judges(step)
+        voters = [third] if third is not None else [owner, checker]
+        votes = self._workers.gather(self._sums(step) if self._workers.rank in voters else None)
+        if third is not None:
+            agrees = {"again": votes[third] == again, "first": votes[third] == first}
+            guilty = [owner] if agrees["again"] else [checker] if agrees["first"] else [owner, checker, third]
+        else:  # whoever does not agree with itself, or with the other once it has computed again
+            guilty = [rank for rank, other in ((owner, again), (checker, first)) if votes[rank] == other]
+            guilty = guilty if len(guilty) == 1 else [owner, checker]
+        names = [name for name, a, b in zip(self._names, first or again, again, strict=True) if a != b]
+        raise ComputedWrongly(
+            f"step {step + 1}: the gradient of micro-batch {self.leaf(step)} (of {', '.join(names[:3])}"
+            f"{', …' if len(names) > 3 else ''}), computed by worker {owner}, has other bits when worker {checker} "
+            f"computes it. {self._convict(guilty, by_vote=third is not None)}"
+        )
+
+    def _compare_parameters(self, step: int, of_workers: list[Sums]) -> None:
+        if all(one == of_workers[0] for one in of_workers):
+            return
+        usual = max(of_workers, key=lambda one: (of_workers.count(one), one == of_workers[0]))
+        has_majority = of_workers.count(usual) * 2 > len(of_workers)
+        guilty = [rank for rank, one in enumerate(of_workers) if one != usual or not has_majority]
+        names = [name for n, name in enumerate(self._names) if any(one[n] != of_workers[0][n] for one in of_workers)]
+        raise ComputedWrongly(
+            f"step {step + 1}: the workers' copies of {', '.join(names[:3])}{', …' if len(names) > 3 else ''} differ "
+            f"before the update, which they did not after the last one that was compared. "
+            f"{self._convict(guilty, by_vote=has_majority)}"
+        )
+
+    def _sums(self, step: int) -> Sums:
+        gradients = self._gradients_of(step, self._examples_of(step, self.leaf(step)))
+        device = self._workers.device
+        return [int(checksum([gradients[p]], device)) if p in gradients else 0 for p in self._parameters]
+
+    def _convict(self, guilty: Sequence[int], *, by_vote: bool) -> str:
+        """Called by all workers alike."""
+        device = self._workers.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        places = self._workers.gather([socket.gethostname(), f"{device} ({name})" if name != "cpu" else "cpu"])
+        named = [f"worker {rank} (host {places[rank][0]}, device {places[rank][1]})" for rank in guilty]
+        judged = f"By vote it is {named[0]} that is wrong" if by_vote and len(named) == 1 else None
+        judged = judged or (f"{named[0]} is wrong" if len(named) == 1 else f"It is one of {', '.join(named)}")
+        return (
+            f"{judged}: its processor, memory or device computes other bits than the rest. The step was not made. Take "
+            "it out of service and start again: the same command goes on from the newest checkpoint."
+        )
+
+    def _num_leaves(self, step: int) -> int:
+        return self._plan.num_micro_batches(self._plan.minibatch(step).size)

@@ -1,0 +1,124 @@
+"""One run from its configuration to its results, on one worker: compose → workers → build → fit → results.
+
+Apart from the command because torch takes seconds to import, for which --help, tab completion and the parent of a sweep
+need not wait.
+"""
+
+import faulthandler
+import json
+import os
+import sys
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mbgd import versions
+from mbgd.building.build import build_trainer, resolved_yaml, run_name, typed
+from mbgd.checkpoints import saving
+from mbgd.checks.same_program import check_same_config
+from mbgd.cli import launching, telling, tracebacks
+from mbgd.config import Config, identity
+from mbgd.errors import FAILED, ComputedWrongly, NotSaved, Preempted, ReplicasDiffer, UsageError, WorkersLost
+from mbgd.measuring import profiling
+from mbgd.runs import wording
+from mbgd.runs.resume import resume
+from mbgd.runs.run_folder import RunFolder, open_run_folder
+from mbgd.runs.trackers import check_installed, open_trackers
+from mbgd.text.escaping import plain
+from mbgd.tracking import Trackers, told_of_its_end
+from mbgd.trainer import Result
+from mbgd.workers.group import start_workers
+from mbgd.workers.log import start_log, write_to_log_alone
+from mbgd.workers.preemption import EXIT_CODE, StopOnSignal
+
+
+def run(composed: Any, choices: Mapping[str, Any]) -> None:
+    """Train what Hydra has composed from the `choices` of the configuration's groups."""
+    config = typed(composed)
+    check_installed(config.tracking)
+    trackers = Trackers()
+    with told_of_its_end(trackers):  # after the last barrier: no worker waits for what the main one still uploads
+        done = _train(composed, config, choices, trackers)
+    if done is not None and not config.tracking.quiet:
+        result, folder = done
+        print(wording.describe_end(result, folder.path))
+
+
+def _train(
+    composed: Any, config: Config, choices: Mapping[str, Any], trackers: Trackers
+) -> tuple[Result, RunFolder] | None:
+    """Train on this worker; on the main one also open the trackers, and give what came of it and the locked folder."""
+    backend = config.backend
+    with start_workers(backend.name.value, backend.timeout_seconds, device=backend.device.value) as workers:
+        text = resolved_yaml(composed)
+        plain = yaml.safe_load(text)
+        check_same_config(workers, plain)
+        trainer = build_trainer(config, workers)
+        name = run_name(config.run, choices)
+        folder = open_run_folder(config.run, name, workers, may_hold_a_run=config.resume != "never")
+        start_log(folder.log_path(workers.rank), workers.rank, workers.num_workers)
+        if not resume(trainer, folder, config, plain):
+            if workers.is_main:
+                print(f"{folder.path} holds this run already, complete; give another run.dir for a new one.")
+            return None
+        profiler = profiling.create(config.profile, folder.path, workers, quiet=config.tracking.quiet)
+        checkpoints = saving.create(config.checkpoint, folder.path, folder.checkpoints_path, identity(plain), workers)
+        if workers.is_main:
+            tell_of_another_version(folder.path)
+            folder.write_config(text)
+            open_trackers(trackers, config, folder, trainer)
+        try:
+            result = trainer.fit(trackers, checkpoints, StopOnSignal(workers), profiler)
+            if workers.is_main:
+                folder.write_results(result, trainer)
+        except UsageError as error:
+            error.exit_code = FAILED
+            raise
+        except Preempted as stopped:
+            stopped.folder = str(folder.path)
+            raise
+    return (result, folder) if workers.is_main else None
+
+
+def run_or_explain(composed: Any, choices: Mapping[str, Any]) -> None:
+    """`run`; what ends it is told in a few lines, once for all workers, and the whole of it stands in the log."""
+    faulthandler.enable(all_threads=True)
+    try:
+        run(composed, choices)
+    except Preempted as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{stopped}; {how_to_go_on(stopped.folder)}", flush=True)
+        sys.exit(EXIT_CODE)
+    except Exception as error:  # also whatever a part of the user's raises
+        log = write_to_log_alone(traceback.format_exc())
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            traceback.print_exc()
+        said, of_user = str(error), ""
+        if isinstance(error, UsageError):
+            of_user = tracebacks.of_user(error.__cause__) if error.__cause__ is not None else ""
+        elif not isinstance(error, WorkersLost | ReplicasDiffer | ComputedWrongly | NotSaved):
+            of_user = tracebacks.of_user(error) or tracebacks.of_ours(error)
+            said = f"training raised {type(error).__name__}{f', all of it in {plain(log)}' if log else ''}"
+        telling.tell("\n".join(filter(None, (said, of_user))), is_consequence=isinstance(error, WorkersLost))
+        sys.exit(error.exit_code if isinstance(error, UsageError) else FAILED)
+
+
+def how_to_go_on(folder: str) -> str:
+    """The command that goes on with a run that was stopped, where it is known, ready to paste."""
+    command = os.environ.get(launching.COMMAND)
+    if command is None:
+        return f"the same command goes on from there if it names the run: run.dir={plain(folder)}"
+    return f"saved in {plain(folder)}. To go on: {launching.with_folder(command, folder)}"
+
+
+def tell_of_another_version(folder: Path) -> None:
+    """Where a run goes on that another mbgd has begun."""
+    try:
+        before = json.loads((folder / "run.json").read_bytes())["environment"]["mbgd"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if before != versions.of_mbgd():
+        print(f"note: mbgd {plain(before)} began this run; mbgd {versions.of_mbgd()} goes on with it", flush=True)

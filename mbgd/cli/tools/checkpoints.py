@@ -1,0 +1,92 @@
+"""The checkpoints of a run: which there are, whether they are whole, and a model out of one."""
+
+import argparse
+from pathlib import Path
+
+from safetensors.torch import save
+from torch import Tensor
+
+from mbgd.checkpoints import format as checkpoint
+from mbgd.checkpoints.snapshot import Snapshot
+from mbgd.config import Direction
+from mbgd.errors import UsageError
+from mbgd.files.atomic import write_atomically
+from mbgd.files.reading import Unreadable
+from mbgd.runs.run_folder import RunFolder
+from mbgd.text.escaping import plain
+
+DESCRIPTION = "list and verify the checkpoints of a run, or export a model from one"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help="the run's folder")
+    parser.add_argument("--export", type=Path, metavar="FILE", help="write a model there, as .safetensors")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--step", type=int, help="the step to export; the newest whole checkpoint if left out")
+    which.add_argument("--best", action="store_true", help="export the best by the run's checkpoint.best")
+
+
+def main(parsed: argparse.Namespace) -> int:
+    """Print a line for each; 0 if all are whole, 1 if one is broken."""
+    folder = RunFolder(parsed.run)
+    problems = {path: checkpoint.verify(path) for path in checkpoint.complete(folder.checkpoints_path)}
+    if not problems:
+        raise UsageError(f"{parsed.run} holds no checkpoints. Name the folder of a run, which train.py prints.")
+    best = _best(folder)
+    if parsed.export is not None:
+        return _export(_choose(problems, parsed, best), parsed.export)
+    for path, problem in problems.items():
+        size = sum(file.lstat().st_size for file in path.iterdir()) if path.is_dir() else 0
+        line = f"step {checkpoint.step_of(path):>9,}  {size / 2**20:>9,.1f} MiB  {problem or 'whole'}"
+        print(line + (f", the best: {plain(best[1])} {best[2]:.6g}" if best is not None and path == best[0] else ""))
+    return 1 if any(problems.values()) else 0
+
+
+def _best(folder: RunFolder) -> tuple[Path, str, float] | None:
+    """(checkpoint, metric, its value), by what the run's configuration calls the best."""
+    try:
+        settings = (folder.read_config() or {}).get("checkpoint") or {}
+    except Unreadable as error:
+        print(f"warning: {error} The best checkpoint is not known.")
+        return None
+    if settings.get("best") is None:
+        return None
+    found = checkpoint.best(
+        folder.checkpoints_path, settings["best"], highest=settings.get("direction") == Direction.maximize.value
+    )
+    return None if found is None else (found[0], settings["best"], found[1])
+
+
+def _choose(problems: dict[Path, str | None], parsed: argparse.Namespace, best: tuple[Path, str, float] | None) -> Path:
+    whole = [path for path, problem in problems.items() if problem is None]
+    if parsed.best:
+        if best is None:
+            raise UsageError(f"{parsed.run} keeps no best checkpoint: it was not trained with checkpoint.best=METRIC.")
+        whole = [path for path in whole if path == best[0]]
+    elif parsed.step is not None:
+        whole = [path for path in whole if checkpoint.step_of(path) == parsed.step]
+    if not whole:
+        which = "best" if parsed.best else f"step {parsed.step}" if parsed.step is not None else "any step"
+        raise UsageError(f"there is no whole checkpoint of {which} to export.")
+    return whole[0]
+
+
+def _export(path: Path, target: Path) -> int:
+    snapshot, _ = checkpoint.read(path)
+    if "model" not in snapshot.tensors:
+        raise UsageError(f"{path} holds no model.")
+    try:
+        write_atomically(target, save(_model(snapshot)))
+    except OSError as error:
+        raise UsageError(f"{plain(target)} cannot be written: {error.strerror or error}.") from error
+    print(f"the model after step {snapshot.step} is in {target}")
+    return 0
+
+
+def _model(snapshot: Snapshot) -> dict[str, Tensor]:
+    """What `load_state_dict` of the model takes; checkpoints of older versions do not tell it from other buffers."""
+    tensors = snapshot.tensors["model"]
+    names = snapshot.values.get("export")
+    if not isinstance(names, dict) or not set(names.values()) <= tensors.keys():
+        return dict(tensors)
+    return {name: tensors[kept].clone() for name, kept in names.items()}

@@ -1,0 +1,90 @@
+"""Values of the settings' fields: converted to the types that the fields are declared with, or refused by name."""
+
+import os
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from enum import Enum
+from numbers import Integral, Real
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from mbgd.errors import UsageError
+from mbgd.text.suggestions import did_you_mean
+
+
+class Typed:
+    """Base of frozen dataclasses whose fields hold what they are declared to hold: the name of an enum's member becomes
+    the member, numpy's numbers become Python's. UsageError, naming the field, where a value does not fit."""
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            given = f"{type(self).__name__}({field.name}={value!r})"
+            object.__setattr__(self, field.name, converted(given, value, hints[field.name]))
+
+
+def converted(given: str, value: Any, wanted: Any) -> Any:
+    """`value` as the type that is wanted; UsageError, beginning with what was `given`, where it does not fit."""
+    if wanted is Any:
+        return value
+    kind, may_be_none = _without_none(wanted)
+    if value is None and may_be_none:
+        return None
+    origin: Any = get_origin(kind) or kind
+    if issubclass(origin, Enum):
+        return _member(given, value, origin)
+    if issubclass(origin, Typed):
+        if isinstance(value, origin):
+            return value
+        raise UsageError(f"{given}: it takes mbgd.{origin.__name__}({fields(origin)[0].name}=…).")
+    if origin not in WORDS:  # a type that only its user can check
+        return value
+    result = _plain(value, origin)
+    if result is None:
+        raise UsageError(f"{given}: it takes {WORDS[origin]}{' or None' if may_be_none else ''}.")
+    return result
+
+
+def _without_none(wanted: Any) -> tuple[Any, bool]:
+    """The one type of `X | None`, object where it is one of several, and whether None is allowed."""
+    if get_origin(wanted) not in (Union, types.UnionType):
+        return wanted, False
+    kinds = [one for one in get_args(wanted) if one is not type(None)]
+    return kinds[0] if len(kinds) == 1 else object, len(kinds) < len(get_args(wanted))
+
+
+def _member(given: str, value: Any, choices: type[Enum]) -> Enum:
+    if isinstance(value, choices):
+        return value
+    names = [str(one.value) for one in choices]
+    if isinstance(value, str) and value in names:
+        return choices(value)
+    raise UsageError(f"{given}: it is one of {', '.join(names)}.{did_you_mean(str(value), names)}")
+
+
+WORDS = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    list: "a list of texts",
+    dict: "a dict with names as keys",
+}
+
+
+def _plain(value: Any, kind: type) -> Any:
+    """`value` as a Python object of this type; None where it is of another kind. True is not a number."""
+    is_bool = type(value).__name__ in ("bool", "bool_")  # numpy's too
+    if kind is bool:
+        return bool(value) if is_bool else None
+    if kind is int:
+        return int(value) if isinstance(value, Integral) and not is_bool else None
+    if kind is float:
+        return float(value) if isinstance(value, Real) and not is_bool else None
+    if kind is str:
+        return os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if kind is list:
+        is_list = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+        return list(value) if is_list and all(isinstance(one, str) for one in value) else None
+    return dict(value) if isinstance(value, Mapping) and all(isinstance(one, str) for one in value) else None

@@ -1,0 +1,319 @@
+"""The typed settings of a run, and the rules that hold between them. Pure: no Hydra, no torch.distributed.
+
+`conf/` gives the values and comments; these classes give types, units and rules.
+"""
+
+import math
+import re
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from mbgd.config.course import identity as identity
+from mbgd.config.field_types import Typed
+
+
+class Precision(Enum):
+    """Parameters' dtype and the dtype of the forward computation."""
+
+    fp64 = "fp64"
+    fp32 = "fp32"
+    bf16 = "bf16"  # parameters fp32, forward under autocast
+    fp16 = "fp16"  # parameters fp32, forward under autocast, loss scaling
+
+
+class Last(Enum):
+    """What happens to an epoch's short last minibatch."""
+
+    keep = "keep"
+    drop = "drop"
+
+
+class AveragingName(Enum):
+    auto = "auto"  # shared_memory where the workers are CPU workers that can share it, otherwise ddp
+    ddp = "ddp"
+    shared_memory = "shared_memory"
+    reproducible = "reproducible"
+
+
+class BackendName(Enum):
+    auto = "auto"
+    gloo = "gloo"
+    nccl = "nccl"
+
+
+class DeviceName(Enum):
+    auto = "auto"  # cuda where the backend is nccl, otherwise cpu
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+@dataclass(frozen=True)
+class Batch(Typed):
+    size: int = 64
+    """Examples of one optimizer step, all workers together."""
+    micro_batch_size: int | None = None
+    """Largest number of examples in one forward/backward; None: each worker's share in one."""
+    last: Last = Last.keep
+
+
+@dataclass(frozen=True)
+class Averaging(Typed):
+    name: AveragingName = AveragingName.auto
+    find_unused_parameters: bool | None = None
+    """Whether the parameters that take part may differ from step to step; None: found out at the start."""
+    num_threads: int | None = None
+    """Threads of each CPU worker; None: 1 with reproducible, whose bits depend on it, otherwise as torch finds it."""
+
+
+@dataclass(frozen=True)
+class Evaluation(Typed):
+    every_steps: int | None = None
+    """Optimizer steps between evaluations; None: at the end of each epoch. There is always one at the end."""
+    batch_size: int = 256
+    """Largest number of examples in one forward."""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    """Metrics of the whole evaluation set by name: what has update(outputs, targets), compute() and reset()."""
+
+
+@dataclass(frozen=True)
+class NoiseScale(Typed):
+    every_steps: int | None = 50
+    """Optimizer steps between measurements of the gradient's noise; None: not measured."""
+    smoothing: int = 20
+    """Measurements over which it is averaged: the weight of older ones falls exponentially."""
+
+
+@dataclass(frozen=True)
+class Check(Typed):
+    replicas_every_steps: int | None = None
+    """Optimizer steps between comparisons of the workers' copies of the state; None: before each evaluation alone."""
+    recompute_every_steps: int | None = None
+    """Optimizer steps between those in which a micro-batch is computed again on another worker; None: never."""
+
+
+@dataclass(frozen=True)
+class Settings(Typed):
+    """What training depends on beside the model, the data, the objective and the optimizer."""
+
+    seed: int = 0
+    epochs: int | None = 1
+    steps: int | None = None
+    """Optimizer steps; None: `epochs` passes over the training examples."""
+    batch: Batch = field(default_factory=Batch)
+    precision: Precision = Precision.fp32
+    averaging: Averaging = field(default_factory=Averaging)
+    clip_norm: float | None = None
+    """Largest Euclidean norm of the mean gradient; None: not clipped."""
+    schedule: Any = None
+    """A function of the step (counted from 0) that gives a factor for the learning rate; None: 1."""
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    log_every_steps: int = 50
+    noise_scale: NoiseScale = field(default_factory=NoiseScale)
+    check: Check = field(default_factory=Check)
+
+
+@dataclass(frozen=True)
+class Backend(Typed):
+    name: BackendName = BackendName.auto
+    device: DeviceName = DeviceName.auto
+    """What the workers compute on. Over gloo, several workers may share a GPU."""
+    timeout_seconds: float = 600.0
+    """How long a collective waits for a worker before the run ends with an error."""
+
+
+@dataclass(frozen=True)
+class Run(Typed):
+    dir: str | None = None
+    """The run's folder; None: a new one under `root`."""
+    name: str | None = None
+    """What the name of a new folder contains; None: the experiment, or model and data."""
+    id: str | None = None
+    """Names the folder; None: made from the time, the name, and the id of torchrun or SLURM or a random one."""
+    root: str = "runs"
+
+
+class Direction(Enum):
+    """Which values of a metric are better."""
+
+    minimize = "minimize"
+    maximize = "maximize"
+
+
+@dataclass(frozen=True)
+class Sweep(Typed):
+    metric: str = "eval/loss"
+    """What a sweep's jobs are ranked by."""
+    direction: Direction = Direction.minimize
+    target: float | None = None
+    """Value of the metric whose steps and examples the result tells; None: it does not."""
+
+
+@dataclass(frozen=True)
+class Checkpoint(Typed):
+    every_steps: int | None = None
+    """Optimizer steps between checkpoints; None: by time alone. There is always one at the end."""
+    every_seconds: float | None = 300.0
+    """Seconds between checkpoints; None: by steps alone."""
+    keep: int = 2
+    """How many of the newest are kept."""
+    best: str | None = None
+    """A metric of the evaluation whose best checkpoint is kept too, such as eval/accuracy; None: the newest alone."""
+    direction: Direction = Direction.minimize
+    """Which of its values are better."""
+    memory_every: int | None = None
+    """Optimizer steps between snapshots in the host's memory, for workers that restart there; None: none."""
+    required: bool = False
+    """End the run where a checkpoint cannot be written."""
+
+
+class WandbMode(Enum):
+    auto = "auto"  # online where there is a key, offline elsewhere; WANDB_MODE decides where it is set
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+@dataclass(frozen=True)
+class Wandb(Typed):
+    mode: WandbMode = WandbMode.disabled
+    project: str = "mbgd"
+    entity: str | None = None
+    """The user or team; None: the key's own."""
+    group: str | None = None
+    """Runs of one name are shown together, such as a sweep's."""
+    name: str | None = None
+    """What the run is called; None: as its folder."""
+    tags: list[str] = field(default_factory=list)
+    log_checkpoints: bool = False
+    """Upload the last and the best checkpoint at the end."""
+    init_timeout_seconds: float = 30.0
+    """How long a server may take to answer at the start before the run goes on offline."""
+    finish_seconds: float = 20.0
+    """How long the end of training waits for uploads."""
+
+
+@dataclass(frozen=True)
+class Tracking(Typed):
+    quiet: bool = False
+    """Print nothing but warnings and errors."""
+    report: bool = True
+    """Write `report.html` at the end."""
+    tensorboard: bool = False
+    wandb: Wandb = field(default_factory=Wandb)
+
+
+@dataclass(frozen=True)
+class Config(Settings):
+    """The whole configuration of `train.py`. Fields of type Any are nodes with a `_target_` of the user's choice."""
+
+    backend: Backend = field(default_factory=Backend)
+    run: Run = field(default_factory=Run)
+    sweep: Sweep = field(default_factory=Sweep)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    tracking: Tracking = field(default_factory=Tracking)
+    resume: str = "auto"
+    """auto: go on where the run's own folder ends; never; or the path of another run or checkpoint to go on from."""
+    resume_force: bool = False
+    """Go on even if what alters the course of training has changed."""
+    profile: str | None = None
+    """steps:10-20: a trace of these optimizer steps, counted from 1; None: none."""
+    data: Any = None
+    model: Any = None
+    objective: Any = None
+    optimizer: Any = None
+
+
+def profiled_steps(profile: str) -> range:
+    """The steps that `profile` names, the first of all being 1; empty where it names none."""
+    named = re.fullmatch(r"steps:([1-9]\d*)-(\d+)", profile)
+    return range(int(named[1]), int(named[2]) + 1) if named else range(0)
+
+
+def problems(settings: Settings) -> list[str]:
+    """Every rule between the settings that is broken, each as what, got, rule, remedy."""
+    batch = settings.batch
+    found = []
+    if not 0 <= settings.seed < 2**63:
+        found.append(f"seed={settings.seed}; it must be from 0 to 2^63 − 1.")
+    if batch.size < 1:
+        found.append(f"batch.size={batch.size}; a minibatch has at least 1 example.")
+    if batch.micro_batch_size is not None and not 1 <= batch.micro_batch_size <= max(batch.size, 1):
+        found.append(
+            f"batch.micro_batch_size={batch.micro_batch_size} with batch.size={batch.size}; a micro-batch has from 1 "
+            "example to the whole minibatch. Make it smaller, or null to give each worker one micro-batch."
+        )
+    num_threads = settings.averaging.num_threads
+    if num_threads is not None and num_threads < 1:
+        found.append(f"averaging.num_threads={num_threads}; a worker has at least 1 thread; null: torch's choice.")
+    if settings.steps is None and settings.epochs is None:
+        found.append("steps=null and epochs=null; set one of them.")
+    for name, value in (("steps", settings.steps), ("epochs", settings.epochs)):
+        if value is not None and value < 0:
+            found.append(f"{name}={value}; it must be ≥ 0.")
+    evaluation, noise = settings.evaluation, settings.noise_scale
+    found += _too_small(
+        ("log_every_steps", settings.log_every_steps, ""),
+        ("evaluation.every_steps", evaluation.every_steps, ", or null to evaluate after each epoch"),
+        ("evaluation.batch_size", evaluation.batch_size, ""),
+        ("check.replicas_every_steps", settings.check.replicas_every_steps, ", or null for each evaluation alone"),
+        ("check.recompute_every_steps", settings.check.recompute_every_steps, ", or null for never"),
+        ("noise_scale.every_steps", noise.every_steps, ", or null not to measure it"),
+        ("noise_scale.smoothing", noise.smoothing, " (1: each measurement by itself)"),
+    )
+    recompute = settings.check.recompute_every_steps
+    if recompute is not None and settings.averaging.name is not AveragingName.reproducible:
+        found.append(
+            f"check.recompute_every_steps={recompute} with averaging={settings.averaging.name.value}; only with "
+            "averaging=reproducible has a micro-batch's gradient the same bits on every worker. Use that, or null."
+        )
+    found += _not_positive(("clip_norm", settings.clip_norm, ", or null to leave gradients as they are"))
+    if isinstance(settings, Config):
+        found += _problems_of_a_run(settings)
+    elif settings.schedule is not None and not callable(settings.schedule):
+        found.append(
+            f"schedule={settings.schedule!r}; it must be a function of the step, such as "
+            "mbgd.schedule.Cosine(num_steps=1000), or None."
+        )
+    return found
+
+
+def _problems_of_a_run(config: Config) -> list[str]:
+    checkpoint, wandb = config.checkpoint, config.tracking.wandb
+    found = _too_small(
+        ("checkpoint.every_steps", checkpoint.every_steps, ", or null to go by time alone"),
+        ("checkpoint.memory_every", checkpoint.memory_every, ", or null for none"),
+        ("checkpoint.keep", checkpoint.keep, ": the newest checkpoint is kept"),
+    )
+    found += _not_positive(
+        ("checkpoint.every_seconds", checkpoint.every_seconds, ", or null to go by steps alone"),
+        ("backend.timeout_seconds", config.backend.timeout_seconds, ""),
+        ("tracking.wandb.init_timeout_seconds", wandb.init_timeout_seconds, ""),
+        ("tracking.wandb.finish_seconds", wandb.finish_seconds, ""),
+    )
+    if config.sweep.target is not None and not math.isfinite(config.sweep.target):
+        found.append(f"sweep.target={config.sweep.target}; it must be a finite number, or null for none.")
+    if config.profile is not None and not profiled_steps(config.profile):
+        found.append(
+            f"profile={config.profile}; it must name the first and the last of some optimizer steps, counted "
+            "from 1, such as steps:10-20, or be null."
+        )
+    texts = {f"run.{name}": value for name, value in vars(config.run).items()}
+    texts |= {"resume": config.resume, "checkpoint.best": checkpoint.best, "sweep.metric": config.sweep.metric}
+    return found + [f"{name} is empty; leave it out, or give a value." for name, text in texts.items() if text == ""]
+
+
+def _too_small(*numbers: tuple[str, int | None, str]) -> list[str]:
+    return [
+        f"{name}={value}; it must be ≥ 1{otherwise}."
+        for name, value, otherwise in numbers
+        if value is not None and value < 1
+    ]
+
+
+def _not_positive(*numbers: tuple[str, float | None, str]) -> list[str]:
+    return [
+        f"{name}={value}; it must be a finite number > 0{otherwise}."
+        for name, value, otherwise in numbers
+        if value is not None and not 0 < value < math.inf
+    ]

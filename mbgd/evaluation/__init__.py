@@ -1,0 +1,1 @@
+"""Exact means and metrics over evaluation sets."""

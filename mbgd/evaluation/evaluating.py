@@ -1,0 +1,153 @@
+"""Exact weighted means, and metrics of the whole set, over exactly the evaluation examples, by any workers."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mbgd.batches.loader import Data
+from mbgd.batches.plan import micro_batches
+from mbgd.batches.reading import Batches, read
+from mbgd.checks.preflight import NUM_EXAMPLES, check_targets, random_state_kept
+from mbgd.config import Settings
+from mbgd.errors import UsageError
+from mbgd.evaluation.metrics import Metrics, check
+from mbgd.step.finite import shown
+from mbgd.task.buffers import Buffers
+from mbgd.task.extra_state import extra_state_kept
+from mbgd.task.modes import evaluating
+from mbgd.task.objective import NUM_SUMS, PerExample, Totals
+from mbgd.task.precision import autocast, parameter_dtype
+from mbgd.task.task import Task
+from mbgd.workers.group import Workers
+
+
+class AddUp(Protocol):
+    """`Averaging.sum`."""
+
+    def __call__(self, leaves: Sequence[tuple[int, Tensor]], *, num_leaves: int, num_values: int) -> Tensor: ...
+
+
+class Evaluation:
+    """Evaluates a task on a dataset, every example exactly once, each worker its contiguous share."""
+
+    def __init__(
+        self,
+        task: Task,
+        buffers: Buffers,
+        data: Data,
+        settings: Settings,
+        workers: Workers,
+        *,
+        output_shape: torch.Size | None,
+    ) -> None:
+        """Tries the first and the last examples; UsageError where something is wrong with them.
+
+        output_shape: of the model, for a few examples.
+        """
+        self._task, self._buffers, self._data = task, buffers, data
+        self._workers, self._precision = workers, settings.precision
+        self._how: dict[str, Any] = {
+            "device": workers.device,
+            "dtype": parameter_dtype(settings.precision),
+            "seed": settings.seed,
+        }
+        self._metrics = Metrics(settings.evaluation.metrics, workers)
+        num_examples = len(data.evaluation)
+        self._num_parts = -(-num_examples // settings.evaluation.batch_size)
+        shard = micro_batches(0, num_examples, self._num_parts, workers.rank, workers.num_workers)
+        self._shard = [micro_batch for micro_batch in shard if micro_batch.counts]
+        check_targets(data.evaluation, task.given_objective, output_shape)
+        self.metric_names = self._try_out(num_examples, settings)
+        # One loader, whose processes serve all evaluations.
+        self._batches = Batches(
+            data.evaluation,
+            [np.arange(micro_batch.start, micro_batch.stop) for micro_batch in self._shard],
+            num_workers=data.num_workers,
+            keep_processes=True,
+            **self._how,
+        )
+
+    def _try_out(self, num_examples: int, settings: Settings) -> tuple[str, ...]:
+        """The names of the objective's metrics in an evaluation."""
+        names: tuple[str, ...] = ()
+        first, last = np.arange(num_examples)[:NUM_EXAMPLES], np.arange(num_examples)[-NUM_EXAMPLES:]
+        with random_state_kept(self._workers.device), self._evaluating():
+            for position, indices in (("first", first), ("last", last)):
+                with _told_of(position):
+                    (batch,) = read(self._data.evaluation, [indices], num_workers=0, **self._how)
+                    terms = self._task(batch, len(indices))
+                    names = self._names(terms, names if position == "last" else None)
+                    terms.sums(names)
+                if self._metrics and position == "first":
+                    check(settings.evaluation.metrics, terms)
+        return names
+
+    def _names(self, terms: PerExample, expected: tuple[str, ...] | None) -> tuple[str, ...]:
+        names = tuple(sorted(terms.metrics))
+        if expected is not None and names != expected:
+            raise UsageError(
+                f"the objective gives the metrics {', '.join(expected) or 'none'} for some evaluation examples and "
+                f"{', '.join(names) or 'none'} for others; their means need the same names for all."
+            )
+        return names
+
+    def __call__(self, add_up: AddUp) -> dict[str, float]:
+        """Mean loss and metrics, the same on every worker; the model is as it was afterwards.
+
+        add_up: adds up vectors over all workers.
+        """
+        leaves, predictions = [], []
+        with self._evaluating():
+            for micro_batch, batch in zip(self._shard, self._batches, strict=True):
+                terms = self._task(batch, micro_batch.size)
+                self._names(terms, self.metric_names)
+                leaves.append((micro_batch.number, terms.sums(self.metric_names)))
+                if self._metrics:
+                    predictions += [values.cpu() for values in terms.counted_predictions()]
+            num_values = NUM_SUMS + len(self.metric_names)
+            total = add_up(leaves, num_leaves=self._num_parts, num_values=num_values)
+            means = Totals(total, self.metric_names).means()
+        return {**means, **self._metrics(predictions)}
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Evaluation mode without gradients; what forwards make of buffers and other state is undone.
+
+        no_grad and not inference_mode, in which a model could not compute derivatives of its own.
+        """
+        self._buffers.start_step()
+        versions = [parameter._version for parameter in self._task.parameters()]
+        with (
+            evaluating(self._task),
+            extra_state_kept(self._task),
+            torch.no_grad(),
+            autocast(self._precision, self._workers.device),
+        ):
+            try:
+                yield
+            finally:
+                self._buffers.put_back()
+        now = zip(self._task.parameters_by_name().items(), versions, strict=True)
+        changed = [name for (name, parameter), version in now if parameter._version != version]
+        if changed and self._workers.num_workers > 1:
+            raise UsageError(
+                f"the forward in evaluation mode changes parameters in place ({shown(changed)}); "
+                "each worker evaluates other examples, so that the workers' copies would differ. Let the optimizer "
+                "alone change parameters."
+            )
+
+
+@contextmanager
+def _told_of(position: str) -> Iterator[None]:
+    """An exception of the user's code also says when it was raised."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"the {position} examples of the evaluation set, tried before training: {error}") from error
+    except Exception as error:
+        error.add_note(f"(the {position} examples of the evaluation set were tried before training)")
+        raise

@@ -1,0 +1,123 @@
+"""The small files of a run's folder, and what each may hold. Every reader of one reads it here.
+
+Known fields have types, which nothing is bent to fit; a field that is not there, or that is not known, is no mistake.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from mbgd.files.reading import Unreadable, read_json, read_yaml
+
+CONFIG, SUMMARY, RUN, MODEL = "config.yaml", "summary.json", "run.json", "model.safetensors"
+METRICS = "metrics.jsonl"
+OBJECTIVE = "objective.safetensors"
+"""Parameters and buffers of an objective that has some."""
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+Node = dict[str, Any]
+
+
+class Batch(msgspec.Struct):
+    size: Annotated[int, msgspec.Meta(ge=1, le=2**53)] | None = None
+    last: str | None = None
+
+
+class Best(msgspec.Struct):
+    best: str | None = None
+    direction: Literal["minimize", "maximize"] = "minimize"
+
+
+class Ranked(msgspec.Struct):
+    metric: str = "eval/loss"
+    direction: Literal["minimize", "maximize"] = "minimize"
+    target: float | None = None
+
+
+class Config(msgspec.Struct):
+    """What is read of config.yaml."""
+
+    data: Node = {}
+    batch: Batch | None = None
+    schedule: Node | None = None
+    evaluation: Node | None = None
+    checkpoint: Best | None = None
+    sweep: Ranked | None = None
+    tracking: Node | None = None
+
+
+class Summary(msgspec.Struct):
+    metrics: dict[str, float | str | None] = {}
+    weights_sha256: Sha256 | None = None
+    steps: Count | None = None
+    examples_seen: Count | None = None
+    examples_per_second: float | None = None
+    skipped_steps: Count | None = None
+    num_workers: Count | None = None
+    num_micro_batches: Count | None = None
+    averaging: str | None = None
+    conditions: dict[str, str | int | float | None] = {}
+    versions: dict[str, str] = {}
+    model_sha256: Sha256 | None = None
+    sha256: Sha256 | None = None
+
+
+class Code(msgspec.Struct):
+    commit: str = ""
+    dirty: bool = False
+
+
+class Ending(msgspec.Struct):
+    outcome: str
+    message: str
+
+
+class Run(msgspec.Struct):
+    """run.json."""
+
+    plan: dict[str, Any] = {}
+    environment: dict[str, Any] = {}
+    code: Code | None = None
+    script: str = ""
+    first_step: Count = 0
+    ending: Ending | None = None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The run's configuration; FileNotFoundError, or Unreadable."""
+    return read_yaml(folder / CONFIG, Config)
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """run.json; FileNotFoundError, or Unreadable."""
+    return read_json(folder / RUN, Run)
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """What the run came to; FileNotFoundError, or Unreadable, also where it has changed since it was written."""
+    summary = read_json(folder / SUMMARY, Summary)
+    if "sha256" in summary and summary["sha256"] != seal(summary):
+        raise Unreadable(folder / SUMMARY, "it has other content than was written")
+    return summary
+
+
+def read_or_tell(reader: Callable[[Path], dict[str, Any]], *, folder: Path, problems: list[str]) -> dict[str, Any]:
+    """What the reader gives of the folder, or nothing; a file that cannot be read is added to the problems."""
+    try:
+        return reader(folder)
+    except FileNotFoundError:
+        return {}
+    except Unreadable as error:
+        problems.append(f"{error.path.name} cannot be read: {error.reason}")
+        return {}
+
+
+def seal(values: Mapping[str, Any]) -> str:
+    """A hash of what a file says, which it carries itself under `sha256`."""
+    unsealed = {key: value for key, value in values.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(unsealed, sort_keys=True).encode()).hexdigest()

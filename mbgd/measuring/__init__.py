@@ -1,0 +1,1 @@
+"""How training goes: the clock, traces, and what is logged when."""

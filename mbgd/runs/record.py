@@ -1,0 +1,59 @@
+"""`run.json`: what a run's folder says of the run beside its configuration; and the page made from the folder."""
+
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mbgd import versions
+from mbgd.files import strict_json
+from mbgd.files.atomic import write_atomically
+from mbgd.runs.conditions import conditions
+from mbgd.runs.wording import plan_lines
+from mbgd.tracking.base import Ending, Metrics
+from mbgd.tracking.code_version import code_version
+from mbgd.trainer import Trainer
+
+
+class Record:
+    """Writes run.json at the start, how the run ended at the end, and then report.html if wanted."""
+
+    def __init__(self, folder: Path, trainer: Trainer, *, report: bool) -> None:
+        self._folder, self._report = folder, report
+        self._record: dict[str, Any] = {
+            "plan": plan_lines(trainer),
+            "environment": {
+                "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+                "host": platform.node(),
+                "platform": platform.platform(),
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "mbgd": versions.of_mbgd(),
+                "workers": trainer.workers.num_workers,
+                **conditions(trainer.plan, trainer.workers.device),
+            },
+            "script": sys.argv[0],
+            "code": code_version(sys.argv[0]),
+            "first_step": trainer.state.step,
+        }
+        self._write()
+
+    def progress(self, step: int) -> None:
+        pass
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        pass
+
+    def close(self, ending: Ending) -> None:
+        self._record["ending"] = {"outcome": ending.outcome.value, "message": ending.message}
+        self._write()
+        if self._report:
+            from mbgd.report import write_report
+
+            write_report([self._folder], self._folder / "report.html")
+
+    def _write(self) -> None:
+        write_atomically(self._folder / "run.json", (strict_json.dumps(self._record, indent=2) + "\n").encode())

@@ -1,0 +1,69 @@
+"""The plan of a run and what it came to, in words."""
+
+from pathlib import Path
+
+import torch
+
+from mbgd.batches.plan import Plan
+from mbgd.task import threads
+from mbgd.text.escaping import plain
+from mbgd.tracking.wording import describe
+from mbgd.trainer import Result, Trainer
+
+
+def describe_start(trainer: Trainer) -> str:
+    """The plan of a run in one block."""
+    return "\n".join(f"{name:<11} {value}" for name, value in plan_lines(trainer).items())
+
+
+def plan_lines(trainer: Trainer) -> dict[str, str]:
+    """The plan of a run, line by line."""
+    plan, workers = trainer.plan, trainer.workers
+    parameters = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    return {
+        "minibatch": describe_cut(plan),
+        "examples": f"{plan.num_examples:,} for training, {trainer.num_evaluation_examples:,} for evaluation",
+        "steps": f"{trainer.num_steps:,}, {plan.steps_per_epoch:,} an epoch",
+        "parameters": f"{parameters:,}, {trainer.settings.precision.value}",
+        "averaging": trainer.averaging_description,
+        "noise scale": trainer.noise_scale.describe(),
+        "device": f"{workers.device.type}, {count(torch.get_num_threads(), 'thread')} per worker"
+        + "".join(f" ({reason})" for reason in threads.why),
+    }
+
+
+def describe_folder(folder: Path) -> str:
+    return f"{'folder':<11} {plain(folder)}"
+
+
+def describe_end(result: Result, folder: Path) -> str:
+    """What a run came to, in a few lines."""
+    last = {name: value for name, value in result.metrics.items() if name.startswith("eval/")}
+    lines = {
+        "result": describe(last or {k: v for k, v in result.metrics.items() if k == "train/loss"}),
+        "speed": f"{result.examples_per_second:,.0f} examples/s",
+        "folder": plain(folder),
+    }
+    if result.num_skipped_steps:
+        lines["skipped"] = f"{count(result.num_skipped_steps, 'step')} whose gradients overflowed in fp16"
+    return "\n".join(f"{name:<11} {value}" for name, value in lines.items())
+
+
+def describe_cut(plan: Plan) -> str:
+    """For example: 256 = 2 workers × 2 micro-batches × 64."""
+    size = min(plan.minibatch_size, plan.num_examples)
+    num_micro_batches = plan.num_micro_batches(size)
+    per_worker, uneven_workers = divmod(num_micro_batches, plan.num_workers)
+    per_micro_batch, uneven_examples = divmod(size, num_micro_batches)
+    if uneven_workers or uneven_examples:
+        sizes = f"{per_micro_batch} or {per_micro_batch + 1}" if uneven_examples else str(per_micro_batch)
+        return (
+            f"{size} examples in {num_micro_batches} micro-batches of {sizes}, for {count(plan.num_workers, 'worker')}"
+        )
+    return f"{size} = {count(plan.num_workers, 'worker')} × {count(per_worker, 'micro-batch')} × {per_micro_batch}"
+
+
+def count(number: int, thing: str) -> str:
+    """1 worker, 2 workers, 3 micro-batches."""
+    plural = thing + ("es" if thing.endswith("ch") else "s")
+    return f"{number} {thing if number == 1 else plural}"

@@ -1,0 +1,103 @@
+"""The gradient noise scale: how noisy a minibatch's gradient is, and so which minibatch size is worth its price.
+
+With G the gradient over all examples and Σ the covariance of one example's gradient, the mean gradient g of n examples
+has variance E|g − G|² = tr Σ / n. Where n is far below B_simple = tr Σ / |G|², twice the examples make a step almost
+twice as good; far above it they are wasted (McCandlish et al. 2018, arXiv 1812.06162, section 2.2 and appendix A.1).
+
+Both parts follow from the gradients of the micro-batches that a minibatch is made of anyway. With N of them, of weights
+b_k, Σ b_k = B, mean gradients g_k, and Q = Σ (b_k / B) |g_k|²,
+
+    (Q − |g|²) / (N − 1)      has the mean E|g − G|², and
+    (N|g|² − Q) / (N − 1)     has the mean |G|²,
+
+however uneven the micro-batches are; the paper's formulas are those for one micro-batch against the whole.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mbgd.batches.plan import Plan
+from mbgd.config import NoiseScale as Settings
+
+NUM_NOISE_SUMS = 2
+
+
+def noise_sums(squared_norm: Tensor, weight: Tensor) -> Tensor:
+    """A micro-batch's part in the sums over all of a minibatch: |Σ w_i ∇L_i|² / Σ w_i, and 1 if it has weight.
+
+    Both arguments and what is returned are float64; shapes (), () and (NUM_NOISE_SUMS,).
+    """
+    has_weight = weight > 0
+    return torch.stack([torch.where(has_weight, squared_norm / weight, 0.0), has_weight.double()])
+
+
+def estimate(sums: Tensor, weight: float | Tensor, gradient_norm: Tensor) -> tuple[Tensor, Tensor]:
+    """Unbiased estimates of (E|g − G|², |G|²) from one minibatch; not finite where fewer than two micro-batches count.
+
+    sums: of `noise_sums` over its micro-batches; weight: B; gradient_norm: |g|.
+    """
+    mean_of_squares, num_parts = sums[0] / weight, sums[1]
+    square_of_mean = gradient_norm.double().square()
+    variance = (mean_of_squares - square_of_mean).clamp(min=0.0) / (num_parts - 1)  # never < 0, but for rounding
+    return variance, (num_parts * square_of_mean - mean_of_squares) / (num_parts - 1)
+
+
+class NoiseScale:
+    """Measures the noise in some steps and smooths it over them.
+
+    One minibatch says little of |G|², which its noise may hide. So n·E|g − G|² = tr Σ and |G|² are averaged apart, with
+    weights that fall exponentially into the past, and then divided.
+    """
+
+    def __init__(self, settings: Settings, plan: Plan, device: torch.device) -> None:
+        self._every_steps, self._plan = settings.every_steps, plan
+        self._size = min(plan.minibatch_size, plan.num_examples)
+        self._decay = 1.0 - 1.0 / settings.smoothing
+        self._sums = torch.zeros(3, dtype=torch.float64, device=device)  # of tr Σ, of |G|², of the weights
+
+    def measures(self, step: int) -> bool:
+        """Whether step number `step`, counted from 0, is measured; its minibatch must have parts to compare."""
+        if self._every_steps is None or (step + 1) % self._every_steps:
+            return False
+        return self._plan.num_micro_batches(self._plan.minibatch(step).size) > 1
+
+    def add(self, sums: Tensor, *, weight: int | Tensor, size: int, gradient_norm: Tensor) -> None:
+        """Take in a minibatch of so many examples; arguments as for `estimate`. One that overflowed is left out."""
+        variance, squared_gradient = estimate(sums, weight, gradient_norm)
+        new = torch.stack([size * variance, squared_gradient, torch.ones_like(variance)])
+        self._sums = torch.where(new.isfinite().all(), self._decay * self._sums + new, self._sums)
+
+    def metrics(self) -> dict[str, float]:
+        """What is logged, once something is measured; this waits for the device.
+
+        noise_scale: B_simple in examples, there once the gradient stands out of its noise. gradient_variance: E|g − G|²
+        of a whole minibatch.
+        """
+        if self._num_parts < 2 or self._every_steps is None:
+            return {}
+        noise, squared_gradient, weight = self._sums.tolist()
+        metrics = {"noise_scale": noise / squared_gradient} if squared_gradient > 0 else {}
+        return {**metrics, "gradient_variance": noise / weight / self._size} if weight else {}
+
+    def describe(self) -> str:
+        """Whether and from what it is measured, for people."""
+        if self._every_steps is None:
+            return "not measured"
+        if self._num_parts < 2:
+            remedy = f" (batch.micro_batch_size={self._size // 2})" if self._size > 1 else ""
+            return f"not measured: needs 2 micro-batches{remedy}"
+        return f"every {self._every_steps} steps, from {self._num_parts} micro-batches"
+
+    def values(self) -> list[float]:
+        """The state, as JSON can hold it; this waits for the device."""
+        values: list[float] = self._sums.tolist()
+        return values
+
+    def restore(self, values: Sequence[float]) -> None:
+        self._sums = self._sums.new_tensor(values)
+
+    @property
+    def _num_parts(self) -> int:
+        return self._plan.num_micro_batches(self._size)

@@ -1,0 +1,281 @@
+"""An optimizer's state for checkpoints: all that its `state_dict` holds, checked against what it makes itself."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from mbgd.errors import UsageError
+from mbgd.files.state_tree import Flattening, unflatten
+from mbgd.step.optimizer_trial import Kind, parameters_of, try_out
+
+
+@dataclass(frozen=True)
+class _Found:
+    """State read from a checkpoint, under this optimizer's numbers of parameters."""
+
+    state: dict[Any, Any]
+    more: dict[str, Any]
+    """What a class with a `state_dict` of its own keeps beside state and groups."""
+    groups: list[dict[str, Any]]
+
+
+class OptimizerState:
+    """What there is to save and restore of an optimizer.
+
+    Tensors are named by their paths: 0.exp_avg, or 3.preconditioners.1 where there are lists. The values say how they
+    are nested. Parameters are numbered in the order of the groups, as `state_dict` does.
+    """
+
+    def __init__(self, optimizer: Optimizer, *, has_schedule: bool, names: Mapping[Tensor, str] | None = None) -> None:
+        """has_schedule: the learning rate follows from the step, and is no state.
+
+        names: of the parameters, by which a checkpoint's are found again; without them their order counts.
+        """
+        self._optimizer = optimizer
+        self._parameters = parameters_of(optimizer)
+        self._not_moved = {"params", "param_names"} | ({"lr"} if has_schedule else set())
+        self._first_groups = [self._group(group) for group in optimizer.param_groups]
+        given = [name for group in optimizer.param_groups for name in group.get("param_names", ())]
+        by_order = given if len(given) == len(self._parameters) else [None] * len(self._parameters)
+        self._names = [(names or {}).get(p, name) for p, name in zip(self._parameters, by_order, strict=True)]
+
+    def problems(self) -> list[str]:
+        """What of the state a checkpoint cannot hold; to be asked once there is state, after the first step."""
+        try:
+            self._flatten()
+        except UsageError as error:
+            return [str(error)]
+        except Exception as error:  # of a state_dict of the user's own
+            return [f"the optimizer's state_dict() failed: {type(error).__name__}: {error}"]
+        return []
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of the state, by path, as they lie; complex ones as pairs of real numbers."""
+        return self._flatten()[0]
+
+    def values(self) -> dict[str, Any]:
+        """What else there is of state, as JSON can hold it."""
+        return self._flatten()[1]
+
+    def misfits(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> list[str]:
+        """What in a checkpoint's `tensors` and `values` cannot be state of this optimizer.
+
+        Fused kernels would read past the end of a tensor that is too small, or pair elements wrongly.
+        """
+        numbers, found = self._new_numbers(values)
+        if found:
+            return found
+        try:
+            loaded = _loaded(tensors, values)
+            paths = Flattening()
+            state = self._decode(values, loaded, numbers).state
+            for number, of_parameter in state.items():
+                paths(of_parameter, str(number))
+        except Exception as error:
+            return [f"optimizer state cannot be read ({type(error).__name__}: {error})"]
+        found += self._odd_keys(values, state)
+        for name in tensors.keys() - loaded.keys():
+            number = name.partition(".")[0]
+            is_known = number.isdecimal() and int(number) < len(self._parameters)
+            what = "nothing says what it is" if is_known else f"there are {len(self._parameters)} parameters"
+            found.append(f"optimizer state {name}: {what}")
+        found += [problem for name, one in paths.tensors.items() if (problem := self._misfit(name, one))]
+        if self._is_torchs and self._made is not None:  # torch's own make all at once, and need all
+            numbers_with_state = {str(number) for number, of_parameter in state.items() if of_parameter}
+            missing = [n for n in self._made if n.partition(".")[0] in numbers_with_state and n not in paths.tensors]
+            found += [f"optimizer state {name} is missing" for name in missing]
+        return found
+
+    def _odd_keys(self, values: Mapping[str, Any], state: Mapping[Any, Any]) -> list[str]:
+        """Keys of the state that are no parameter's number, where it has to be one, or that are there twice."""
+        of_parameters = range(len(self._parameters))
+        odd = [key for key in state if type(key) is not int or key not in of_parameters]
+        if not self._is_torchs:
+            odd = [key for key in odd if isinstance(key, int | float)]  # texts and the like may be keys of its own
+        found = [f"optimizer state {key!r}: it is of no parameter; there are {len(of_parameters)}" for key in odd]
+        entries = values.get("state")
+        if isinstance(entries, list) and len(entries) != len(state):
+            found.append("optimizer state: a parameter's is there twice")
+        return found
+
+    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Take over a checkpoint's state that fits; nothing of it is shared with `tensors` afterwards."""
+        numbers, _ = self._new_numbers(values)
+        loaded, paths = _loaded(tensors, values), Flattening()
+        for number, of_parameter in self._decode(values, loaded, numbers).state.items():
+            paths(of_parameter, str(number))
+        placed = {name: self._placed(one, paths.names.get(id(one))) for name, one in loaded.items()}
+        found = self._decode(values, placed, numbers)
+        whole = self._optimizer.state_dict()
+        more: dict[str, Any] = dict(found.more)
+        if "param_groups" in whole:
+            more["param_groups"] = [
+                group | moved for group, moved in zip(whole["param_groups"], found.groups, strict=True)
+            ]
+        if type(self._optimizer).load_state_dict is not Optimizer.load_state_dict:
+            self._optimizer.load_state_dict({**more, "state": found.state})
+            return
+        # torch's own casts state to the parameter's dtype and makes nonsense of texts: it gets the groups alone.
+        self._optimizer.load_state_dict({**more, "state": {}})
+        for key, value in found.state.items():
+            is_number = type(key) is int and key < len(self._parameters)
+            self._optimizer.state[self._parameters[key] if is_number else key] = value
+
+    def _flatten(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        whole = dict(self._optimizer.state_dict())
+        whole.pop("param_groups", None)
+        flattening = Flattening({id(p): "a parameter" for p in self._parameters})
+        try:
+            tree = {
+                "state": [[flattening(k, str(k)), flattening(v, str(k))] for k, v in whole.pop("state", {}).items()],
+                "more": {name: flattening(value, name) for name, value in whole.items()},
+                "groups": [
+                    {
+                        name: flattening(group[name], f"groups.{index}.{name}")
+                        for name, (value, holds_tensors) in self._group(group).items()
+                        if holds_tensors or (value, holds_tensors) != first.get(name)
+                    }
+                    for index, (group, first) in enumerate(
+                        zip(self._optimizer.param_groups, self._first_groups, strict=True)
+                    )
+                ],
+            }
+        except UsageError as error:
+            raise UsageError(f"optimizer state {error}") from error
+        parameters = [[name, list(p.shape)] for name, p in zip(self._names, self._parameters, strict=True)]
+        return flattening.tensors, {**tree, "parameters": parameters}
+
+    def _group(self, group: Mapping[str, Any]) -> dict[str, tuple[Any, bool]]:
+        """What an optimizer may move of a group's values: (as JSON, whether it holds tensors)."""
+        found = {}
+        for name, value in group.items():
+            if name in self._not_moved:
+                continue
+            flattening = Flattening()
+            try:
+                tree = flattening(value, name)
+            except UsageError:
+                continue  # a function, a module: a setting, not state
+            found[name] = tree, bool(flattening.tensors)
+        return found
+
+    def _new_numbers(self, values: Mapping[str, Any]) -> tuple[dict[int, int], list[str]]:
+        """A checkpoint's number of each parameter → this optimizer's; and what does not fit."""
+        now = [[name, list(p.shape)] for name, p in zip(self._names, self._parameters, strict=True)]
+        before = values.get("parameters", now)  # of an earlier version: by number
+        if len(values["groups"]) != len(self._first_groups):
+            return {}, [f"the optimizer had {len(values['groups'])} groups, it has {len(self._first_groups)}"]
+        if all(name is not None for name, _ in (*before, *now)):
+            numbers, found = {name: number for number, (name, _) in enumerate(now)}, []
+            for name in {name for name, _ in before} ^ numbers.keys():
+                found.append(f"optimizer parameter {name}: {'not before' if name in numbers else 'before, not now'}")
+            return {} if found else {number: numbers[name] for number, (name, _) in enumerate(before)}, found
+        shapes_before, shapes = [shape for _, shape in before], [shape for _, shape in now]
+        if shapes_before != shapes:
+            return {}, [f"the optimizer's parameters: shapes {shapes_before} before, {shapes} now"]
+        return {number: number for number in range(len(now))}, []
+
+    def _decode(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor], numbers: Mapping[int, int]) -> _Found:
+        def decode(tree: Any) -> Any:
+            return unflatten(tree, lambda name, _: tensors[name])
+
+        state: dict[Any, Any] = {}
+        for key, value in _state_tree(values, tensors):
+            decoded = decode(key)
+            state[numbers.get(decoded, decoded) if type(decoded) is int else decoded] = decode(value)
+        more = {name: decode(value) for name, value in values.get("more", {}).items()}
+        groups = [{name: decode(value) for name, value in group.items()} for group in values["groups"]]
+        return _Found(state, more, groups)
+
+    def _misfit(self, name: str, tensor: Tensor) -> str:
+        """What is wrong with a tensor of the state; nothing if it may be."""
+        parameter, got = self._parameter(name), Kind(tensor.shape, tensor.dtype, tensor.device)
+        if parameter is None:
+            return ""
+        of_parameter = f"optimizer state {name}: shape {tuple(got.shape)}, of a parameter {tuple(parameter.shape)}"
+        if self._made is None:
+            # A number for the whole parameter, or as the parameter, or sums over some of its dimensions.
+            fits = got.shape in ((), parameter.shape) or (
+                not self._is_fused
+                and len(got.shape) == parameter.dim()
+                and all(have in (1, want) for have, want in zip(got.shape, parameter.shape, strict=True))
+            )
+            return of_parameter if self._is_torchs and not fits else ""
+        made = self._made.get(name)
+        if made is None or (got.shape, got.dtype) == (made.shape, made.dtype):
+            return ""
+        if got.shape != made.shape:
+            return f"{of_parameter}; this optimizer makes {tuple(made.shape)}"
+        return f"optimizer state {name}: {got}, where this optimizer makes {made}"
+
+    def _placed(self, tensor: Tensor, name: str | None) -> Tensor:
+        """A copy of a checkpoint's tensor where this optimizer would have it."""
+        made = None if self._made is None or name is None else self._made.get(name)
+        parameter = None if name is None else self._parameter(name)
+        if parameter is None:
+            return tensor.clone()
+        device = parameter.device if made is None else made.device
+        if tensor.shape == parameter.shape:  # in memory as the parameter: fused kernels go through both in that order
+            return torch.empty_like(parameter, dtype=tensor.dtype, device=device, requires_grad=False).copy_(tensor)
+        return torch.empty_like(tensor, device=device).copy_(tensor)
+
+    def _parameter(self, name: str) -> Tensor | None:
+        number = name.partition(".")[0]
+        return self._parameters[int(number)] if number.isdecimal() and int(number) < len(self._parameters) else None
+
+    @property
+    def _is_torchs(self) -> bool:
+        return type(self._optimizer).__module__.startswith("torch.optim.")
+
+    @property
+    def _is_fused(self) -> bool:
+        return any(group.get("fused") for group in self._optimizer.param_groups)
+
+    @cached_property
+    def _made(self) -> dict[str, Kind] | None:
+        """What this optimizer makes of state in a step, by path; None where it cannot be tried out."""
+        try:
+            return try_out(self._optimizer)
+        except Exception:  # it wants a closure, holds what cannot be copied, …
+            return None
+
+
+def _loaded(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors that the values speak of."""
+    loaded: dict[str, Tensor] = {}
+
+    def load(name: str, is_complex: bool) -> None:
+        if name not in loaded:
+            loaded[name] = torch.view_as_complex(tensors[name]) if is_complex else tensors[name]
+
+    trees = [values.get("more", {}), values["groups"], _state_tree(values, tensors)]
+    _visit(trees, load)
+    return loaded
+
+
+def _visit(tree: Any, load: Any) -> None:
+    if isinstance(tree, Mapping):
+        if "tensor" in tree and isinstance(tree["tensor"], str):
+            load(tree["tensor"], bool(tree.get("complex")))
+        for value in tree.values():
+            _visit(value, load)
+    elif isinstance(tree, list | tuple):
+        for value in tree:
+            _visit(value, load)
+
+
+def _state_tree(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Sequence[Any]:
+    """[key, value] pairs of the state; a checkpoint of an earlier version has {"0.step": 3} beside its tensors."""
+    if not isinstance(values["state"], Mapping):
+        pairs: Sequence[Any] = values["state"]
+        return pairs
+    state: dict[int, list[Any]] = {}
+    for key, value in {**values["state"], **{name: {"tensor": name} for name in tensors}}.items():
+        number, _, name = key.partition(".")
+        state.setdefault(int(number), []).append([name, value])
+    return [[number, {"dict": pairs}] for number, pairs in state.items()]

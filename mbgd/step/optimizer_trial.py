@@ -1,0 +1,62 @@
+"""What state an optimizer makes, found out by a step of a copy of it."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mbgd.files.state_tree import Flattening
+
+STEP_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+
+
+@dataclass(frozen=True)
+class Kind:
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')} {tuple(self.shape)}"
+
+
+def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def try_out(optimizer: Optimizer) -> dict[str, Kind]:
+    """Step a copy of the optimizer; takes the memory of parameters, gradients and state for as long."""
+    copies: dict[int, Any] = {}
+    devices = {parameter.device for parameter in parameters_of(optimizer) if parameter.is_cuda}
+    with torch.random.fork_rng(devices=list(devices)):
+        for parameter in parameters_of(optimizer):
+            of_parameter = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+            if parameter.is_floating_point() or parameter.is_complex():
+                of_parameter.grad = torch.randn_like(of_parameter)
+            copies[id(parameter)] = of_parameter
+        tried = _copy(optimizer, copies)
+        type(tried).step(tried)  # not an attribute of the object, which may be the original's bound method
+    flattening = Flattening()
+    for key, value in tried.state_dict()["state"].items():
+        flattening(value, str(key))
+    return {name: Kind(one.shape, one.dtype, one.device) for name, one in flattening.tensors.items()}
+
+
+def _copy(optimizer: Optimizer, copies: dict[int, Any]) -> Optimizer:
+    """A deep copy that shares nothing, with `copies` in place of the parameters, by id; hooks of steps stay behind.
+
+    copy.deepcopy would leave out the attributes that own classes have.
+    """
+    twin: Optimizer = object.__new__(type(optimizer))
+    copies[id(optimizer)] = twin
+    attributes = {name: value for name, value in vars(optimizer).items() if name != "step"}
+    for value in attributes.values():
+        for inner in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(inner, Optimizer) and id(inner) not in copies:
+                _copy(inner, copies)
+    for name, value in attributes.items():
+        vars(twin)[name] = type(value)() if name in STEP_HOOKS else copy.deepcopy(value, copies)
+    return twin

@@ -1,0 +1,222 @@
+"""From the gradients' sum to the optimizer's step. The one division of the program is here."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from mbgd.config import Precision, Settings
+from mbgd.step.finite import Watch, Wrong
+from mbgd.step.optimizer_state import OptimizerState
+from mbgd.step.optimizers import step_of
+from mbgd.task.objective import PerExample
+from mbgd.task.trained import GradientHooks, Trained
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Euclidean norms in one step, each of shape (), on the device."""
+
+    gradient: Tensor
+    """Of the mean gradient, before clipping."""
+    change: tuple[Tensor, Tensor] | None
+    """Of the parameters before the update, and of what it added to them; known where it is wanted."""
+
+    def values(self) -> dict[str, float]:
+        """What is logged of them; this waits for the device."""
+        assert self.change is not None
+        gradient, parameters, update = torch.stack([self.gradient, *self.change]).tolist()
+        values = {"gradient_norm": gradient, "parameter_norm": parameters}
+        return {**values, "update_ratio": update / parameters} if parameters else values
+
+
+class Update:
+    """Divide by the minibatch's weight, clip, set the learning rate, and step the optimizer.
+
+    With precision fp16 the losses are scaled, so that small gradients do not vanish, and the gradients unscaled before
+    anything looks at them. A step whose gradients overflowed leaves the parameters as they are and is counted.
+    """
+
+    def __init__(
+        self,
+        trained: Trained,
+        optimizer: Optimizer,
+        settings: Settings,
+        device: torch.device,
+        watch: Watch,
+        *,
+        losses_per_example: int,
+    ) -> None:
+        self.watch = watch
+        self._trained, self._optimizer = trained, optimizer
+        self._optimizer_step = step_of(optimizer)
+        self.hooks = GradientHooks(trained)
+        self._clip_norm = settings.clip_norm
+        self._schedule = settings.schedule
+        self._base_rates = [group["lr"] for group in optimizer.param_groups]
+        names: dict[Tensor, str] = {parameter: name for name, parameter in trained.by_name.items()}
+        self.optimizer_state = OptimizerState(optimizer, has_schedule=settings.schedule is not None, names=names)
+        self._scaler: torch.amp.GradScaler | None = None
+        if settings.precision is Precision.fp16:
+            # torch's usual first scale is for a mean loss; ours is a sum over up to the whole minibatch's losses.
+            first_scale = 2.0 ** (16 - (settings.batch.size * losses_per_example - 1).bit_length())
+            self._scaler = torch.amp.GradScaler(device.type, init_scale=first_scale)
+        self._is_fused = all(group.get("fused") for group in optimizer.param_groups)
+        # A fused optimizer divides by its `grad_scale` as it reads the gradients, which costs nothing. That is the
+        # hook of torch.amp.GradScaler, whose scales are float32: exact for whole numbers up to 2^24.
+        self._divides_in_kernel = (
+            self._scaler is None
+            and self._clip_norm is None
+            and settings.batch.size <= 2**24
+            and getattr(optimizer, "_step_supports_amp_scaling", False)
+            and self._is_fused
+        )
+        self._ones: dict[int, Tensor] = {}
+        self._scales: dict[int, Tensor] = {}
+        self._device = device
+        self._num_skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self._skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
+
+    @property
+    def num_skipped(self) -> int:
+        """Steps skipped so far because of an overflow in fp16; this waits for the device."""
+        return int(self._num_skipped.item())
+
+    @property
+    def num_skipped_in_a_row(self) -> int:
+        """Steps skipped since the last one that was not; this waits for the device."""
+        return int(self._skipped_in_a_row.item())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The optimizer's state by <parameter's number>.<path>, as it lies."""
+        return self.optimizer_state.tensors()
+
+    def values(self) -> dict[str, Any]:
+        """What else there is of state, as JSON can hold it."""
+        values = {**self.optimizer_state.values(), "skipped_steps": self.num_skipped}
+        if self._scaler is not None:
+            values["scaler"] = self._scaler.state_dict()
+        return values
+
+    def misfits(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> list[str]:
+        """What in another run's `tensors` and `values` cannot be state of this optimizer."""
+        return self.optimizer_state.misfits(tensors, values)
+
+    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Take over what `tensors` and `values` of another run gave; nothing is shared with them afterwards."""
+        self.optimizer_state.restore(tensors, values)
+        self._num_skipped.fill_(values["skipped_steps"])
+        if self._scaler is not None and "scaler" in values:
+            self._scaler.load_state_dict(values["scaler"])
+
+    def backward_weights(self, terms: PerExample, *, counts: bool) -> Tensor:
+        """What enters the backward at each loss: its weight, times the loss scale; 0 for a stand-in."""
+        weights = terms.weights.to(terms.losses.dtype) if terms.weights is not None else self._ones_like(terms.losses)
+        if not counts:
+            weights = torch.zeros_like(weights)
+        return weights if self._scaler is None else self._scaler.scale(weights)
+
+    def loss_scale(self) -> Tensor:
+        """By how much too long the gradients are until they are unscaled: float64, shape ()."""
+        one = torch.ones((), dtype=torch.float64, device=self._device)
+        return one if self._scaler is None else self._scaler.scale(one)
+
+    def _ones_like(self, losses: Tensor) -> Tensor:
+        if losses.dim() > 1:
+            return torch.ones_like(losses)
+        if losses.shape[0] not in self._ones:
+            self._ones[losses.shape[0]] = torch.ones_like(losses)
+        return self._ones[losses.shape[0]]
+
+    def __call__(self, step: int, weight: int | Tensor, *, want_norm: bool, want_change: bool) -> Norms | None:
+        """Make step number `step` with gradients that are sums over a minibatch of this weight.
+
+        weight: an int where the plan knows it, otherwise a tensor of shape () on the device.
+        Returns the norms that are wanted or needed; that of the change takes a copy of the parameters.
+        """
+        updated = [p.detach() for p in self._trained.with_gradient()] if want_change else []
+        before = [parameter.clone() for parameter in updated] if updated else []
+        gradient_norm = self._step(step, weight, want_norm=want_norm or want_change)
+        if gradient_norm is None:
+            return None
+        if not before:
+            return Norms(gradient_norm, None)
+        parameter_norm = torch.nn.utils.get_total_norm(before)
+        torch._foreach_sub_(before, updated)
+        return Norms(gradient_norm, (parameter_norm, torch.nn.utils.get_total_norm(before)))
+
+    def _step(self, step: int, weight: int | Tensor, *, want_norm: bool) -> Tensor | None:
+        """Returns the mean gradient's norm before clipping, if wanted or needed."""
+        if self._scaler is not None:
+            self._scaler.unscale_(self._optimizer)
+        in_kernel = self._divides_in_kernel and isinstance(weight, int) and not self.hooks
+        if in_kernel:
+            assert isinstance(weight, int)
+            norm = torch.nn.utils.get_total_norm(self._gradients()) / weight if want_norm else None
+        else:
+            norm = self._divide_and_clip(weight, want_norm=want_norm)
+        if norm is not None and self._scaler is None:
+            self.watch.check_finite(Wrong.gradient, step, norm)
+            if self.watch.found():
+                return norm  # nothing is spoilt yet
+        self._set_learning_rate(step)
+        if in_kernel:
+            assert isinstance(weight, int)
+            self._optimizer.grad_scale = self._scale(weight)  # type: ignore[attr-defined]
+            self._optimizer_step()
+            self._optimizer.grad_scale = None  # type: ignore[attr-defined]  # the optimizer is the user's
+        elif self._scaler is None:
+            self._optimizer_step()
+        else:
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
+            assert norm is not None
+            self._count_skipped(~norm.isfinite())
+        return norm
+
+    def _count_skipped(self, is_skipped: Tensor) -> None:
+        self._num_skipped += is_skipped
+        self._skipped_in_a_row = (self._skipped_in_a_row + 1) * is_skipped
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self._trained.parameters if p.grad is not None]
+
+    def _scale(self, weight: int) -> Tensor:
+        if weight not in self._scales:
+            # Filled by a kernel: torch.tensor would copy, and wait for a GPU.
+            self._scales[weight] = torch.full((), float(weight), dtype=torch.float32, device=self._device)
+        return self._scales[weight]
+
+    def _divide_and_clip(self, weight: int | Tensor, *, want_norm: bool) -> Tensor | None:
+        gradients = self._gradients()
+        _divide(gradients, weight)
+        if self.hooks:
+            self.hooks.call()
+            gradients = self._gradients()
+        if not want_norm and self._clip_norm is None and self._scaler is None:
+            return None
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self._clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self._trained.parameters, self._clip_norm, norm)
+        return norm
+
+    def _set_learning_rate(self, step: int) -> None:
+        if self._schedule is not None:
+            factor = self._schedule(step)
+            for group, base_rate in zip(self._optimizer.param_groups, self._base_rates, strict=True):
+                group["lr"] = base_rate * factor
+
+
+def _divide(gradients: list[Tensor], weight: int | Tensor) -> None:
+    if not isinstance(weight, Tensor):
+        torch._foreach_div_(gradients, float(weight))
+        return
+    # On a GPU a divisor of another dtype takes a kernel for each gradient. It is rounded to their dtype in any case.
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for gradient in gradients:
+        by_dtype.setdefault(gradient.dtype, []).append(gradient)
+    for dtype, of_dtype in by_dtype.items():
+        torch._foreach_div_(of_dtype, weight.to(dtype))

@@ -1,0 +1,1 @@
+"""Examples → losses: the model under its objective, what of it is trained, and its buffers."""

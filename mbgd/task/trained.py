@@ -1,0 +1,169 @@
+"""What is trained: the parameters that the optimizer holds. They are cleared, averaged, divided, clipped and saved.
+
+Every step looks again at what users and forwards may have changed about them: hooks, `requires_grad` and values.
+"""
+
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mbgd.errors import UsageError
+from mbgd.task.task import Task
+
+GradientHook = Callable[[Tensor], Tensor | None]
+
+_requires_grad = attrgetter("requires_grad")
+_version = attrgetter("_version")
+_hooks = attrgetter("_backward_hooks")
+_accumulate_hooks = attrgetter("_post_accumulate_grad_hooks")
+
+AVERAGING_HOOK = "is_averaging_hook"
+"""An attribute of the hooks that an averaging has put on parameters itself."""
+
+
+class Trained:
+    """The optimizer's parameters by name, those of the model first, in the order of the modules."""
+
+    def __init__(self, task: Task, optimizer: Optimizer) -> None:
+        """UsageError where the optimizer holds a parameter that is neither the model's nor the objective's."""
+        of_task = task.parameters_by_name()
+        names = {parameter: name for name, parameter in of_task.items()}
+        held = dict.fromkeys(p for group in optimizer.param_groups for p in group["params"])
+        if strangers := [p for p in held if p not in names]:
+            raise UsageError(_describe_strangers(task, optimizer, strangers, num_held=len(held)))
+        self.by_name: dict[str, nn.Parameter] = {name: p for name, p in of_task.items() if p in held}
+        self.parameters = list(self.by_name.values())
+        self.not_held = [name for name, p in of_task.items() if p.requires_grad and p not in held]
+        """Names of parameters that require a gradient, but are in no optimizer: they are not trained."""
+        self._versions: list[int] = []
+        self._flags: list[bool] = []
+        self._requires_grad = list(map(_requires_grad, self.parameters))
+
+    def with_gradient(self) -> list[nn.Parameter]:
+        """Those that require a gradient now."""
+        return [p for p in self.parameters if p.requires_grad]
+
+    def start_step(self) -> None:
+        """Remember the values' versions, and clear the gradients."""
+        self._versions = list(map(_version, self.parameters))
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def changed(self) -> list[str]:
+        """Names of parameters whose values have changed since `start_step`; seen without looking at the values."""
+        versions = list(map(_version, self.parameters))
+        if versions == self._versions:
+            return []
+        return [name for name, now, then in zip(self.by_name, versions, self._versions, strict=True) if now != then]
+
+    def remember_flags(self) -> None:
+        """Before the first of several micro-batches: every one of them starts with `requires_grad` as it is now."""
+        self._flags = list(map(_requires_grad, self.parameters))
+
+    def put_back_flags(self) -> None:
+        """Undo what the forward of a micro-batch has changed about `requires_grad`; the next one does so again."""
+        for parameter, requires_grad in zip(self.parameters, self._flags, strict=True):
+            if parameter.requires_grad != requires_grad:
+                parameter.requires_grad_(requires_grad)
+
+    def moved_on(self) -> bool:
+        """Whether other parameters require a gradient than when this was last asked; the others then have none."""
+        requires_grad = list(map(_requires_grad, self.parameters))
+        if requires_grad == self._requires_grad:
+            return False
+        self._requires_grad = requires_grad
+        for parameter in self.parameters:
+            if not parameter.requires_grad:
+                parameter.grad = None
+        return True
+
+
+class GradientHooks:
+    """Hooks that users put on parameters: called once a step, with the mean gradient of the whole minibatch.
+
+    In a backward they would see what one micro-batch adds to a sum, which is not what they see in plain torch. So they
+    are taken off for the forwards and backwards of a step, and called once the gradients are averaged and divided, in
+    the order in which they were registered: `Tensor.register_hook`, then `register_post_accumulate_grad_hook`.
+    """
+
+    def __init__(self, trained: Trained) -> None:
+        self._parameters = trained.parameters
+        self._taken: list[tuple[nn.Parameter, dict[int, Any], dict[int, Any]]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._taken)
+
+    def take_off(self) -> None:
+        if not any(map(_hooks, self._parameters)) and not any(map(_accumulate_hooks, self._parameters)):
+            return
+        for parameter in self._parameters:
+            on_gradient, on_accumulated = _take(_hooks(parameter)), _take(_accumulate_hooks(parameter))
+            if on_gradient or on_accumulated:
+                self._taken.append((parameter, on_gradient, on_accumulated))
+
+    def put_back(self) -> None:
+        """Also after a step that failed."""
+        for parameter, on_gradient, on_accumulated in self._taken:
+            if on_gradient:
+                _hooks(parameter).update(on_gradient)
+            if on_accumulated:
+                _accumulate_hooks(parameter).update(on_accumulated)
+        self._taken.clear()
+
+    def call(self) -> None:
+        """Call those that were taken off; every gradient is a mean now."""
+        for parameter, on_gradient, on_accumulated in self._taken:
+            if parameter.grad is None:
+                continue
+            for hook in on_gradient.values():
+                changed = hook(parameter.grad)
+                if changed is not None:
+                    parameter.grad = changed
+            for hook in on_accumulated.values():
+                hook(parameter)
+
+
+def _take(hooks: dict[int, Any] | None) -> dict[int, Any]:
+    """Users' hooks, which are no longer in `hooks` afterwards; its handles go on working once they are put back."""
+    if not hooks:
+        return {}
+    taken = {key: hook for key, hook in hooks.items() if not getattr(hook, AVERAGING_HOOK, False)}
+    for key in taken:
+        del hooks[key]
+    return taken
+
+
+def check_module_hooks(task: Task) -> None:
+    """UsageError where a module has a backward hook, which would see gradients of a sum instead of a mean."""
+    for name, module in task.named_modules():
+        if module._backward_hooks or module._backward_pre_hooks:
+            raise UsageError(
+                f"the module {name.removeprefix('model.') or 'model'} ({type(module).__name__}) has a backward hook; "
+                "it would see gradients of the sum of the losses of one micro-batch, not of the minibatch's mean. Put "
+                "the hook on the parameters (p.register_hook), where it gets the mean gradient, or use clip_norm."
+            )
+
+
+def _describe_strangers(task: Task, optimizer: Optimizer, strangers: list[Tensor], *, num_held: int) -> str:
+    shapes = ", ".join(str(tuple(p.shape)) for p in strangers[:3]) + (", …" if len(strangers) > 3 else "")
+    model = type(task.model).__name__
+    own = task.parameters_by_name()
+    return (
+        f"{len(strangers)} of the {num_held} parameters that the optimizer ({type(optimizer).__name__}) holds, of "
+        f"shapes {shapes}, belong neither to the model ({model}, with {', '.join(list(own)[:3]) or 'no parameters'}"
+        f"{', …' if len(own) > 3 else ''}) nor to the objective; nothing would train them. Make the optimizer from the "
+        "parameters of the very model that the trainer gets; an objective with parameters of its own must be an "
+        "nn.Module."
+    )
+
+
+def describe_not_held(names: list[str]) -> str:
+    """The warning about trainable parameters that no optimizer holds."""
+    shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+    return (
+        f"warning: {len(names)} parameters require a gradient, but the optimizer does not hold them, so they are not "
+        f"trained: {shown}. Give them to the optimizer, or set requires_grad=False."
+    )

@@ -1,0 +1,233 @@
+"""The workers of a run: their process group, rank, device and the few small collectives the program uses.
+
+One process is a group of size 1: the same calls work and cost nothing.
+"""
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+
+from mbgd.errors import UsageError, WorkersLost
+from mbgd.workers import cuda, flight_recorder
+from mbgd.workers.messages import bytes_of, empty, message, value_of
+from mbgd.workers.parent import end_with_parent
+from mbgd.workers.roll_call import RollCall, describe
+from mbgd.workers.store import join_store, stay_on_this_host
+
+SECONDS_FOR_THREADS_TO_END = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """This process among the workers of a run."""
+
+    rank: int = 0
+    num_workers: int = 1
+    local_rank: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    backend: str = "gloo"
+    timeout_seconds: float = 600.0
+    """How long an exchange waits for a worker."""
+
+    def __post_init__(self) -> None:
+        if self.device.type == "cuda" and self.device.index is None:
+            object.__setattr__(self, "device", torch.device("cuda", torch.cuda.current_device()))
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def exchange_device(self) -> torch.device:
+        """Where what is exchanged has to lie: with gloo on the host, but for what is added up or broadcast.
+
+        Of a GPU's tensors, gloo takes those of all_reduce and broadcast: see docs/gpu.md.
+        """
+        return torch.device("cpu") if self.backend == "gloo" else self.device
+
+    def sum_(self, values: Tensor) -> Tensor:
+        """Add up `values` over the workers, in place, on every worker."""
+        if self.num_workers > 1:
+            dist.all_reduce(values)
+        return values
+
+    def max_(self, values: Tensor) -> Tensor:
+        """The largest of each of `values` over the workers, in place, on every worker."""
+        if self.num_workers > 1:
+            dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """The main worker's `value`, on every worker.
+
+        value: what JSON holds (None, bool, int, float, str, lists, dicts with str keys); tuples arrive as lists.
+        TypeError for anything else.
+        """
+        mine = message(value)
+        if self.num_workers == 1:
+            return value_of(mine)
+        mine = mine.to(self.exchange_device)
+        length = torch.tensor([len(mine)], device=mine.device)
+        dist.broadcast(length, src=0)
+        received = mine if self.is_main else mine.new_empty(int(length.item()))
+        dist.broadcast(received, src=0)
+        return value_of(received)
+
+    def broadcast_(self, values: Tensor) -> None:
+        """Give `values` the main worker's, in place."""
+        if self.num_workers > 1:
+            dist.broadcast(values, src=0)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every worker's `value` by rank, on every worker; for what it may be see `broadcast`."""
+        mine = message(value)
+        if self.num_workers == 1:
+            return [value_of(mine)]
+        mine = mine.to(self.exchange_device)
+        lengths = [int(length) for length in self.all_gather(torch.tensor([len(mine)], device=mine.device))]
+        padded = self.all_gather(F.pad(mine, (0, max(lengths) - len(mine))))
+        return [value_of(values[:length]) for values, length in zip(padded, lengths, strict=True)]
+
+    def all_gather(self, values: Tensor) -> list[Tensor]:
+        """Every worker's `values`, of one shape and dtype, by rank, on their device."""
+        mine = values.to(self.exchange_device)
+        gathered = [torch.empty_like(mine) for _ in range(self.num_workers)]
+        dist.all_gather(gathered, mine)
+        return [of_worker.to(values.device) for of_worker in gathered]
+
+    def collect(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Every worker's tensors, on the host and of any shapes, by rank on the main worker; nothing on the others."""
+        kinds = self.gather([(tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors])
+        if not self.is_main:
+            for tensor in tensors:
+                if tensor.numel():
+                    dist.send(bytes_of(tensor).to(self.exchange_device), dst=0)
+            return []
+        collected = list(tensors)
+        for rank, of_worker in enumerate(kinds[1:], start=1):
+            for shape, dtype in of_worker:
+                values = empty(shape, dtype)
+                if values.numel():
+                    received = torch.empty(values.nbytes, dtype=torch.uint8, device=self.exchange_device)
+                    dist.recv(received, src=rank)
+                    bytes_of(values).copy_(received)
+                collected.append(values)
+        return collected
+
+    def barrier(self) -> None:
+        if self.num_workers > 1:
+            dist.barrier()
+
+
+def num_workers_from_environment() -> int:
+    """Number of workers that torchrun (or another launcher) announces; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def start_workers(backend: str = "auto", timeout_seconds: float = 600.0, *, device: str = "auto") -> Iterator[Workers]:
+    """Join the process group that torchrun describes in the environment; leave it at the end.
+
+    backend: auto (nccl where every worker of this host has a GPU of its own, otherwise gloo), gloo or nccl.
+    device: auto (a GPU with nccl, otherwise the CPU), cpu or cuda; over gloo several workers may share a GPU.
+    """
+    end_with_parent()
+    environment = os.environ
+    rank, num_workers = int(environment.get("RANK", "0")), num_workers_from_environment()
+    local_rank = int(environment.get("LOCAL_RANK", "0"))
+    local_num_workers = int(environment.get("LOCAL_WORLD_SIZE", str(num_workers)))
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    backend, device = choose_backend(backend, device, num_gpus=num_gpus, local_num_workers=local_num_workers)
+    own_device = torch.device("cuda", local_rank % num_gpus) if device == "cuda" else torch.device("cpu")
+    if own_device.type == "cuda":
+        cuda.set_up()
+        torch.cuda.set_device(own_device)
+    if num_workers > 1:
+        stay_on_this_host()
+        store = join_store(timeout_seconds)
+        # Restarted workers must not read the addresses of the round that died.
+        round_of_run = (
+            f"{environment.get('TORCHELASTIC_RUN_ID', '')}/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        )
+        store = PrefixStore(round_of_run, store)
+        flight_recorder.turn_on()
+        roll_call = RollCall(
+            store,
+            rank,
+            num_workers,
+            timeout_seconds,
+            exchanges=partial(flight_recorder.exchanges, backend),
+            ends_unheard=backend == "nccl",
+        )
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=rank,
+            world_size=num_workers,
+            timeout=timedelta(seconds=max(timeout_seconds - roll_call.seconds, 1.0)),
+            device_id=own_device if backend == "nccl" else None,  # makes nccl connect, and fail, at once
+        )
+    try:
+        yield Workers(
+            rank=rank,
+            num_workers=num_workers,
+            local_rank=local_rank,
+            device=own_device,
+            backend=backend,
+            timeout_seconds=timeout_seconds,
+        )
+        if num_workers > 1:
+            dist.barrier()
+    except RuntimeError as error:
+        if num_workers == 1 or isinstance(error, WorkersLost) or not _is_of_exchange(error):
+            raise
+        raise WorkersLost(describe(roll_call.missing(), timeout_seconds, str(error))) from error
+    finally:
+        if num_workers > 1:
+            roll_call.end()
+            # The group's threads still have tensors to let go, for which they need Python; if it is shutting down by
+            # then, they abort the process.
+            time.sleep(SECONDS_FOR_THREADS_TO_END)
+    # Only after success: with a failed peer, leaving in good order could wait for it.
+    if num_workers > 1:
+        dist.destroy_process_group()
+
+
+def _is_of_exchange(error: RuntimeError) -> bool:
+    """Whether an exchange between workers failed, not something that a worker computes."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def choose_backend(backend: str, device: str, *, num_gpus: int, local_num_workers: int) -> tuple[str, str]:
+    """gloo or nccl, and cpu or cuda; UsageError for what is asked for and cannot work.
+
+    num_gpus, local_num_workers: of this host.
+    """
+    if backend == "nccl" and device == "cpu":
+        raise UsageError("backend=nccl with backend.device=cpu; nccl is for GPUs. Use backend=gloo for CPU workers.")
+    if num_gpus == 0 and (backend == "nccl" or device == "cuda"):
+        asked = "backend=nccl" if backend == "nccl" else "backend.device=cuda"
+        remedy = "Use backend=gloo" if device == "auto" else "Use backend=gloo backend.device=cpu"
+        raise UsageError(f"{asked}, but torch sees no GPU on this host. {remedy} for CPU workers.")
+    if backend == "nccl" and local_num_workers > num_gpus:
+        raise UsageError(
+            f"{local_num_workers} workers on this host, but only {num_gpus} GPUs; each worker needs one of its own. "
+            f"Use --nproc-per-node {num_gpus}, backend=gloo for CPU workers, or backend=gloo backend.device=cuda for "
+            "workers that share a GPU."
+        )
+    if backend == "auto":
+        backend = "nccl" if num_gpus >= local_num_workers and device != "cpu" else "gloo"
+    if device == "auto":
+        device = "cuda" if backend == "nccl" else "cpu"
+    return backend, device

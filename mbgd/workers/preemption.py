@@ -1,0 +1,47 @@
+"""Stopping in good order when the cluster asks: signals set a flag, and the workers agree at a step's end.
+
+A signal may reach some workers only, and also when a peer has died; so it never starts anything by itself. The workers
+exchange the flag (`agreement.py`); a worker that is alone cannot agree and does not save.
+"""
+
+import os
+import signal
+from types import FrameType
+from typing import Protocol
+
+from mbgd.workers.agreement import Agreement
+from mbgd.workers.group import Workers
+
+EXIT_CODE = 75
+"""EX_TEMPFAIL of sysexits.h: try again later. What a launcher may requeue on."""
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+
+
+class Stop(Protocol):
+    def agreed(self, step: int) -> bool:
+        """Whether all workers stop after so many steps; asked after every step."""
+
+
+class NoStop:
+    def agreed(self, step: int) -> bool:
+        return False
+
+
+class StopOnSignal:
+    """Stops all workers once SIGTERM, SIGUSR1, SIGINT or SIGHUP has reached one; a second SIGINT ends at once."""
+
+    def __init__(self, workers: Workers) -> None:
+        self._asked = False
+        self._agreement = Agreement(workers)
+        for number in SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._asked:
+            os._exit(128 + signal.SIGINT)  # the user insists; nothing is waited for
+        self._asked = True
+
+    def agreed(self, step: int) -> bool:
+        return self._agreement(step, self._asked)

@@ -1,0 +1,161 @@
+"""Who is missing after an exchange between workers has failed, so that the error can name them."""
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from torch.distributed.distributed_c10d import Store
+
+from mbgd.workers.flight_recorder import Exchanges
+
+SHARE = 0.1
+"""Of the time that an exchange may take, for calling the roll."""
+LOOKS_PER_CALL = 4
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Ranks by what is wrong with them."""
+
+    lost: list[int]
+    """Ended, stopped or cut off."""
+    busy: list[int]
+    """Running, but not in an exchange that failed."""
+    begun: dict[int, int] = field(default_factory=dict)
+    """Exchanges begun, by rank, of those that answer and know."""
+
+
+class RollCall:
+    """Called by every worker whose exchange fails; answered, from a thread, by every worker that runs.
+
+    The thread is needed because the others' exchanges need not fail: one that waits for a worker that waits for a dead
+    one sees nothing of it. It looks a few times in as many seconds as a call takes.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        num_workers: int,
+        timeout_seconds: float,
+        *,
+        exchanges: Callable[[], Exchanges | None],
+        ends_unheard: bool,
+    ) -> None:
+        """store: of this round of the run; timeout_seconds: of an exchange together with the call after it.
+
+        exchanges: those of this worker. ends_unheard: an exchange that fails ends the process without an exception, as
+        nccl's do: the roll is called while it is still waited for.
+        """
+        self._store, self._rank, self._num_workers = store, rank, num_workers
+        self._exchanges, self._timeout_seconds = exchanges, timeout_seconds
+        self.seconds = min(max(SHARE * timeout_seconds, 1.0), 30.0)
+        self._stuck = Stuck(timeout_seconds - 3 * self.seconds) if ends_unheard else None
+        self._is_over = threading.Event()
+        self._answering = threading.Thread(target=self._answer, daemon=True)
+        self._answering.start()
+
+    def missing(self) -> Missing:
+        """Call, and wait for answers; takes all of `seconds` where one is missing."""
+        alive: set[int] = set()
+        failed: set[int] = set()
+        begun: dict[int, int] = {}
+
+        def ask() -> None:
+            with suppress(RuntimeError):  # the store is gone
+                self._answer_call()
+                self._store.set("roll", "")
+                self._store.set(f"failed/{self._rank}", "")
+                while len(failed) < self._num_workers:
+                    for rank in range(self._num_workers):
+                        if self._store.check([f"failed/{rank}"]):
+                            failed.add(rank)
+                        if rank not in begun and self._store.check([f"alive/{rank}"]):
+                            alive.add(rank)
+                            begun[rank] = int(self._store.get(f"alive/{rank}"))
+                        if rank in failed:
+                            alive.add(rank)
+                    time.sleep(self.seconds / LOOKS_PER_CALL / 4)
+
+        # In a thread, for the store does not answer if its keeper has stopped: without torchrun, the main worker.
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(self.seconds)
+        if not alive:
+            return Missing(lost=[0], busy=[])
+        ranks = range(self._num_workers)
+        known = {rank: number for rank, number in sorted(begun.items()) if number >= 0}
+        return Missing(
+            [rank for rank in ranks if rank not in alive], [rank for rank in ranks if rank not in failed], known
+        )
+
+    def end(self) -> None:
+        self._is_over.set()
+        self._answering.join(self.seconds)
+
+    def _answer(self) -> None:
+        with suppress(RuntimeError):  # the store is gone
+            while not self._is_over.wait(self.seconds / LOOKS_PER_CALL):
+                if self._store.check(["roll"]):
+                    self._answer_call()
+                    return
+                if self._stuck is not None and self._stuck.now(self._exchanges()):
+                    why = f"no end of it for {self._stuck.seconds:.0f} s"
+                    told = describe(self.missing(), self._timeout_seconds, why)
+                    print(f"warning on worker {self._rank}: {told}", file=sys.stderr, flush=True)
+                    return
+
+    def _answer_call(self) -> None:
+        mine = self._exchanges()
+        self._store.set(f"alive/{self._rank}", str(-1 if mine is None else mine.begun))
+
+
+class Stuck:
+    """Whether the same exchange has been waited for for longer than so many seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._last: Exchanges | None = None
+        self._since = 0.0
+
+    def now(self, exchanges: Exchanges | None) -> bool:
+        """To be asked again and again."""
+        now = time.monotonic()
+        if exchanges is None or exchanges.done >= exchanges.begun or exchanges != self._last:
+            self._last, self._since = exchanges, now
+            return False
+        return now - self._since > self.seconds
+
+
+def describe(missing: Missing, timeout_seconds: float, reason: str) -> str:
+    """reason: what the failed exchange said."""
+    reason = reason.splitlines()[0]
+    if missing.lost:
+        return (
+            f"{_workers(missing.lost)} not answer any more: ended, stopped or cut off. Look at the end of what was "
+            f"printed there; the exchange failed with: {reason}"
+        )
+    if missing.busy:
+        return (
+            f"{_workers(missing.busy)} not come to an exchange, though still running: probably busy for longer than "
+            f"backend.timeout_seconds={timeout_seconds:g}. Find out with what (py-spy dump), or allow more; "
+            f"{_exchanges(missing.begun)}the exchange failed with: {reason}"
+        )
+    return (
+        f"an exchange between workers failed although all of them still answer: {reason}. The network may have been "
+        "cut for a while."
+    )
+
+
+def _workers(ranks: list[int]) -> str:
+    return f"worker {ranks[0]} does" if len(ranks) == 1 else f"workers {', '.join(map(str, ranks))} do"
+
+
+def _exchanges(begun: dict[int, int]) -> str:
+    """How far the workers are, where they are not equally far."""
+    if len(set(begun.values())) < 2:
+        return ""
+    return f"exchanges begun: {', '.join(f'{number} by worker {rank}' for rank, number in begun.items())}; "
