@@ -67,7 +67,7 @@ def with_mbgd(trainer: mbgd.Trainer, folder: Path, checkpoints: CheckpointFolder
 
 def with_torch_save(trainer: mbgd.Trainer, folder: Path) -> Times:
     path = folder / "state.pt"
-    model, optimizer = trainer.model, trainer.optimizer
+    model, optimizer = trainer.setup.model, trainer.setup.optimizer
 
     def restore() -> None:
         state = torch.load(path)
@@ -80,7 +80,7 @@ def with_torch_save(trainer: mbgd.Trainer, folder: Path) -> Times:
 
 def with_dcp(trainer: mbgd.Trainer, folder: Path) -> Times:
     shutil.rmtree(folder / "dcp", ignore_errors=True)
-    model, optimizer = trainer.model, trainer.optimizer
+    model, optimizer = trainer.setup.model, trainer.setup.optimizer
     futures = []
 
     def start() -> None:

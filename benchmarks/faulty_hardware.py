@@ -97,18 +97,18 @@ def flip(workers: Workers, kind: str, seed: int) -> dict[str, Any]:
     draw = random.Random(seed)
     at_step = draw.randrange(6)
     trainer = make_trainer(workers, seed=seed, every_steps=1, num_steps=6)
-    checking = trainer._recomputing
+    checking = trainer.train_step.recomputing
     assert checking is not None
     leaf, owner = checking.leaf(at_step), checking.owner(at_step)
     victim = draw.randrange(workers.num_workers) if kind == "parameter" else owner
     error, before = "", 0
-    for shard in trainer._loader.shards(0, 6):
-        before = int(checksum([p.detach() for p in trainer.model.parameters()], workers.device))
+    for shard in trainer.setup.loader.shards(0, 6):
+        before = int(checksum([p.detach() for p in trainer.setup.model.parameters()], workers.device))
         if shard.step == at_step and workers.rank == victim:
             if kind == "parameter":
                 Fault.seed = seed
-                Fault.flip(trainer.model.first.weight)  # type: ignore[union-attr, arg-type]
-                before = int(checksum([p.detach() for p in trainer.model.parameters()], workers.device))
+                Fault.flip(trainer.setup.model.first.weight)  # type: ignore[union-attr, arg-type]
+                before = int(checksum([p.detach() for p in trainer.setup.model.parameters()], workers.device))
             else:
                 mine = [one.micro_batch.number for one in shard.micro_batches]
                 Fault.arm(kind, mine.index(leaf), seed)
@@ -118,7 +118,7 @@ def flip(workers: Workers, kind: str, seed: int) -> dict[str, Any]:
             error = str(convicted)
             break
     Fault.kind = ""
-    after = int(checksum([p.detach() for p in trainer.model.parameters()], workers.device))
+    after = int(checksum([p.detach() for p in trainer.setup.model.parameters()], workers.device))
     return {
         "error": error,
         "step": at_step,

@@ -141,7 +141,7 @@ def make_trainer(work: Work, workers: mbgd.Workers, precision: str, **settings: 
 
 
 def by_trainer(work: Work, trainer: mbgd.Trainer) -> Callable[[], None]:
-    shards = trainer._loader.shards(1, LONG - 1)  # the first and the last step are logged
+    shards = trainer.setup.loader.shards(1, LONG - 1)  # the first and the last step are logged
 
     def loop() -> None:
         for _ in range(work.steps):

@@ -1,5 +1,8 @@
 """What ends a run early: mistakes of the user's, workers that are gone, a cluster that wants its machines back."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
 FAILED = 1
 """Exit code where training failed."""
 
@@ -40,3 +43,19 @@ class NotSaved(Exception):  # noqa: N818  (as above)
 
     def __init__(self, step: int, problem: str) -> None:
         super().__init__(f"stopped by a signal after step {step}, but {problem}")
+
+
+@contextmanager
+def optional(failure: str, consequence: str) -> Iterator[None]:
+    """Whatever is raised inside, but for Ctrl-C, becomes a warning: what failed, why, and what follows from it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        warn(failure, error, consequence)
+
+
+def warn(failure: str, error: BaseException, consequence: str) -> None:
+    with suppress(Exception):  # standard output may be what failed
+        print(f"warning: {failure} ({type(error).__name__}: {error}). {consequence}", flush=True)

@@ -60,7 +60,7 @@ def prepare(folder: Path, **settings: Any) -> tuple[mbgd.Trainer, RunFolder, Con
     )
     keep = Checkpoint(every_steps=2, every_seconds=None)
     config = Config(steps=NUM_STEPS, checkpoint=keep, tracking=Tracking(quiet=True), **settings)
-    return trainer, open_run_folder(Run(dir=str(folder)), "", trainer.workers, may_hold_a_run=True), config
+    return trainer, open_run_folder(Run(dir=str(folder)), "", trainer.setup.workers, may_hold_a_run=True), config
 
 
 def train(folder: Path, *, stop_at: int | None = None, **settings: Any) -> str | None:
@@ -69,7 +69,7 @@ def train(folder: Path, *, stop_at: int | None = None, **settings: Any) -> str |
     if not resume(trainer, opened, config, PLAIN):
         return None
     path = opened.checkpoints_path
-    checkpoints = saving.create(config.checkpoint, opened.path, path, identity(PLAIN), trainer.workers)
+    checkpoints = saving.create(config.checkpoint, opened.path, path, identity(PLAIN), trainer.setup.workers)
     opened.write_config(yaml.safe_dump(PLAIN))
     tracker = Trackers([JsonLines(opened.metrics_path), Record(opened.path, trainer, report=False)])
     try:
@@ -78,7 +78,7 @@ def train(folder: Path, *, stop_at: int | None = None, **settings: Any) -> str |
             opened.write_results(result, trainer)
     except Preempted:
         pass
-    return weights_sha256(trainer.model)
+    return weights_sha256(trainer.setup.model)
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:

@@ -109,8 +109,8 @@ def trainer_of(
 
 def train(workers: mbgd.Workers, case: Case, averaging: str, micro_batch_size: int | None) -> Any:
     trainer = trainer_of(workers, case, averaging, micro_batch_size)
-    trainer.fit(AfterStep(partial(case.after_step, trainer.model)))
-    return state(trainer.model, trainer._task.given_objective)
+    trainer.fit(AfterStep(partial(case.after_step, trainer.setup.model)))
+    return state(trainer.setup.model, trainer.setup.task.given_objective)
 
 
 # Models, each with one thing that training changes

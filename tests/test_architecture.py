@@ -24,16 +24,15 @@ LAYERS = """
     report
     trainer
     evaluation
-    checks
-    measuring
     tracking
-    checkpoints
     step
+    checkpoints
+    checks
     averaging
     task
     data models
     batches
-    schedule
+    measuring schedule
     workers
     config
     files

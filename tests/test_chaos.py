@@ -159,11 +159,11 @@ def arm(trainer: mbgd.Trainer, folder: Path, blow: Blow) -> None:
     """Have the blow fall in the middle of the phase."""
     hit = partial(strike, folder, blow)
     if blow.phase == "forward":
-        trainer._averaging.task = count_calls(trainer._averaging.task, blow.count, hit)  # type: ignore[method-assign]
+        trainer.train_step.averaging.task = count_calls(trainer.train_step.averaging.task, blow.count, hit)  # type: ignore[method-assign]
     elif blow.phase == "averaging":
-        trainer._averaging.finish = count_calls(trainer._averaging.finish, blow.count, hit)  # type: ignore[method-assign]
+        trainer.train_step.averaging.finish = count_calls(trainer.train_step.averaging.finish, blow.count, hit)  # type: ignore[method-assign]
     elif blow.phase == "optimizer":
-        trainer.optimizer.step = count_calls(trainer.optimizer.step, blow.count, hit)  # type: ignore[method-assign]
+        trainer.setup.optimizer.step = count_calls(trainer.setup.optimizer.step, blow.count, hit)  # type: ignore[method-assign]
     elif blow.phase == "save":
         checkpoint.save_file = count_calls(checkpoint.save_file, blow.count, hit)  # type: ignore[attr-defined]
     else:

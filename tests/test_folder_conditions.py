@@ -67,7 +67,9 @@ def test_a_full_folder_is_told_at_the_start_and_at_the_end(
         trainer, opened, config = prepare(disk / "run")
         assert resume(trainer, opened, config, PLAIN)
         opened.write_config(yaml.safe_dump(PLAIN))
-        kept = saving.create(config.checkpoint, opened.path, opened.checkpoints_path, identity(PLAIN), trainer.workers)
+        kept = saving.create(
+            config.checkpoint, opened.path, opened.checkpoints_path, identity(PLAIN), trainer.setup.workers
+        )
         result = trainer.fit(checkpoints=kept)
         fill(disk)
         with pytest.raises(UsageError, match=r"cannot be written: No space left on device.*last checkpoint"):
@@ -102,7 +104,9 @@ def test_a_folder_that_is_deleted_while_a_run_writes_there(
     trainer, opened, config = prepare(folder)
     assert resume(trainer, opened, config, PLAIN)
     opened.write_config(yaml.safe_dump(PLAIN))
-    kept = saving.create(config.checkpoint, opened.path, opened.checkpoints_path, identity(PLAIN), trainer.workers)
+    kept = saving.create(
+        config.checkpoint, opened.path, opened.checkpoints_path, identity(PLAIN), trainer.setup.workers
+    )
     shutil.rmtree(folder)
     if made_anew:  # by a run in another process, which is complete by now
         code = f"from pathlib import Path; from small_runs import train; train(Path({str(folder)!r}))"

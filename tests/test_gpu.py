@@ -23,13 +23,13 @@ import mbgd
 from mbgd.checkpoints import format as checkpoint
 from mbgd.checkpoints import saving
 from mbgd.checkpoints.fingerprint import weights_sha256
+from mbgd.checks.finite import Watch
 from mbgd.checks.replicas import Replicas
 from mbgd.config import AveragingName, Checkpoint, NoiseScale
 from mbgd.data import digits
 from mbgd.measuring.clock import MOST_EVENTS, PARTS, StreamStopwatch
 from mbgd.models import CNN, GPT, MLP
 from mbgd.runs.conditions import conditions
-from mbgd.step.finite import Watch
 from mbgd.workers import cuda
 from mbgd.workers.group import start_workers
 
@@ -100,7 +100,7 @@ def alone(device: str) -> mbgd.Workers:
 
 
 def state(trainer: mbgd.Trainer) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().clone() for name, tensor in trainer.model.state_dict().items()}
+    return {name: tensor.detach().cpu().clone() for name, tensor in trainer.setup.model.state_dict().items()}
 
 
 # Several workers of one device
@@ -112,7 +112,7 @@ def train_in_fp64(workers: mbgd.Workers, averagings: list[str]) -> dict[str, dic
         for name in MODELS:
             # Dropout draws other numbers on a GPU than on a CPU.
             trainer = make_trainer(workers, name, averaging, "fp64")
-            for module in trainer.model.modules():
+            for module in trainer.setup.model.modules():
                 if isinstance(module, nn.Dropout):
                     module.p = 0.0
                 if hasattr(module, "dropout") and isinstance(module.dropout, float):
@@ -224,8 +224,8 @@ def no_waiting(device: str) -> Iterator[None]:
 def as_on_a_gpu(trainer: mbgd.Trainer) -> None:
     """Let a trainer on the CPU do what one on a GPU does: keep on the device what is wrong, and not look."""
     trainer._on_gpu = True
-    for watch in (trainer._watch, trainer._watch_here):
-        Watch.__init__(watch, trainer.workers.device, waits=False)
+    for watch in (trainer.train_step.alarm.everywhere, trainer.train_step.alarm.here):
+        Watch.__init__(watch, trainer.setup.workers.device, waits=False)
 
 
 class Weighted(mbgd.CrossEntropy):
@@ -253,17 +253,17 @@ def test_steps_that_are_not_logged_do_not_wait_for_the_device(
     trainer = make_trainer(alone(device), name, averaging, precision, SGD, objective, **steps, **more)
     if device == "cpu":
         as_on_a_gpu(trainer)
-    shards = trainer._loader.shards(0, 11)
+    shards = trainer.setup.loader.shards(0, 11)
     if device == "cpu":  # where reading the examples has nothing to wait for
         shards = iter(list(shards))
     for _ in range(3):  # what is allocated, compiled and remembered once
         trainer.train_step(next(shards))
-    before = weights_sha256(trainer.model)
+    before = weights_sha256(trainer.setup.model)
     with no_waiting(device):
         for shard in shards:
             assert trainer.train_step(shard) is None
     trainer.check()
-    assert weights_sha256(trainer.model) != before
+    assert weights_sha256(trainer.setup.model) != before
     torch.use_deterministic_algorithms(False)
 
 
@@ -293,7 +293,7 @@ def test_what_is_wrong_is_told_at_the_next_logged_step(device: str) -> None:
         def agreed(self, step: int) -> bool:
             if step == 3:
                 with torch.no_grad():
-                    next(trainer.model.parameters()).fill_(float("nan"))
+                    next(trainer.setup.model.parameters()).fill_(float("nan"))
             return False
 
     with pytest.raises(mbgd.UsageError, match="step 4"):
@@ -308,7 +308,7 @@ def test_what_is_wrong_is_told_at_the_next_logged_step(device: str) -> None:
 def test_snapshots_do_not_tear_while_training_goes_on(device: str, fused: bool) -> None:
     optimizer = partial(torch.optim.AdamW, lr=0.01, fused=fused)  # not fused: it counts steps on the host
     trainer = make_trainer(alone(device), "cnn with BatchNorm", optimizer=optimizer, steps=30, log_every_steps=100)
-    shards = trainer._loader.shards(0, 29)
+    shards = trainer.setup.loader.shards(0, 29)
     kept = []
     for shard in shards:
         trainer.train_step(shard)
@@ -334,13 +334,13 @@ def test_fp16_skips_steps_that_overflow_and_unscales_the_others(device: str) -> 
             alone(device), "cnn with BatchNorm", "ddp", precision, optimizer, steps=1, clip_norm=None
         )
         with torch.no_grad():
-            trainer.model.classifier[1].weight.mul_(factor)
+            trainer.setup.model.classifier[1].weight.mul_(factor)
         before = state(trainer)
         return trainer, trainer.fit(), before
 
     trainer, result, before = train("fp16", 3e4)
     assert result.num_skipped_steps == 1
-    parameters = dict(trainer.model.named_parameters())
+    parameters = dict(trainer.setup.model.named_parameters())
     assert all(torch.equal(parameters[name].detach().cpu(), before[name]) for name in parameters)
     (trainer, result, before), (wanted, _, _) = train("fp16", 1.0), train("fp32", 1.0)
     assert result.num_skipped_steps == 0
@@ -439,7 +439,7 @@ def test_more_laps_than_events_are_kept() -> None:
 @needs_cuda
 def test_conditions_name_what_bits_depend_on() -> None:
     trainer = make_trainer(alone("cuda"), "gpt", "reproducible")
-    found = conditions(trainer.plan, trainer.workers.device)
+    found = conditions(trainer.setup.plan, trainer.setup.workers.device)
     assert found["processor"] == torch.cuda.get_device_name(0)
     assert found["fp32_matmul"] != "tf32"
     assert found["fp32_convolution"] != "tf32"

@@ -102,7 +102,7 @@ def test_the_first_scale_in_fp16_counts_tokens(num_tokens: int, scale: float) ->
         mbgd.Data(train=mbgd.InMemory(tokens[:, :-1].clone(), tokens[:, 1:].clone())),
         mbgd.Settings(steps=1, batch=mbgd.Batch(4), precision=mbgd.Precision.fp16),
     )
-    assert trainer._update.loss_scale().item() == scale
+    assert trainer.train_step.update.loss_scale().item() == scale
     assert trainer.fit().num_skipped_steps == 0
 
 

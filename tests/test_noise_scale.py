@@ -331,7 +331,9 @@ def test_one_micro_batch_has_none_to_be_compared_with() -> None:
         mbgd.Data(train=Rows()),
         mbgd.Settings(batch=mbgd.Batch(30)),
     )
-    assert trainer.noise_scale.describe() == "not measured: needs 2 micro-batches (batch.micro_batch_size=15)"
+    assert (
+        trainer.train_step.noise_scale.describe() == "not measured: needs 2 micro-batches (batch.micro_batch_size=15)"
+    )
     assert train(mbgd.Workers(), mbgd.Batch(30), steps=2) == [
         {"train/gradient_norm": pytest.approx(norm)}
         for norm in (float(gradients()[minibatch(step, 30)].mean(0).norm()) for step in range(2))

@@ -157,7 +157,7 @@ class StopAt:
 
 
 def weights(trainer: mbgd.Trainer) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    return torch.cat([p.detach().flatten() for p in trainer.setup.model.parameters()])
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -409,11 +409,11 @@ def test_what_is_restored_shares_nothing_with_the_snapshot(name: str) -> None:
     assert torch.equal(weights(trainer), weights(wanted))
     trainer.restore(taken)
     trainer.restore(trainer.snapshot())  # whose memory is free again at once
-    before = nested(trainer.optimizer.state_dict()["state"])
-    for parameter in trainer.model.parameters():
+    before = nested(trainer.setup.optimizer.state_dict()["state"])
+    for parameter in trainer.setup.model.parameters():
         parameter.data += 1
     trainer.snapshot()
-    assert nested(trainer.optimizer.state_dict()["state"]) == before
+    assert nested(trainer.setup.optimizer.state_dict()["state"]) == before
 
 
 def test_a_tensor_of_a_snapshot_outlives_it() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import mbgd
 from mbgd.building.build import build_trainer, make, typed
 from mbgd.building.references import referred
-from mbgd.step import optimizers
+from mbgd.checks import optimizers
 
 HERE = "test_own_parts"
 
@@ -202,9 +202,9 @@ def test_optimizers_with_their_own_keys_train() -> None:
     for name in ("Adadelta", "Adafactor", "Adagrad", "Adam", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop"):
         config = typed(composed("steps=2", "optimizer=own", f"optimizer._target_=torch.optim.{name}"))
         trainer = build_trainer(config, mbgd.Workers())
-        before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+        before = [parameter.detach().clone() for parameter in trainer.setup.model.parameters()]
         trainer.fit()
-        moved = zip(before, trainer.model.parameters(), strict=True)
+        moved = zip(before, trainer.setup.model.parameters(), strict=True)
         assert all(not torch.equal(was, parameter) for was, parameter in moved), name
 
 

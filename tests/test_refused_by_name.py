@@ -26,7 +26,7 @@ def refusal(case: Case, workers: mbgd.Workers = ONE, averaging: str = "ddp", cut
     """What training the case is refused with."""
     try:
         trainer = trainer_of(workers, case, averaging, cut)
-        trainer.fit(AfterStep(partial(case.after_step, trainer.model)))
+        trainer.fit(AfterStep(partial(case.after_step, trainer.setup.model)))
     except (mbgd.UsageError, ReplicasDiffer) as error:
         return str(error)
     return "nothing"

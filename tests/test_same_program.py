@@ -326,7 +326,7 @@ def train_alike(workers: mbgd.Workers) -> list[float]:
             program.set(averaging=mbgd.Averaging(name=averaging))
             trainer = mbgd.Trainer(*program.parts(), workers)
             trainer.fit()
-            norms.append(float(nn.utils.parameters_to_vector(trainer.model.parameters()).norm()))
+            norms.append(float(nn.utils.parameters_to_vector(trainer.setup.model.parameters()).norm()))
     check_same_program(workers, *Program(train=OwnLengths()).parts())
     return norms
 

@@ -216,7 +216,7 @@ def seen_examples(workers: mbgd.Workers, num_loader_workers: int) -> tuple[list[
         workers,
     )
     steps = []
-    for shard in trainer._loader.shards(0, trainer.num_steps):
+    for shard in trainer.setup.loader.shards(0, trainer.setup.num_steps):
         seen.clear()
         trainer.train_step(shard)
         steps.append(list(seen))

@@ -31,17 +31,14 @@ from mbgd.workers.group import Workers
 class Averaging(Protocol):
     """One way to add up over micro-batches and workers."""
 
-    norms: MicroBatchNorms | None
-    """What takes each micro-batch's gradients before they are added up, in steps that measure them; None in others."""
-
-    def task(self, batch: Any, num_examples: int) -> PerExample:
+    def forward(self, batch: Any, num_examples: int) -> PerExample:
         """`Task.forward`, prepared so that the backward of its losses leads to an exchange of gradients."""
 
     def micro_batch(self, micro_batch: MicroBatch, *, is_last: bool) -> AbstractContextManager[object]:
         """Around a micro-batch's forward and backward; gradients are exchanged in the backward of the shard's last."""
 
-    def start(self) -> None:
-        """Before the first micro-batch of a step."""
+    def start(self, norms: MicroBatchNorms | None = None) -> None:
+        """Begin a step; norms: what takes each micro-batch's gradients before they are added up."""
 
     def finish(self, note: int = 0) -> list[int] | None:
         """Wait until every parameter's `.grad` is the sum over all workers' micro-batches (None if none used it).

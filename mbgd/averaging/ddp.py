@@ -93,7 +93,7 @@ class DDP:
         self._workers, self._task, self._trained, self._note = workers, task, trained, note
         self._parameters_vary = find_unused_parameters
         self._ddp: DistributedDataParallel | None = None
-        self.norms: MicroBatchNorms | None = None
+        self._norms: MicroBatchNorms | None = None
         self._exchanged = True
         self._works: list[dist.Work] = []
         trained.moved_on()
@@ -107,21 +107,21 @@ class DDP:
 
     def _sum_bucket(self, state: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         self._exchanged = bucket.is_last()
-        if self.norms is not None:
+        if self._norms is not None:
             gradients: dict[Tensor, Tensor] = dict(zip(bucket.parameters(), bucket.gradients(), strict=True))
-            self.norms.take(self._number, gradients, self._before)
+            self._norms.take(self._number, gradients, self._before)
         self._works.append(dist.all_reduce(bucket.buffer(), async_op=True))
         return later(bucket.buffer())
 
-    def task(self, batch: Any, num_examples: int) -> PerExample:
+    def forward(self, batch: Any, num_examples: int) -> PerExample:
         # Without DDP there is nothing around the forward, and in small steps every call counts.
         forward = self._task.forward if self._ddp is None else self._ddp
         terms: PerExample = forward(batch, num_examples)
         return terms
 
     def micro_batch(self, micro_batch: MicroBatch, *, is_last: bool) -> AbstractContextManager[object]:
-        if self.norms is not None:
-            return self._measured(self.norms, micro_batch, is_last=is_last)
+        if self._norms is not None:
+            return self._measured(self._norms, micro_batch, is_last=is_last)
         return self._exchanging(is_last=is_last)
 
     def _exchanging(self, *, is_last: bool) -> AbstractContextManager[object]:
@@ -143,7 +143,8 @@ class DDP:
             norms.take(self._number, gradients, self._before)
         self._before.clear()
 
-    def start(self) -> None:
+    def start(self, norms: MicroBatchNorms | None = None) -> None:
+        self._norms = norms
         if self._ddp is not None and self._trained.moved_on():
             self._wrap()
 

@@ -55,7 +55,7 @@ class Reproducible:
         # Where a parameter lacks a gradient, zeros are added for it, which makes −0 into 0; then every leaf must do so.
         self._parameters_vary = find_unused_parameters
         self._ddp: DistributedDataParallel | None = None
-        self.norms: MicroBatchNorms | None = None
+        self._norms: MicroBatchNorms | None = None
         self._in_memory: Exchange | None = None
         self._counter = Counter[Gradients](_add_gradients)
         self._last = MicroBatch(0, 1, 0, 0)
@@ -77,11 +77,12 @@ class Reproducible:
             self._exchanges.clear()
             self._ddp = wrap(self._task, self._trained, self._send_bucket, find_unused_parameters=self._parameters_vary)
 
-    def start(self) -> None:
+    def start(self, norms: MicroBatchNorms | None = None) -> None:
+        self._norms = norms
         if self._ddp is not None and self._trained.moved_on():
             self._prepare()
 
-    def task(self, batch: Any, num_examples: int) -> PerExample:
+    def forward(self, batch: Any, num_examples: int) -> PerExample:
         forward = self._task.forward if self._ddp is None else self._ddp
         terms: PerExample = forward(batch, num_examples)
         return terms
@@ -106,8 +107,8 @@ class Reproducible:
             with self._ddp.no_sync():
                 yield
         gradients = self._take_gradients()
-        if self.norms is not None:
-            self.norms.take(micro_batch.number, gradients)
+        if self._norms is not None:
+            self._norms.take(micro_batch.number, gradients)
         if micro_batch.counts:
             self._counter.push(micro_batch.number, gradients)
 
@@ -146,8 +147,8 @@ class Reproducible:
 
     def _send(self, index: int, buffer: Tensor, parameters: Sequence[Tensor], gradients: Gradients) -> None:
         """Begin to send the nodes of some parameters, whose gradients of the last micro-batch are views of `buffer`."""
-        if self.norms is not None:
-            self.norms.take(self._last.number, gradients)
+        if self._norms is not None:
+            self._norms.take(self._last.number, gradients)
         counter = Counter[Gradients](_add_into_right)
         counter.nodes = list(self._counter.nodes)
         if self._last.counts:

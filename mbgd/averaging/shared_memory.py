@@ -37,7 +37,7 @@ class SharedMemory:
     def __init__(self, task: Task, trained: Trained, workers: Workers, memory: HostMemory) -> None:
         """Raises CannotShareError, on all workers alike, where there is not enough memory to share."""
         self._task, self._trained, self._workers, self._memory = task, trained, workers, memory
-        self.norms: MicroBatchNorms | None = None
+        self._norms: MicroBatchNorms | None = None
         self._num_rows = [1] * workers.num_workers
         self._step = _Step()
         self._hooks: list[RemovableHandle] = []
@@ -55,13 +55,13 @@ class SharedMemory:
                 hook = _Place(self._step, place)
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
 
-    def task(self, batch: Any, num_examples: int) -> PerExample:
+    def forward(self, batch: Any, num_examples: int) -> PerExample:
         self._step.runs = True
         return self._task.forward(batch, num_examples)
 
     def micro_batch(self, micro_batch: MicroBatch, *, is_last: bool) -> AbstractContextManager[object]:
         # Gradients add up until the end.
-        return _NOTHING if self.norms is None else self._measured(self.norms, micro_batch.number)
+        return _NOTHING if self._norms is None else self._measured(self._norms, micro_batch.number)
 
     @contextmanager
     def _measured(self, norms: MicroBatchNorms, number: int) -> Iterator[None]:
@@ -70,8 +70,8 @@ class SharedMemory:
         gradients: dict[Tensor, Tensor] = {p: p.grad for p in self._parameters if p.grad is not None}
         norms.take(number, gradients, before)
 
-    def start(self) -> None:
-        pass
+    def start(self, norms: MicroBatchNorms | None = None) -> None:
+        self._norms = norms
 
     def finish(self, note: int = NO_NOTE) -> list[int] | None:
         rows = [[p.grad for p in self._parameters]]

@@ -18,11 +18,11 @@ from mbgd.batches.plan import count_steps, make_plan
 from mbgd.building import targets
 from mbgd.building.references import referred
 from mbgd.checkpoints import saving
+from mbgd.checks import optimizers
 from mbgd.config import Config, Run, problems
 from mbgd.config.field_types import WORDS, converted
 from mbgd.errors import UsageError
 from mbgd.measuring import profiling
-from mbgd.step import optimizers
 from mbgd.task import threads
 from mbgd.task.task import Task
 from mbgd.text.suggestions import did_you_mean
@@ -194,8 +194,8 @@ def build_trainer(config: Config, workers: Workers) -> Trainer:
     with threads.work_counted(model) as work:
         trainer = Trainer(model, objective, optimizer, data, settings, workers)
     threads.choose(config.averaging, workers.device, plan, work)
-    saving.check(config.checkpoint, trainer.evaluation_names)
-    profiling.check(config.profile, trainer.num_steps)
+    saving.check(config.checkpoint, [] if trainer.evaluation is None else trainer.evaluation.names)
+    profiling.check(config.profile, trainer.setup.num_steps)
     return trainer
 
 

@@ -6,13 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mbgd.errors import UsageError
+from mbgd.checkpoints.snapshot import Snapshot, Tensors
 from mbgd.task import extra_state
 from mbgd.task.buffers import Buffers
 from mbgd.task.task import OBJECTIVE, Task, plain_name
-
-Files = Mapping[str, Mapping[str, Tensor]]
-"""Tensors by file, then by name."""
 
 
 class TaskState:
@@ -21,7 +18,7 @@ class TaskState:
     def __init__(self, task: Task, buffers: Buffers) -> None:
         self._task, self._buffers = task, buffers
 
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
+    def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
         """What is trained or moves, as it lies: "model" and, where the objective has state, "objective"."""
         kept, _ = extra_state.split(extra_state.extra_state(self._task))
         tensors = {**self._task.parameters_by_name(), **self._buffers.tensors(), **kept}
@@ -32,10 +29,15 @@ class TaskState:
         model = {name: t for name, t in tensors.items() if not name.startswith(OBJECTIVE)}
         return {"model": model, "objective": objective} if objective else {"model": model}
 
-    def values(self) -> dict[str, Any]:
+    def values(self) -> Mapping[str, Any]:
         """Extra state that is no tensor, and under which names of the tensors an export finds its own."""
         _, others = extra_state.split(extra_state.extra_state(self._task))
         return {"extra_state": others, "export": self._export_names()}
+
+    def objective(self) -> dict[str, Tensor]:
+        """Parameters and buffers of the objective, on the CPU; empty where it has none."""
+        tensors = self.tensors().get("objective", {})
+        return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
 
     def _export_names(self) -> dict[str, str]:
         """Each name in the model's `state_dict` → the name in `tensors`; tied parameters have several names."""
@@ -48,9 +50,9 @@ class TaskState:
             if isinstance(value, Tensor)
         }
 
-    def mismatches(self, saved: Files) -> list[str]:
+    def mismatches(self, snapshot: Snapshot) -> list[str]:
         """What in a checkpoint's tensors does not fit."""
-        now, then = _flat(self.tensors()), _flat(saved)
+        now, then = _flat(self.tensors()), _flat(snapshot.tensors)
         optional = self._buffers.recomputable()
         return [
             f"{name}: {_kind(then.get(name))} before, {_kind(now.get(name))} now"
@@ -58,9 +60,9 @@ class TaskState:
             if _kind(now.get(name)) != _kind(then.get(name)) and name not in optional
         ]
 
-    def restore(self, saved: Files, values: Mapping[str, Any]) -> None:
+    def restore(self, snapshot: Snapshot) -> None:
         """Take over a checkpoint's tensors and values that fit."""
-        then = _flat(saved)
+        then, values = _flat(snapshot.tensors), snapshot.values
         with torch.no_grad():
             for name, tensor in {**self._task.parameters_by_name(), **self._buffers.tensors()}.items():
                 if name in then and then[name].shape == _storable(tensor).shape:
@@ -81,27 +83,12 @@ def exported(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def refuse_odd_parts(task: Task) -> None:
-    """UsageError where model or objective has a part whose state could not be told by name."""
-    for name, parameter in task.named_parameters():
-        if nn.parameter.is_lazy(parameter):
-            raise UsageError(
-                f"the parameter {plain_name(name)} has no shape yet (a lazy layer). Let the model compute one batch "
-                "before the optimizer is made, or give the layer its sizes."
-            )
-    if task.objective is not None and any(name.startswith(OBJECTIVE) for name, _ in task.model.named_modules()):
-        raise UsageError(
-            f"the model has a part named {OBJECTIVE[:-1]}, and the objective is a module too; the names of their "
-            "parameters could not be told apart. Rename that part of the model."
-        )
-
-
 def _storable(tensor: Tensor) -> Tensor:
     """The tensor, or a view of it that safetensors can hold: it has no complex128."""
     return torch.view_as_real(tensor) if tensor.dtype is torch.complex128 else tensor
 
 
-def _flat(files: Files) -> dict[str, Tensor]:
+def _flat(files: Tensors) -> dict[str, Tensor]:
     objective = {f"{OBJECTIVE}{name}": tensor for name, tensor in files.get("objective", {}).items()}
     return {**files.get("model", {}), **objective}
 

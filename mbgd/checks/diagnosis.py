@@ -7,8 +7,8 @@ from torch import Tensor
 
 from mbgd.batches.loader import Examples, Shard
 from mbgd.batches.reading import Indices
+from mbgd.checks.finite import Wrong, not_finite, shown
 from mbgd.errors import UsageError
-from mbgd.step.finite import Wrong, not_finite, shown
 from mbgd.task.objective import PerExample
 from mbgd.task.trained import Trained
 from mbgd.workers.group import Workers

@@ -18,9 +18,9 @@ from mbgd.batches.loader import Data
 from mbgd.batches.plan import Plan
 from mbgd.batches.randomness import key_generators
 from mbgd.batches.reading import Indices, read
+from mbgd.checks.finite import shown
 from mbgd.config import AveragingName, Precision, Settings
 from mbgd.errors import UsageError
-from mbgd.step.finite import shown
 from mbgd.task.buffers import Buffers
 from mbgd.task.extra_state import extra_state_kept
 from mbgd.task.objective import PerExample, Totals

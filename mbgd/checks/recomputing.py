@@ -15,12 +15,14 @@ from torch import Tensor
 from mbgd.averaging.norms import MicroBatchNorms
 from mbgd.batches.loader import Examples, Shard
 from mbgd.batches.order import mix
-from mbgd.batches.plan import Plan, cut
+from mbgd.batches.plan import cut
 from mbgd.checks.replicas import checksum
+from mbgd.checks.setup import Setup
 from mbgd.errors import ComputedWrongly
-from mbgd.workers.group import Workers
 
 _CHOICE = 0x6C656166  # apart from the keys of everything else
+
+GradientsOf = Callable[[int, Examples], dict[Tensor, Tensor]]
 
 Sums = list[int]
 """A checksum for each trained parameter: of its gradient, or of the parameter itself."""
@@ -51,24 +53,21 @@ class _Seen(MicroBatchNorms):
 class Recomputing:
     """Chooses, watches and compares; one for a run with `check.recompute_every_steps`."""
 
-    def __init__(
-        self,
-        every_steps: int,
-        plan: Plan,
-        workers: Workers,
-        seed: int,
-        parameters: Mapping[str, Tensor],
-        gradients_of: Callable[[int, Examples], dict[Tensor, Tensor]],
-        examples_of: Callable[[int, int], Examples],
-    ) -> None:
-        """gradients_of(step, examples): of Σ w L, as the averaging gets them, and nothing else is changed.
-
-        examples_of(step, number): a micro-batch, read here.
-        """
-        self._every_steps, self._plan, self._workers, self._seed = every_steps, plan, workers, seed
-        self._names, self._parameters = list(parameters), list(parameters.values())
-        self._gradients_of, self._examples_of = gradients_of, examples_of
+    def __init__(self, setup: Setup, every_steps: int, gradients_of: GradientsOf) -> None:
+        self._every_steps, self._plan, self._workers = every_steps, setup.plan, setup.workers
+        self._seed, self._examples_of = setup.settings.seed, setup.loader.micro_batch
+        self._names, self._parameters = list(setup.trained.by_name), setup.trained.parameters
+        self._gradients_of = gradients_of
         self._seen: _Seen | None = None
+
+    @classmethod
+    def of(cls, setup: Setup, gradients_of: GradientsOf) -> "Recomputing | None":
+        """None for a run without.
+
+        gradients_of(step, examples): of Σ w L, as the averaging gets them, and nothing else is changed.
+        """
+        every_steps = setup.settings.check.recompute_every_steps
+        return None if every_steps is None else cls(setup, every_steps, gradients_of)
 
     def watch(self, step: int, norms: MicroBatchNorms | None) -> MicroBatchNorms | None:
         """What the averaging of this step is given as its norms."""

@@ -8,7 +8,7 @@ out only where one does.
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,14 @@ AT_ONCE_BYTES = 2**16
 """Smaller tensors are added up together: a call for each would take longer than the adding."""
 
 
+class _Part(Protocol):
+    """Of `checkpoints.parts.Part`, what is compared."""
+
+    def tensors(self) -> Mapping[str, Mapping[str, Tensor]]: ...
+
+    def values(self) -> Mapping[str, Any]: ...
+
+
 @dataclass
 class Replicas:
     """Compares the state of this worker with that of the others."""
@@ -27,6 +35,12 @@ class Replicas:
     workers: Workers
     last_alike: int | None = None
     """Optimizer steps after which all were last found alike; None: not compared yet."""
+
+    def compare_parts(self, step: int, parts: Sequence[_Part]) -> None:
+        """As `compare`, of parts of a checkpoint."""
+        files = [(file, of_file) for part in parts for file, of_file in part.tensors().items()]
+        tensors = {f"{file}.{name}": tensor for file, of_file in files for name, tensor in of_file.items()}
+        self.compare(step, tensors, {name: value for part in parts for name, value in part.values().items()})
 
     def compare(self, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Raise ReplicasDiffer, on every worker alike, where the workers' state differs after `step` steps.

@@ -8,21 +8,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mbgd.batches.loader import Data
 from mbgd.batches.plan import micro_batches
 from mbgd.batches.reading import Batches, read
+from mbgd.checks.finite import shown
 from mbgd.checks.preflight import NUM_EXAMPLES, check_targets, random_state_kept
+from mbgd.checks.setup import Setup
 from mbgd.config import Settings
 from mbgd.errors import UsageError
 from mbgd.evaluation.metrics import Metrics, check
-from mbgd.step.finite import shown
-from mbgd.task.buffers import Buffers
 from mbgd.task.extra_state import extra_state_kept
 from mbgd.task.modes import evaluating
 from mbgd.task.objective import NUM_SUMS, PerExample, Totals
 from mbgd.task.precision import autocast, parameter_dtype
-from mbgd.task.task import Task
-from mbgd.workers.group import Workers
 
 
 class AddUp(Protocol):
@@ -34,21 +31,22 @@ class AddUp(Protocol):
 class Evaluation:
     """Evaluates a task on a dataset, every example exactly once, each worker its contiguous share."""
 
-    def __init__(
-        self,
-        task: Task,
-        buffers: Buffers,
-        data: Data,
-        settings: Settings,
-        workers: Workers,
-        *,
-        output_shape: torch.Size | None,
-    ) -> None:
-        """Tries the first and the last examples; UsageError where something is wrong with them.
+    @classmethod
+    def of(cls, setup: Setup) -> "Evaluation | None":
+        """None without an evaluation dataset."""
+        if setup.data.evaluation is not None:
+            return cls(setup)
+        if metrics := setup.settings.evaluation.metrics:
+            raise UsageError(
+                f"evaluation.metrics={', '.join(metrics)}, but there is no evaluation dataset. Give data.evaluation, "
+                "or leave them out."
+            )
+        return None
 
-        output_shape: of the model, for a few examples.
-        """
-        self._task, self._buffers, self._data = task, buffers, data
+    def __init__(self, setup: Setup) -> None:
+        """Tries the first and the last examples; UsageError where something is wrong with them."""
+        settings, workers, data = setup.settings, setup.workers, setup.data
+        self._task, self._buffers, self._data = setup.task, setup.buffers, data
         self._workers, self._precision = workers, settings.precision
         self._how: dict[str, Any] = {
             "device": workers.device,
@@ -56,12 +54,14 @@ class Evaluation:
             "seed": settings.seed,
         }
         self._metrics = Metrics(settings.evaluation.metrics, workers)
-        num_examples = len(data.evaluation)
+        self.num_examples = num_examples = len(data.evaluation)
         self._num_parts = -(-num_examples // settings.evaluation.batch_size)
         shard = micro_batches(0, num_examples, self._num_parts, workers.rank, workers.num_workers)
         self._shard = [micro_batch for micro_batch in shard if micro_batch.counts]
-        check_targets(data.evaluation, task.given_objective, output_shape)
+        check_targets(data.evaluation, setup.task.given_objective, setup.findings.output_shape)
         self.metric_names = self._try_out(num_examples, settings)
+        self.names = [f"eval/{name}" for name in ("loss", *self.metric_names, *settings.evaluation.metrics)]
+        """Of what an evaluation gives."""
         # One loader, whose processes serve all evaluations.
         self._batches = Batches(
             data.evaluation,

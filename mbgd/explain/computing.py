@@ -35,7 +35,7 @@ class Explained:
         self._config, self._seconds = config, seconds
         self._reference = Reference(config, torch.device("cpu"), Precision.fp64)
         trainer = self._reference.trainer
-        self.dataset, self._task = trainer._loader._data.train, self._reference.task
+        self.dataset, self._task = trainer.setup.data.train, self._reference.task
         if config.batch.size > len(self.dataset):
             raise UsageError(
                 f"batch.size={config.batch.size}, but there are {len(self.dataset)} training examples; a minibatch "
@@ -48,7 +48,7 @@ class Explained:
                 f"--workers {num_workers} with {self.size} examples; the minibatch is split over 1 to {self.size}."
             )
         self._num_workers = num_workers
-        self.numbers = [int(number) for number in trainer._loader.minibatch_indices(0)]
+        self.numbers = [int(number) for number in trainer.setup.loader.minibatch_indices(0)]
         self._notes: list[str] = []
         self._leave_out_noise()
 
@@ -104,13 +104,13 @@ class Explained:
 
     def _about(self) -> dict[str, str]:
         trainer = self._reference.trainer
-        rate = self._reference.trainer.optimizer.param_groups[0]["lr"]
+        rate = self._reference.trainer.setup.optimizer.param_groups[0]["lr"]
         return {
-            "model": type(trainer.model).__name__,
+            "model": type(trainer.setup.model).__name__,
             "weights": f"{sum(p.numel() for p in self._parameters().values()):,}",
             "data": f"{len(self.dataset):,} examples of {type(self.dataset).__name__}",
             "objective": kind(self._task.given_objective).rpartition(".")[2],
-            "optimizer": f"{type(trainer.optimizer).__name__}, learning rate {rate:g}",
+            "optimizer": f"{type(trainer.setup.optimizer).__name__}, learning rate {rate:g}",
             "minibatch": f"{self.size} examples",
         }
 

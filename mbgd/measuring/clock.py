@@ -92,6 +92,11 @@ class Clock:
         self._device = device
         self._stopwatch: Stopwatch = StreamStopwatch() if device.type == "cuda" else HostStopwatch()
         self.lap = self._stopwatch.lap  # called several times a step
+        self.restart()
+
+    def restart(self) -> None:
+        """Measure from now on."""
+        self._stopwatch.seconds()
         self._paused = 0.0
         self._started = self._last_read = self._now()
 

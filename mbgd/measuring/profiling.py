@@ -10,8 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from mbgd.config import profiled_steps
-from mbgd.errors import UsageError
-from mbgd.tracking.base import optional
+from mbgd.errors import UsageError, optional
 from mbgd.workers.group import Workers
 
 T = TypeVar("T")

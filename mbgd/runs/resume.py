@@ -45,7 +45,7 @@ def resume(trainer: Trainer, folder: RunFolder, config: Config, now: Mapping[str
 
     now: the configuration as plain values. UsageError, on every worker, where the run there is another one.
     """
-    workers = trainer.workers
+    workers = trainer.setup.workers
     if config.resume == "never" or not folder.has_begun:
         remove_memory(folder.path, workers)  # of a run whose folder is gone
     in_memory = None
@@ -86,10 +86,10 @@ def _agree(
 ) -> _Decision:
     """What the main worker decides, on every worker; UsageError on all where that is a problem."""
     mine = _Decision()
-    if trainer.workers.is_main:
-        mine = _decide(folder, config, now, trainer.num_steps, in_memory)
+    if trainer.setup.workers.is_main:
+        mine = _decide(folder, config, now, trainer.setup.num_steps, in_memory)
     told: list[Any] = [mine.checkpoint and str(mine.checkpoint), mine.is_complete, mine.keeps_evaluations, mine.problem]
-    path, is_complete, keeps_evaluations, problem = trainer.workers.broadcast(told)
+    path, is_complete, keeps_evaluations, problem = trainer.setup.workers.broadcast(told)
     if problem:
         raise UsageError(problem)
     return _Decision(path and Path(path), is_complete, keeps_evaluations)
@@ -203,7 +203,7 @@ def _restore(trainer: Trainer, path: Path) -> None:
         snapshot, _ = checkpoint.read(path)
     except Exception as error:  # a file system that fails, or a file that has changed since it was verified
         failure = f"{type(error).__name__}: {plain(error)}"
-    failed = trainer.workers.max_(torch.tensor(int(bool(failure)), device=trainer.workers.device))
+    failed = trainer.setup.workers.max_(torch.tensor(int(bool(failure)), device=trainer.setup.workers.device))
     if failed.item() or snapshot is None:
         raise UsageError(
             f"checkpoint {path} cannot be read on every worker ({failure or 'it can on this one'}). All workers must "

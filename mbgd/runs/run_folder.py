@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from mbgd.checkpoints.task_state import exported
+from mbgd.checkpoints.task_state import TaskState, exported
 from mbgd.config import Run
 from mbgd.errors import UsageError
 from mbgd.files import folder_lock, run_files, strict_json
@@ -128,10 +128,10 @@ class RunFolder:
 
     def write_results(self, result: Result, trainer: Trainer) -> None:
         """Export the model and write the summary, which is there only once the run is complete."""
-        model, plan = trainer.model, trainer.plan
+        model, plan = trainer.setup.model, trainer.setup.plan
         content = save(exported(model))
         others = {}
-        if objective := trainer.objective_tensors():
+        if objective := TaskState(trainer.setup.task, trainer.setup.buffers).objective():
             others[OBJECTIVE] = save(objective)
         summary = {
             "metrics": result.metrics,
@@ -141,9 +141,9 @@ class RunFolder:
             "examples_per_second": result.examples_per_second,
             "skipped_steps": result.num_skipped_steps,
             "num_workers": plan.num_workers,
-            "averaging": trainer.averaging_description,
+            "averaging": trainer.train_step.averaging.describe(),
             "num_micro_batches": plan.num_micro_batches(min(plan.minibatch_size, plan.num_examples)),
-            "conditions": conditions(plan, trainer.workers.device),
+            "conditions": conditions(plan, trainer.setup.workers.device),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "model_sha256": hashlib.sha256(content).hexdigest(),
         }

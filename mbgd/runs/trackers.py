@@ -49,7 +49,7 @@ def open_trackers(trackers: Trackers, config: Config, folder: RunFolder, trainer
 
 def _terminal(trainer: Trainer, folder: Path) -> Tracker:
     print(f"{wording.describe_start(trainer)}\n{wording.describe_folder(folder)}", flush=True)
-    return console.tracker(trainer.num_steps, trainer.state.step)
+    return console.tracker(trainer.setup.num_steps, trainer.state.step)
 
 
 def _wandb(config: Config, folder: Path, trainer: Trainer) -> Tracker:

@@ -18,15 +18,16 @@ def describe_start(trainer: Trainer) -> str:
 
 def plan_lines(trainer: Trainer) -> dict[str, str]:
     """The plan of a run, line by line."""
-    plan, workers = trainer.plan, trainer.workers
-    parameters = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    plan, workers = trainer.setup.plan, trainer.setup.workers
+    parameters = sum(p.numel() for p in trainer.setup.model.parameters() if p.requires_grad)
+    num_evaluation_examples = 0 if trainer.evaluation is None else trainer.evaluation.num_examples
     return {
         "minibatch": describe_cut(plan),
-        "examples": f"{plan.num_examples:,} for training, {trainer.num_evaluation_examples:,} for evaluation",
-        "steps": f"{trainer.num_steps:,}, {plan.steps_per_epoch:,} an epoch",
-        "parameters": f"{parameters:,}, {trainer.settings.precision.value}",
-        "averaging": trainer.averaging_description,
-        "noise scale": trainer.noise_scale.describe(),
+        "examples": f"{plan.num_examples:,} for training, {num_evaluation_examples:,} for evaluation",
+        "steps": f"{trainer.setup.num_steps:,}, {plan.steps_per_epoch:,} an epoch",
+        "parameters": f"{parameters:,}, {trainer.setup.settings.precision.value}",
+        "averaging": trainer.train_step.averaging.describe(),
+        "noise scale": trainer.train_step.noise_scale.describe(),
         "device": f"{workers.device.type}, {count(torch.get_num_threads(), 'thread')} per worker"
         + "".join(f" ({reason})" for reason in threads.why),
     }

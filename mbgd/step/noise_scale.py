@@ -13,13 +13,18 @@ b_k, Σ b_k = B, mean gradients g_k, and Q = Σ (b_k / B) |g_k|²,
 however uneven the micro-batches are; the paper's formulas are those for one micro-batch against the whole.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mbgd.batches.plan import Plan
+from mbgd.averaging.norms import MicroBatchNorms
+from mbgd.batches.plan import MicroBatch, Minibatch, Plan
+from mbgd.checkpoints.snapshot import Snapshot
 from mbgd.config import NoiseScale as Settings
+from mbgd.step.done import Done
+from mbgd.task.objective import PerExample
 
 NUM_NOISE_SUMS = 2
 
@@ -51,11 +56,20 @@ class NoiseScale:
     weights that fall exponentially into the past, and then divided.
     """
 
-    def __init__(self, settings: Settings, plan: Plan, device: torch.device) -> None:
+    def __init__(
+        self, settings: Settings, plan: Plan, parameters: Sequence[Tensor], loss_scale: Callable[[], Tensor]
+    ) -> None:
+        """loss_scale(): by how much too long the gradients of micro-batches are: float64, shape ()."""
         self._every_steps, self._plan = settings.every_steps, plan
+        self._parameters, self._loss_scale = parameters, loss_scale
         self._size = min(plan.minibatch_size, plan.num_examples)
         self._decay = 1.0 - 1.0 / settings.smoothing
+        device = parameters[0].device
         self._sums = torch.zeros(3, dtype=torch.float64, device=device)  # of tr Σ, of |G|², of the weights
+        self.norms: MicroBatchNorms | None = None
+        """Of the micro-batches' gradients, in a step that is measured."""
+        self._leaves: dict[int, Tensor] = {}
+        self._total: Tensor | None = None
 
     def measures(self, step: int) -> bool:
         """Whether step number `step`, counted from 0, is measured; its minibatch must have parts to compare."""
@@ -63,10 +77,34 @@ class NoiseScale:
             return False
         return self._plan.num_micro_batches(self._plan.minibatch(step).size) > 1
 
-    def add(self, sums: Tensor, *, weight: int | Tensor, size: int, gradient_norm: Tensor) -> None:
-        """Take in a minibatch of so many examples; arguments as for `estimate`. One that overflowed is left out."""
-        variance, squared_gradient = estimate(sums, weight, gradient_norm)
-        new = torch.stack([size * variance, squared_gradient, torch.ones_like(variance)])
+    @property
+    def width(self) -> int:
+        return NUM_NOISE_SUMS
+
+    def begin(self, step: int) -> bool:
+        self.norms, self._total = None, None
+        if self.measures(step):
+            self.norms = MicroBatchNorms(self._parameters)
+        return self.norms is not None
+
+    def add(self, terms: PerExample, micro_batch: MicroBatch) -> None:
+        if self.norms is not None:
+            squared_norm = self.norms.squared(micro_batch.number) / self._loss_scale().square()
+            self._leaves[micro_batch.number] = noise_sums(squared_norm, weight=terms.total_weight())
+
+    def leaves(self) -> Mapping[int, Tensor]:
+        leaves, self._leaves = self._leaves, {}
+        return leaves
+
+    def take(self, total: Tensor, minibatch: Minibatch) -> None:
+        self._total = total  # the gradient's norm is still to come
+
+    def after_update(self, done: Done) -> None:
+        """Take in the minibatch's noise. One whose gradients overflowed is left out."""
+        if self._total is None or done.norms is None:
+            return
+        variance, squared_gradient = estimate(self._total, done.weight, done.norms.gradient)
+        new = torch.stack([done.minibatch.size * variance, squared_gradient, torch.ones_like(variance)])
         self._sums = torch.where(new.isfinite().all(), self._decay * self._sums + new, self._sums)
 
     def metrics(self) -> dict[str, float]:
@@ -90,13 +128,18 @@ class NoiseScale:
             return f"not measured: needs 2 micro-batches{remedy}"
         return f"every {self._every_steps} steps, from {self._num_parts} micro-batches"
 
-    def values(self) -> list[float]:
-        """The state, as JSON can hold it; this waits for the device."""
-        values: list[float] = self._sums.tolist()
-        return values
+    def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
+        return {}
 
-    def restore(self, values: Sequence[float]) -> None:
-        self._sums = self._sums.new_tensor(values)
+    def values(self) -> Mapping[str, Any]:
+        """The state, as JSON can hold it; this waits for the device."""
+        return {"noise_scale": self._sums.tolist()}
+
+    def mismatches(self, snapshot: Snapshot) -> list[str]:
+        return []
+
+    def restore(self, snapshot: Snapshot) -> None:
+        self._sums = self._sums.new_tensor(snapshot.values["noise_scale"])
 
     @property
     def _num_parts(self) -> int:

@@ -147,7 +147,7 @@ class Buffers:
         if not self._all:
             return
         changed = self.changed()
-        if not counts or not (changed or self):
+        if not counts:
             return
         known = {buffer.name for buffer in (*self._floating, *self._integers)}
         late = {name: _known(self._all[name].now).detach().clone() for name in changed if name not in known}

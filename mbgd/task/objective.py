@@ -88,6 +88,12 @@ class PerExample:
         kept = self.weights != 0
         return outputs.detach()[kept], targets[kept]
 
+    def total_weight(self) -> Tensor:
+        """Σ w_i: float64, shape ()."""
+        if self.weights is None:
+            return self.losses.new_full((), self.losses.numel(), dtype=torch.float64)
+        return self.weights.detach().double().sum()
+
     def sums(self, metric_names: Sequence[str]) -> Tensor:
         """The sums that make exact means, of the loss and these metrics: float64, shape (NUM_SUMS + their number,)."""
         losses = self.losses.detach().double()

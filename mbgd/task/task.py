@@ -50,6 +50,21 @@ class Task(nn.Module):
         self._apply(lambda tensor: tensor.to(device, dtype_of(tensor, dtype)))  # type: ignore[no-untyped-call]
 
 
+def refuse_odd_parts(task: Task) -> None:
+    """UsageError where model or objective has a part whose state could not be told by name."""
+    for name, parameter in task.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            raise UsageError(
+                f"the parameter {plain_name(name)} has no shape yet (a lazy layer). Let the model compute one batch "
+                "before the optimizer is made, or give the layer its sizes."
+            )
+    if task.objective is not None and any(name.startswith(OBJECTIVE) for name, _ in task.model.named_modules()):
+        raise UsageError(
+            f"the model has a part named {OBJECTIVE[:-1]}, and the objective is a module too; the names of their "
+            "parameters could not be told apart. Rename that part of the model."
+        )
+
+
 def _module_of(objective: Objective, model: nn.Module) -> nn.Module | None:
     """The module whose parameters the objective brings: itself, or what it is a method of."""
     owner = objective if isinstance(objective, nn.Module) else getattr(objective, "__self__", None)

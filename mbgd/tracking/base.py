@@ -1,12 +1,12 @@
 """The interface of everything that is told how a run goes."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
-from mbgd.errors import Preempted
+from mbgd.errors import Preempted, optional, warn
 
 Metrics = Mapping[str, float | str]
 """Values by names such as train/loss; texts are fingerprints."""
@@ -84,23 +84,7 @@ class Trackers:
                 raise
             except BaseException as error:
                 self._trackers.remove(named)
-                _warn(f"{name} failed", error, "It is left out from now on. Training goes on.")
-
-
-@contextmanager
-def optional(failure: str, consequence: str) -> Iterator[None]:
-    """Whatever is raised inside, but for Ctrl-C, becomes a warning: what failed, why, and what follows from it."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
-        _warn(failure, error, consequence)
-
-
-def _warn(failure: str, error: BaseException, consequence: str) -> None:
-    with suppress(Exception):  # standard output may be what failed
-        print(f"warning: {failure} ({type(error).__name__}: {error}). {consequence}", flush=True)
+                warn(f"{name} failed", error, "It is left out from now on. Training goes on.")
 
 
 @contextmanager

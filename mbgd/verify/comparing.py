@@ -94,7 +94,7 @@ def compare(
     subject = Subject(config, workers, precision)
     num_bytes = sum(p.nbytes for p in subject.parameters.values())
     comparison = Comparison(precision, subject.about(), num_bytes)
-    indices = subject.trainer._loader.minibatch_indices(0)
+    indices = subject.trainer.setup.loader.minibatch_indices(0)
     of_workers = workers.gather(looking.losses_here(subject.trainer, indices))
     judge = _Judge(config, subject, comparison, num_steps) if workers.is_main else None
     if judge is not None:
@@ -118,7 +118,7 @@ class _Judge:
 
     def __init__(self, config: Config, subject: Subject, comparison: Comparison, num_steps: int) -> None:
         self._subject, self._comparison = subject, comparison
-        self._plan, device = subject.trainer.plan, subject.trainer.workers.device
+        self._plan, device = subject.trainer.setup.plan, subject.trainer.setup.workers.device
         with self._undisturbed():
             self._exact = Reference(config, device, Precision.fp64)
             is_exact = comparison.precision is Precision.fp64
@@ -219,7 +219,7 @@ class _Judge:
     def _undisturbed(self) -> ExitStack:
         """The subject's random state stays as it is."""
         stack = ExitStack()
-        stack.enter_context(random_state_kept(self._subject.trainer.workers.device))
+        stack.enter_context(random_state_kept(self._subject.trainer.setup.workers.device))
         return stack
 
 
@@ -269,10 +269,10 @@ def same_bits(config: Config, workers: Workers, num_steps: int) -> bool | None:
             for shard in _shards(trainer, num_steps):
                 trainer.train_step(shard)
                 trainer.state.step = shard.step + 1
-            hashes.append(weights_sha256(trainer._task))
+            hashes.append(weights_sha256(trainer.setup.task))
     return bool(workers.broadcast(hashes[0] == hashes[-1]))
 
 
 def _shards(trainer: Any, num_steps: int) -> Iterator[Shard]:
-    shards: Iterator[Shard] = trainer._loader.shards(0, num_steps)
+    shards: Iterator[Shard] = trainer.setup.loader.shards(0, num_steps)
     return shards

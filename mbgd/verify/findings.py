@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
 
-from mbgd.step.finite import shown
+from mbgd.checks.finite import shown
 
 
 class Severity(Enum):

@@ -200,32 +200,32 @@ class Looking:
 
 def read_examples(trainer: Trainer, indices: Indices, precision: Precision) -> Examples:
     """Examples by number, as evaluations read them."""
-    device, dtype = trainer.workers.device, parameter_dtype(precision)
-    data = trainer._loader._data.train
-    (batch,) = read(data, [indices], num_workers=0, device=device, dtype=dtype, seed=trainer.settings.seed)
+    device, dtype = trainer.setup.workers.device, parameter_dtype(precision)
+    data = trainer.setup.data.train
+    (batch,) = read(data, [indices], num_workers=0, device=device, dtype=dtype, seed=trainer.setup.settings.seed)
     return Examples(MicroBatch(0, 1, 0, len(indices)), batch)
 
 
 def losses_here(trainer: Trainer, indices: Indices) -> dict[str, Any]:
     """The first examples' losses by the trainer's own model on this worker, which others should give, too."""
-    examples = read_examples(trainer, indices[:NUM_EXAMPLES], trainer.settings.precision)
-    trainer._buffers.put_back()
-    key_generators(trainer.workers.device, trainer.settings.seed)
-    with torch.no_grad(), trainer._autocast:
-        terms = trainer._task(examples.batch, examples.micro_batch.size)
-    trainer._buffers.put_back()
+    examples = read_examples(trainer, indices[:NUM_EXAMPLES], trainer.setup.settings.precision)
+    trainer.setup.buffers.put_back()
+    key_generators(trainer.setup.workers.device, trainer.setup.settings.seed)
+    with torch.no_grad(), trainer.train_step.autocast:
+        terms = trainer.setup.task(examples.batch, examples.micro_batch.size)
+    trainer.setup.buffers.put_back()
     return {"losses": [float(loss) for loss in _of_each(terms)], "examples": content(examples.batch)}
 
 
 def look_at_trainer(trainer: Trainer) -> Iterator[Finding]:
     """What the trainer itself knows."""
-    if names := trainer._trained.not_held:
+    if names := trainer.setup.trained.not_held:
         yield findings.not_held(names)
-    if names := list(trainer._findings.moving_buffers):
+    if names := list(trainer.setup.findings.moving_buffers):
         yield findings.moving(names)
     hooked = [
         name
-        for name, p in trainer._trained.by_name.items()
+        for name, p in trainer.setup.trained.by_name.items()
         if any(not getattr(hook, "is_averaging_hook", False) for hook in (p._backward_hooks or {}).values())
         or any(
             not getattr(hook, "is_averaging_hook", False)
@@ -234,8 +234,8 @@ def look_at_trainer(trainer: Trainer) -> Iterator[Finding]:
     ]
     if hooked:
         yield findings.hooks(hooked)
-    if trainer.settings.precision in (Precision.bf16, Precision.fp16):
-        yield findings.autocast(trainer.settings.precision.value)
+    if trainer.setup.settings.precision in (Precision.bf16, Precision.fp16):
+        yield findings.autocast(trainer.setup.settings.precision.value)
 
 
 def compare_workers(of_workers: Sequence[Mapping[str, Any]]) -> list[Finding]:

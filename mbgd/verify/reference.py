@@ -40,10 +40,10 @@ class Reference:
         batch = replace(config.batch, micro_batch_size=None)
         alone = replace(config, precision=precision, averaging=averaging, batch=batch)
         self.trainer = build_trainer(alone, Workers(device=device))
-        self.task, self.trained = self.trainer._task, self.trainer._trained
-        self._buffers, self._precision, self._config = self.trainer._buffers, precision, config
-        self._device, self._rates = device, [group["lr"] for group in self.trainer.optimizer.param_groups]
-        self.data = replace(self.trainer._loader._data, num_workers=0)
+        self.task, self.trained = self.trainer.setup.task, self.trainer.setup.trained
+        self._buffers, self._precision, self._config = self.trainer.setup.buffers, precision, config
+        self._device, self._rates = device, [group["lr"] for group in self.trainer.setup.optimizer.param_groups]
+        self.data = replace(self.trainer.setup.data, num_workers=0)
 
     def load(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
         """Take over values from the trainer that is verified."""
@@ -57,7 +57,7 @@ class Reference:
 
     def shards(self, num_steps: int) -> Iterator[Shard]:
         """The whole minibatches."""
-        return self.trainer._loader.shards(0, num_steps)
+        return self.trainer.setup.loader.shards(0, num_steps)
 
     def shards_of(self, plan: Plan, rank: int, num_steps: int, precision: Precision) -> Iterator[Shard]:
         """What worker `rank` should read, read here."""
@@ -115,11 +115,11 @@ class Reference:
             hooks.call()
             if self._config.clip_norm is not None:
                 torch.nn.utils.clip_grad_norm_(self.trained.parameters, self._config.clip_norm)
-            schedule = self.trainer.settings.schedule
+            schedule = self.trainer.setup.settings.schedule
             if schedule is not None:
-                for group, rate in zip(self.trainer.optimizer.param_groups, self._rates, strict=True):
+                for group, rate in zip(self.trainer.setup.optimizer.param_groups, self._rates, strict=True):
                     group["lr"] = rate * schedule(step)
-            self.trainer.optimizer.step()
+            self.trainer.setup.optimizer.step()
         finally:
             hooks.put_back()
         return {name: parameter.detach() for name, parameter in self.trained.by_name.items()}

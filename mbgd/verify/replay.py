@@ -57,8 +57,8 @@ def replay(folder: Path, step: int, workers: Workers) -> Replay:
         )
     recorded = _recorded(folder)
     trainer = build_trainer(config, workers)
-    if not 1 <= step <= trainer.num_steps:
-        raise UsageError(f"--step {step}; the run has the steps 1 to {trainer.num_steps}.")
+    if not 1 <= step <= trainer.setup.num_steps:
+        raise UsageError(f"--step {step}; the run has the steps 1 to {trainer.setup.num_steps}.")
     snapshot = _newest_before(folder, step)
     if snapshot is not None:
         trainer.restore(snapshot)
@@ -101,14 +101,14 @@ def _newest_before(folder: Path, step: int) -> Snapshot | None:
 
 def _steps(trainer: Trainer, step: int) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Make the steps; after each its number, counted from 1, and what would be logged of it."""
-    shards = trainer._log.clock.laps(trainer._loader.shards(trainer.state.step, step))
+    shards = trainer.log.clock.laps(trainer.setup.loader.shards(trainer.state.step, step))
     for shard in shards:
-        result = trainer.train_step(shard)
+        done = trainer.train_step(shard)
         trainer.state.step = shard.step + 1
         values: dict[str, Any] = {}
-        if result is not None:
-            values = trainer._metrics(result)
-            values |= trainer._log.fingerprints(values, trainer.state.step, trainer._loader, trainer._task)
+        if trainer.log.logs(shard.step):
+            values |= trainer.log.metrics(done, trainer.train_step.metrics())
+            values |= trainer.log.fingerprints(values, trainer.state.step)
         yield trainer.state.step, {**values, WEIGHTS: trainer.weights_sha256()}
 
 
@@ -120,7 +120,7 @@ def _otherwise(folder: Path, trainer: Trainer) -> list[str]:
         return ["what the run was made under is not recorded: it has not come to its end"]
     before = {**summary.get("versions", {}), **summary.get("conditions", {})}
     now: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
-    now |= conditions(trainer.plan, trainer.workers.device)
+    now |= conditions(trainer.setup.plan, trainer.setup.workers.device)
     return [
         plain(f"{key}: {before[key]} then, {now[key]} now") for key in now if key in before and before[key] != now[key]
     ]

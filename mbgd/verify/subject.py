@@ -40,46 +40,46 @@ class Subject:
 
     def __init__(self, config: Config, workers: Workers, precision: Precision) -> None:
         self.trainer: Trainer = build_trainer(replace(config, precision=precision, log_every_steps=1), workers)
-        self.trainer.before_update.append(self._take_down)
-        self.parameters = self.trainer._trained.by_name
+        self.trainer.train_step.before_update.append(self._take_down)
+        self.parameters = self.trainer.setup.trained.by_name
         self._gradient: Gradient = {}
 
     def about(self) -> dict[str, Any]:
         """What is verified, for people."""
-        trainer, plan = self.trainer, self.trainer.plan
-        objective = trainer._task.given_objective
+        trainer, plan = self.trainer, self.trainer.setup.plan
+        objective = trainer.setup.task.given_objective
         cut = plan.num_micro_batches(min(plan.minibatch_size, plan.num_examples))
         return {
-            "model": type(trainer.model).__name__,
+            "model": type(trainer.setup.model).__name__,
             "objective": kind(objective).rpartition(".")[2],
-            "data": f"{plan.num_examples:,} examples of {type(trainer._loader._data.train).__name__}",
+            "data": f"{plan.num_examples:,} examples of {type(trainer.setup.data.train).__name__}",
             "num_workers": plan.num_workers,
             "plan": f"minibatches of {plan.minibatch_size}, micro-batches: {cut}, workers: {plan.num_workers}",
-            "averaging": trainer.averaging_description,
+            "averaging": trainer.train_step.averaging.describe(),
         }
 
     @property
     def buffers(self) -> dict[str, Tensor]:
-        return dict(self.trainer._task.named_buffers())
+        return dict(self.trainer.setup.task.named_buffers())
 
     def shards(self, num_steps: int) -> Iterator[Shard]:
-        return self.trainer._loader.shards(0, num_steps)
+        return self.trainer.setup.loader.shards(0, num_steps)
 
     def step(self, shard: Shard) -> Done:
-        workers = self.trainer.workers
+        workers = self.trainer.setup.workers
         counting = [one for one in shard.micro_batches if one.micro_batch.counts]
         mine = {
             "positions": [[one.micro_batch.start, one.micro_batch.stop] for one in counting],
             "digests": [content(one.batch) for one in counting],
         }
-        result = self.trainer.train_step(shard)
+        done = self.trainer.train_step(shard)
         self.trainer.state.step = shard.step + 1
-        assert result is not None
+        assert done.totals is not None  # every step is logged
         state = [p.detach() for p in self.parameters.values()]
         of_workers = workers.gather({**mine, "checksum": int(checksum(state, workers.device))})
         return Done(
             shard.step,
-            result.totals.means()["loss"],
+            done.totals.means()["loss"],
             self._gradient,
             [[(start, stop) for start, stop in one["positions"]] for one in of_workers],
             [one["digests"] for one in of_workers],
@@ -87,8 +87,8 @@ class Subject:
         )
 
     def _take_down(self, shard: Shard, weight: int | Tensor) -> None:
-        if self.trainer.workers.is_main:
-            divisor = self.trainer._update.loss_scale() * weight
+        if self.trainer.setup.workers.is_main:
+            divisor = self.trainer.train_step.update.loss_scale() * weight
             self._gradient = {
                 name: p.grad.to(torch.promote_types(p.dtype, torch.float64)) / divisor
                 for name, p in self.parameters.items()

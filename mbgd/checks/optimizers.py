@@ -2,12 +2,10 @@
 
 import inspect
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
-from torch.optim import optimizer as of_torch
 
 from mbgd.errors import UsageError
 
@@ -48,28 +46,3 @@ def needs_closure(kind: type[Optimizer]) -> bool:
 def not_matrices(model: torch.nn.Module) -> list[str]:
     """Names of trained parameters that are not matrices, which Muon and its like do not take."""
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.dim() != 2]
-
-
-def step_of(optimizer: Optimizer) -> Callable[[], object]:
-    """`optimizer.step`, without the record that torch makes of every call for profilers where none runs.
-
-    The record takes 25 µs, 7 % of the smallest models' steps. Where anything else hangs on `step`, such as hooks or a
-    scheduler that counts the calls, it is called as it is.
-    """
-    recorded = type(optimizer).step
-    plain = getattr(recorded, "__wrapped__", None) if getattr(recorded, "hooked", False) else None
-    if plain is None:
-        return lambda: optimizer.step()
-
-    def step() -> object:
-        hangs_on = (
-            optimizer._optimizer_step_pre_hooks,
-            optimizer._optimizer_step_post_hooks,
-            of_torch._global_optimizer_pre_hooks,
-            of_torch._global_optimizer_post_hooks,
-            "step" in vars(optimizer),
-            torch._C._autograd._profiler_enabled(),
-        )
-        return optimizer.step() if any(hangs_on) else plain(optimizer)
-
-    return step

@@ -1,0 +1,42 @@
+"""Where a run stands: the step, the last metrics, and by what trackers know it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from mbgd.checkpoints.format import differences
+from mbgd.checkpoints.snapshot import Snapshot
+from mbgd.checks.setup import Setup
+from mbgd.files import strict_json
+
+
+class RunState:
+    """With the parameters and the optimizer's state, all there is to resume from."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.step = 0
+        """Optimizer steps completed."""
+        self.metrics: dict[str, float] = {}
+        """The last value of each."""
+        self.tracking: dict[str, str] = {}
+        """The trackers' run ids, so that a resumed run continues them."""
+        self._must_match: dict[str, Any] = {
+            "number of training examples": setup.plan.num_examples,
+            "batch.size": setup.plan.minibatch_size,
+            "optimizer": type(setup.optimizer).__name__,
+        }
+        """What must be the same, beside the model, for the state of one run to mean anything in another."""
+
+    def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
+        return {}
+
+    def values(self) -> Mapping[str, Any]:
+        return {"metrics": dict(self.metrics), "run": dict(self._must_match), "tracking": dict(self.tracking)}
+
+    def mismatches(self, snapshot: Snapshot) -> list[str]:
+        return differences(snapshot.values["run"], self._must_match)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        self.step, self.metrics = snapshot.step, strict_json.numbers(snapshot.values["metrics"])
+        self.tracking = dict(snapshot.values.get("tracking", {}))

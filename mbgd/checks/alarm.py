@@ -1,0 +1,105 @@
+"""When training must stop: what was noticed on this worker, what all workers know, and the error that says so."""
+
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from torch import Tensor
+
+from mbgd.batches.loader import Examples, Shard
+from mbgd.checks import diagnosis
+from mbgd.checks.finite import Watch, Wrong, not_finite, shown
+from mbgd.checks.setup import Setup
+from mbgd.config import Precision
+from mbgd.errors import UsageError
+from mbgd.task.objective import PerExample, Totals
+
+NOT_FINITE, LATE_BUFFERS = 1, 2
+"""Notes that workers exchange with the gradients, as bits."""
+
+
+class Alarm:
+    """Stops all workers at the same step, with the same error."""
+
+    def __init__(self, setup: Setup, forward_again: Callable[[int, Examples], PerExample]) -> None:
+        """forward_again(step, examples): a micro-batch's forward once more, as it was."""
+        self._setup, self._forward_again = setup, forward_again
+        device = setup.workers.device
+        self.everywhere, self.here = Watch(device), Watch(device)
+        """What all workers know alike; what this one has noticed."""
+        self.expects_finite = setup.settings.precision is not Precision.fp16  # whose overflows are skipped
+
+    def note(self) -> int:
+        """What this worker tells the others with its gradients."""
+        return NOT_FINITE * self.here.found() | LATE_BUFFERS * bool(self._setup.buffers.late_names)
+
+    def heed(self, notes: Sequence[int] | None, shard: Shard) -> bool:
+        """Stop where a worker's loss is not finite; whether buffers have begun to move, which all then know.
+
+        notes: every worker's; None: only one's own is known.
+        """
+        if notes is not None and any(note & NOT_FINITE for note in notes):
+            self.stop(shard.step, shard)
+        buffers, workers = self._setup.buffers, self._setup.workers
+        mine = sorted(buffers.late_names)
+        if not (mine if notes is None else any(note & LATE_BUFFERS for note in notes)):
+            return False
+        buffers.expect(sorted({name for of_worker in workers.gather(mine) for name in of_worker}))
+        return bool(buffers)
+
+    def check_losses(self, step: int, losses: Tensor) -> None:
+        """Of a micro-batch on this worker, in a step in which they are not added up."""
+        if self.expects_finite:
+            self.here.check_losses(step, losses)
+
+    def check_totals(self, shard: Shard, totals: Totals, *, waits: bool) -> None:
+        """Stop before the update where weights or losses make no mean; waits: the device may be waited for."""
+        self.everywhere.check_sums(shard.step, totals.sums, loss=self.expects_finite)
+        if (waits and totals.wrong_anywhere) or self.everywhere.found():
+            self.stop(shard.step, shard)
+
+    def check_integers(self, step: int, are_alike: Tensor) -> None:
+        """Stop where micro-batches made different values of an integer buffer."""
+        self.everywhere.check_true(Wrong.buffers, step, are_alike)
+        if self.everywhere.found():
+            raise UsageError(f"step {step + 1}: {self._setup.buffers.unlike()}")
+
+    def check_parameters(self, step: int) -> None:
+        """A forward must not change what is trained; the trial before training has refused what it saw."""
+        if changed := self._setup.trained.changed():
+            raise UsageError(
+                f"the forward of step {step + 1} changed parameters in place ({shown(changed)}), which it did not do "
+                "before training. Each worker and micro-batch would change them in another way, so that the workers' "
+                "copies differ. Let the optimizer alone change parameters; bound them by a parametrization."
+            )
+
+    def check_state(self, num_steps: int) -> None:
+        """Stop where something was noticed by now, or the parameters are not finite; called by every worker alike."""
+        wrong = self._setup.workers.max_(self.here.indicator() + self.everywhere.indicator())
+        if wrong.item():
+            self.stop(num_steps - 1)
+        if spoilt := not_finite(self._setup.trained.by_name):
+            raise UsageError(
+                f"after step {num_steps} parameters are not finite: {shown(spoilt)}. The gradient of that step was "
+                f"not, although its loss was. {diagnosis.remedy(self._setup.findings.has_weights)}"
+            )
+        if unseen := self._setup.buffers.find_unseen():
+            raise UsageError(
+                f"by step {num_steps} the buffers {shown(unseen)} have moved, by an operation that does not tell torch "
+                "of it, and not in the trial before training: they were not averaged. Let them move from the first "
+                "step on, or change them by operations of torch (copy_, lerp_)."
+            )
+
+    def stop(self, step: int, shard: Shard | None = None) -> NoReturn:
+        """End the run; called by every worker alike, after the forwards of `step`."""
+        setup = self._setup
+        known = [one for watch in (self.everywhere, self.here) if (one := watch.read()) is not None]
+        found = min(known, default=None, key=lambda one: one[0])
+        examples: list[int] = []
+        if found is not None and found == (step, Wrong.loss) and shard is not None:
+            indices = setup.loader.minibatch_indices(step)
+            examples = diagnosis.examples_not_finite(shard, self._forward_again, indices)
+        raise diagnosis.stop(step, found, setup.trained, setup.findings.has_weights, examples, setup.workers)
+
+    def indicator(self) -> Tensor:
+        """1 where this worker has noticed something, otherwise 0: float64, shape (1,), on the device."""
+        return self.here.indicator()

@@ -1,0 +1,107 @@
+"""What a trainer works with, checked before the first step and on every worker alike."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import nn
+from torch.optim import Optimizer
+
+from mbgd import averaging
+from mbgd.batches.loader import Data, Loader
+from mbgd.batches.plan import Plan, count_steps, make_plan
+from mbgd.checks import optimizers
+from mbgd.checks.preflight import Findings, Trial, check_skipping, check_targets
+from mbgd.checks.same_program import check_same_program
+from mbgd.config import AveragingName, Config, Settings, problems
+from mbgd.errors import UsageError
+from mbgd.task import extra_state
+from mbgd.task.buffers import Buffers
+from mbgd.task.modes import set_training
+from mbgd.task.objective import Objective
+from mbgd.task.precision import parameter_dtype
+from mbgd.task.task import Task, refuse_odd_parts
+from mbgd.task.trained import Trained, check_module_hooks, describe_not_held
+from mbgd.workers.group import Workers
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Model, objective, optimizer and data on this worker, cast and moved, with what the trial found out."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    data: Data
+    settings: Settings
+    workers: Workers
+    plan: Plan
+    num_steps: int
+    """Optimizer steps of the whole run."""
+    task: Task
+    trained: Trained
+    buffers: Buffers
+    loader: Loader
+    findings: Findings
+    warnings: list[str]
+
+    @cached_property
+    def compared_every_steps(self) -> list[int]:
+        """Between comparisons of the workers' copies of the state, beside those before an evaluation."""
+        every = [self.settings.check.replicas_every_steps]
+        if isinstance(self.settings, Config):
+            every += [self.settings.checkpoint.every_steps, self.settings.checkpoint.memory_every]
+        return [one for one in every if one is not None]
+
+
+def set_up(
+    model: nn.Module, objective: Objective, optimizer: Optimizer, data: Data, settings: Settings, workers: Workers
+) -> Setup:
+    """UsageError, on every worker alike, where a rule is broken or the workers do not run the same program."""
+    if found := problems(settings):
+        raise UsageError("\n".join(found))
+    check_same_program(workers, model, objective, optimizer, data, settings)
+    plan = make_plan(settings, len(data.train), workers.num_workers)
+    averaging.prepare(settings.averaging, plan, workers.device)
+    task = Task(model, objective)
+    refuse_odd_parts(task)
+    optimizers.check(optimizer)
+    check_module_hooks(task)
+    extra_state.check(task)
+    dtype = parameter_dtype(settings.precision)
+    task.move_(workers.device, dtype)
+    trained = Trained(task, optimizer)
+    warnings = _set_up_modes(task, trained)
+    own_copies = settings.averaging.name is AveragingName.reproducible
+    loader = Loader(data, plan, settings.seed, workers, dtype=dtype, own_copies=own_copies)
+    buffers = Buffers(task, workers.device)
+    for dataset in (data.train, data.evaluation):
+        check_skipping(dataset, objective)
+    findings = Trial(task, trained, buffers, data, plan, settings, workers.device)(loader.minibatch_indices(0))
+    check_targets(data.train, objective, findings.output_shape)
+    buffers.expect(findings.moving_buffers)
+    return Setup(
+        model,
+        optimizer,
+        data,
+        settings,
+        workers,
+        plan,
+        count_steps(settings, plan),
+        task,
+        trained,
+        buffers,
+        loader,
+        findings,
+        warnings,
+    )
+
+
+def _set_up_modes(task: Task, trained: Trained) -> list[str]:
+    """Training mode for what came wholly in evaluation mode; what to tell of it and of parameters left out."""
+    told = [describe_not_held(trained.not_held)] if trained.not_held else []
+    for name, module in (("model", task.model), ("objective", task.objective)):
+        if module is not None and set_training(module):
+            told.append(
+                f"note: the {name} came in evaluation mode and is trained in training mode. Parts that are to stay "
+                "in evaluation mode, such as a frozen BatchNorm, are left so where other parts are not."
+            )
+    return told

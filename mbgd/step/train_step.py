@@ -1,0 +1,148 @@
+"""One optimizer step on this worker: examples → losses → gradients → their mean → the update."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from mbgd import averaging as averagings
+from mbgd.batches.loader import Examples, Shard
+from mbgd.batches.randomness import key_generators
+from mbgd.checks.alarm import Alarm
+from mbgd.checks.recomputing import Recomputing
+from mbgd.checks.setup import Setup
+from mbgd.measuring.profiling import part
+from mbgd.step.done import Done, Observer
+from mbgd.step.noise_scale import NoiseScale
+from mbgd.step.sums import Means, MovingBuffers, Sums
+from mbgd.step.update import Update
+from mbgd.task.objective import PerExample
+from mbgd.task.precision import autocast
+
+BeforeUpdate = Callable[[Shard, int | Tensor], None]
+"""Gets the shard and the minibatch's weight; every trained parameter's `.grad` is the sum over the minibatch."""
+
+
+class TrainStep:
+    """Makes steps, each exact over every example of every worker."""
+
+    def __init__(self, setup: Setup, logs: Callable[[int], bool], lap: Callable[[str], None]) -> None:
+        """logs(step): whether a step is logged. lap(part): what has been done since the last lap was this part."""
+        self._setup, self._logs, self._lap = setup, logs, lap
+        settings, workers, trained = setup.settings, setup.workers, setup.trained
+        varies = bool(setup.findings.unused_parameters)
+        self.averaging = averagings.create(
+            settings.averaging, setup.task, trained, setup.plan, workers, parameters_vary=varies
+        )
+        self.autocast = autocast(settings.precision, workers.device)
+        self.alarm = Alarm(setup, self._forward_again)
+        self.update = Update(setup, self.alarm.everywhere)
+        self.noise_scale = NoiseScale(settings.noise_scale, setup.plan, trained.parameters, self.update.loss_scale)
+        self._means, self._moving = Means(setup.findings, self.alarm), MovingBuffers(setup.buffers, self.alarm)
+        self._sums = Sums((self._means, self.noise_scale, self._moving), self.averaging, setup.plan)
+        self.recomputing = Recomputing.of(setup, self._gradients_again)
+        self.observers: list[Observer] = [self.noise_scale]
+        self.before_update: list[BeforeUpdate] = []
+        """Called in each step between averaging and update, on every worker."""
+        self._forwards_differ = setup.plan.most_forwards > 1
+        self._on_gpu = workers.device.type == "cuda"
+
+    def __call__(self, shard: Shard) -> Done:
+        """One optimizer step: gradient = Σ w_i ∇L_i / Σ w_i over every example of every worker."""
+        self._begin(shard.step)
+        try:
+            for examples in shard.micro_batches:
+                terms = self._forward_backward(shard, examples)
+                if examples.micro_batch.counts:
+                    self._sums.add(terms, examples.micro_batch)
+            self._lap("forward_backward")
+            self._average(shard)
+            self._lap("averaging")
+            return self._finish(shard)
+        finally:
+            self.update.hooks.put_back()
+            self._lap("optimizer")
+
+    def metrics(self) -> dict[str, float]:
+        """What is logged of the steps so far, beside what `Done` tells; this waits for the device."""
+        return {**self.noise_scale.metrics(), **self.update.metrics()}
+
+    def _begin(self, step: int) -> None:
+        self._setup.trained.start_step()
+        self._setup.buffers.start_step()
+        means, noise = self._means, self.noise_scale
+        means.is_logged, means.is_measured = self._logs(step), noise.measures(step)
+        self._sums.begin(step)
+        norms = noise.norms
+        self.averaging.start(norms if self.recomputing is None else self.recomputing.watch(step, norms))
+        self.update.hooks.take_off()
+
+    def _forward_backward(self, shard: Shard, examples: Examples) -> PerExample:
+        """Add Σ w_i ∇L_i over this micro-batch to the parameters' gradients."""
+        setup, micro_batch = self._setup, examples.micro_batch
+        is_last = examples is shard.micro_batches[-1]
+        if examples is not shard.micro_batches[0]:
+            setup.buffers.put_back()
+            setup.trained.put_back_flags()
+        elif not is_last:
+            setup.trained.remember_flags()
+        key_generators(setup.workers.device, setup.settings.seed, shard.step, micro_batch.number)
+        with self.averaging.micro_batch(micro_batch, is_last=is_last):
+            with part("forward"), self.autocast:
+                terms = self.averaging.forward(examples.batch, micro_batch.size)
+            with part("backward"):
+                # Backward from the vector of losses, w_i into L_i, is the gradient of their weighted sum.
+                torch.autograd.backward(terms.losses, self.update.backward_weights(terms, counts=micro_batch.counts))
+        setup.buffers.end_micro_batch(micro_batch.number, micro_batch.size, counts=micro_batch.counts)
+        return terms
+
+    def _average(self, shard: Shard) -> None:
+        """Every gradient becomes the sum over all workers' examples, and what else is added up is known."""
+        if self._forwards_differ:
+            self.alarm.check_parameters(shard.step)
+        if self.recomputing is not None:
+            self.recomputing.check(shard)
+        with part("averaging"):
+            notes = self.averaging.finish(self.alarm.note())
+            if (notes is None or any(notes)) and self.alarm.heed(notes, shard):
+                self._sums.include(self._moving)
+            self._sums.exchange(shard.minibatch)
+
+    def _finish(self, shard: Shard) -> Done:
+        """The one division, and the optimizer's step."""
+        step, totals, is_logged = shard.step, self._means.totals, self._means.is_logged
+        if totals is not None:
+            self.alarm.check_totals(shard, totals, waits=is_logged)
+        if is_logged:
+            self.update.check_skipped(step)
+        has_weights = totals is not None and self._setup.findings.has_weights
+        weight = totals.weight if totals is not None and has_weights else shard.minibatch.size
+        for look in self.before_update:
+            look(shard, weight)
+        with part("optimizer"):
+            wants_norm = self._means.is_measured or self._on_gpu
+            norms = self.update(step, weight, want_norm=wants_norm, want_change=is_logged)
+        if self.alarm.everywhere.found():
+            self.alarm.stop(step, shard)
+        done = Done(step, shard.minibatch, weight, totals, norms)
+        for observer in self.observers:
+            observer.after_update(done)
+        return done
+
+    def _forward_again(self, step: int, examples: Examples) -> PerExample:
+        """The forward of a micro-batch once more, as it was."""
+        self._setup.buffers.put_back()
+        key_generators(self._setup.workers.device, self._setup.settings.seed, step, examples.micro_batch.number)
+        with self.autocast:
+            terms: PerExample = self._setup.task(examples.batch, examples.micro_batch.size)
+            return terms
+
+    def _gradients_again(self, step: int, examples: Examples) -> dict[Tensor, Tensor]:
+        """The gradients of a micro-batch once more, as the averaging takes them; nothing is changed."""
+        terms = self._forward_again(step, examples)
+        held: Sequence[Tensor] = self._setup.trained.with_gradient()
+        weights = self.update.backward_weights(terms, counts=True)
+        found = torch.autograd.grad(terms.losses, held, weights, allow_unused=True)
+        self._setup.buffers.put_back()
+        varies = bool(self._setup.findings.unused_parameters)
+        return {p: g + 0.0 if varies else g for p, g in zip(held, found, strict=True) if g is not None}

@@ -1,0 +1,65 @@
+"""What is logged of training: means, norms, rates, fingerprints, and in which steps."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from mbgd.checkpoints.fingerprint import examples_sha256, weights_sha256
+from mbgd.checks.setup import Setup
+from mbgd.config import AveragingName
+from mbgd.measuring.clock import Clock
+from mbgd.step.done import Done
+
+
+class TrainingLog:
+    """Turns what a step came to into metrics; knows when the last logged step was."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._setup, self._has_tokens = setup, setup.findings.has_tokens
+        # Since the last logged step.
+        self._num_tokens = torch.zeros((), dtype=torch.float64, device=setup.workers.device)
+        self.last_logged = 0
+        self.clock = Clock(setup.workers.device)
+
+    def logs(self, step: int) -> bool:
+        """Whether step number `step` is logged: the first, so that mistakes show at once, every Nth and the last."""
+        num_done = step + 1
+        every_steps = self._setup.settings.log_every_steps
+        return num_done == 1 or num_done % every_steps == 0 or num_done == self._setup.num_steps
+
+    def after_update(self, done: Done) -> None:
+        """Count the tokens."""
+        if self._has_tokens and done.totals is not None:
+            self._num_tokens += done.totals.count
+
+    def metrics(self, done: Done, more: Mapping[str, float]) -> dict[str, float]:
+        """Of a logged step, with `more` of its own; this waits for the device."""
+        assert done.totals is not None
+        assert done.norms is not None
+        plan, step = self._setup.plan, done.step + 1
+        metrics = {**done.totals.means(), "learning_rate": float(self._setup.optimizer.param_groups[0]["lr"])}
+        metrics |= {**done.norms.values(), **more}
+        metrics["epoch"] = plan.examples_seen(step) / plan.examples_per_epoch
+        times = {f"time/{name}": value for name, value in self._times(step).items()}
+        return {f"train/{name}": value for name, value in metrics.items()} | times
+
+    def _times(self, step: int) -> dict[str, float]:
+        """How fast training went since the last logged step."""
+        last, plan = self.last_logged, self._setup.plan
+        times = self.clock.read(
+            num_steps=step - last,
+            num_examples=plan.examples_seen(step) - plan.examples_seen(last),
+            num_tokens=int(self._num_tokens.item()) if self._has_tokens else None,
+        )
+        self._num_tokens.zero_()
+        self.last_logged = step
+        return {**times, "num_workers": self._setup.workers.num_workers}
+
+    def fingerprints(self, metrics: Mapping[str, float], step: int) -> dict[str, Any]:
+        """With reproducible averaging, hashes by which two runs can be compared line by line."""
+        if self._setup.settings.averaging.name is not AveragingName.reproducible:
+            return {}
+        if "train/loss" in metrics:
+            return {"train/examples_sha256": examples_sha256(self._setup.loader.minibatch_indices(step - 1))}
+        return {"eval/weights_sha256": weights_sha256(self._setup.task)} if metrics else {}
