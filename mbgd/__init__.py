@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mbgd.batches.loader import Data
-    from mbgd.config import Averaging, AveragingName, Batch, Check, Evaluation, Last, NoiseScale, Precision, Settings
+    from mbgd.config import Averaging, AveragingName, Batch, Check, Evaluation, NoiseScale, Precision, Settings
     from mbgd.data import InMemory
     from mbgd.errors import UsageError
     from mbgd.task.losses import CrossEntropy, MeanSquaredError
@@ -25,7 +25,6 @@ __all__ = [
     "Data",
     "Evaluation",
     "InMemory",
-    "Last",
     "MeanSquaredError",
     "NoiseScale",
     "PerExample",

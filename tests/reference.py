@@ -18,7 +18,7 @@ def train(
     data: Sequence[Tensor],
     minibatches: Sequence[Sequence[int]],
     make_optimizer: Callable[[Any], torch.optim.Optimizer],
-    clip_norm: float | None = None,
+    max_grad_norm: float | None = None,
 ) -> list[float]:
     """Trains in place on the minibatches, given as example indices; each minibatch's weighted mean loss."""
     optimizer = make_optimizer(model.parameters())
@@ -29,8 +29,8 @@ def train(
         mean = losses.mean() if weights is None else (losses * weights).sum() / weights.sum()
         optimizer.zero_grad()
         mean.backward()
-        if clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+        if max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
         optimizer.step()
         means.append(float(mean.detach()))
     return means

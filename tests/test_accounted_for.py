@@ -283,7 +283,7 @@ CASES = {
     "unfrozen between steps": Case(Unfreezing, after_step=partial(switch, unfreeze_at=2)),
     "unfrozen and frozen between steps": Case(Unfreezing, after_step=partial(switch, unfreeze_at=2, freeze_at=4)),
     "unfrozen in a forward": Case(partial(Unfreezing, unfreeze_at=2)),
-    "unfrozen in a forward, clipped": Case(partial(Unfreezing, unfreeze_at=3), settings={"clip_norm": 1e9}),
+    "unfrozen in a forward, clipped": Case(partial(Unfreezing, unfreeze_at=3), settings={"max_grad_norm": 1e9}),
     "hooks": Case(Hooked, after_step=unhook),
     "spectral norm": Case(Spectral),
     "initialised by the first forward": Case(ActNorm),

@@ -118,7 +118,7 @@ def by_workers(workers: mbgd.Workers, drawings: list[Drawing]) -> list[dict[str,
                 batch=mbgd.Batch(size=SIZE, micro_batch_size=drawing.micro_batch_size),
                 precision="fp64",  # type: ignore[arg-type]
                 averaging=mbgd.Averaging(averaging, find_unused_parameters=True),  # type: ignore[arg-type]
-                clip_norm=0.1 if drawing.clips else None,
+                max_grad_norm=0.1 if drawing.clips else None,
                 check=mbgd.Check(replicas_every_steps=1),
             )
             examples = mbgd.Data(train=mbgd.InMemory(*data()), shuffle=False)

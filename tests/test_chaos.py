@@ -59,7 +59,7 @@ class Blow:
 @dataclass(frozen=True)
 class Round:
     num_workers: int
-    memory_every: int | None
+    memory_every_steps: int | None
     blow: Blow | None
 
 
@@ -105,12 +105,14 @@ def strike(folder: Path, blow: Blow) -> None:
     os.kill(os.getpid(), blow.signal)
 
 
-def work(rank: int, num_workers: int, port: int, folder: Path, memory_every: int | None, blow: Blow | None) -> None:
+def work(
+    rank: int, num_workers: int, port: int, folder: Path, memory_every_steps: int | None, blow: Blow | None
+) -> None:
     torch.set_num_threads(1)
     os.environ |= environment(rank, num_workers, port)
     try:
         with start_workers("gloo", TIMEOUT_SECONDS) as workers:
-            train(workers, folder, memory_every, blow)
+            train(workers, folder, memory_every_steps, blow)
     except WorkersLost as error:
         print(error)
         os._exit(1)
@@ -118,7 +120,7 @@ def work(rank: int, num_workers: int, port: int, folder: Path, memory_every: int
         sys.exit(0)
 
 
-def train(workers: mbgd.Workers, folder: Path, memory_every: int | None, blow: Blow | None) -> None:
+def train(workers: mbgd.Workers, folder: Path, memory_every_steps: int | None, blow: Blow | None) -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(
         torch.nn.Flatten(), torch.nn.Linear(64, 30), torch.nn.Dropout(), torch.nn.Linear(30, 10)
@@ -138,7 +140,7 @@ def train(workers: mbgd.Workers, folder: Path, memory_every: int | None, blow: B
         settings,
         workers,
     )
-    keep = Checkpoint(every_steps=3, every_seconds=None, memory_every=memory_every)
+    keep = Checkpoint(every_steps=3, every_seconds=None, memory_every_steps=memory_every_steps)
     config = Config(steps=NUM_STEPS, checkpoint=keep)
     plain = dict.fromkeys(SAME_COURSE) | {"data": {}, "batch": {"size": 97, "last": "keep"}, "epochs": 1, "steps": 1}
     run = open_run_folder(Run(dir=str(folder / "run")), "", workers, may_hold_a_run=True)
@@ -176,7 +178,9 @@ def play(folder: Path, round_: Round) -> None:
     port = free_port()
     (folder / "now").unlink(missing_ok=True)
     processes = [
-        context.Process(target=work, args=(rank, round_.num_workers, port, folder, round_.memory_every, round_.blow))
+        context.Process(
+            target=work, args=(rank, round_.num_workers, port, folder, round_.memory_every_steps, round_.blow)
+        )
         for rank in range(round_.num_workers)
     ]
     for process in processes:

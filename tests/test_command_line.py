@@ -133,7 +133,7 @@ def test_training_on_from_another_run(tmp_path: Path) -> None:
     assert "there is no checkpoint" in done.stderr
     done = train(tmp_path, "steps=30", constant, "optimizer.lr=0.1", "resume=first", "run.dir=fourth")
     assert "optimizer.lr: 0.01 before, 0.1 now" in done.stderr
-    overrides = ["steps=31", constant, "optimizer.lr=0.1", "resume=first", "resume_force=true", "run.dir=fifth"]
+    overrides = ["steps=31", constant, "optimizer.lr=0.1", "resume=first", "resume.force=true", "run.dir=fifth"]
     assert train(tmp_path, *overrides).returncode == 0
 
 
@@ -173,6 +173,9 @@ def scalar(model, batch):
 
 MISTAKES = [
     (["batch.sise=3"], "Key 'sise' is not in struct"),
+    (["clip_norm=1"], "It is called max_grad_norm now"),
+    (["+batch.last=drop"], "It is called batch.drop_last (keep is false, drop is true) now"),
+    (["resume_force=true"], "It is called resume.force now"),
     (["batch.micro_size=3"], "Did you mean batch.micro_batch_size or batch.size?"),
     (["lr=0.1"], "Did you mean optimizer.lr?"),
     (["modle=cnn"], "Did you mean model?"),

@@ -107,7 +107,7 @@ def test_all_mistakes_at_once() -> None:
                 "epochs=-1",
                 "seed=abc",
                 "precision=fp31",
-                "clip_norm=0",
+                "max_grad_norm=0",
                 "log_every_steps=0",
                 "data=tensors",
             )
@@ -120,7 +120,7 @@ def test_all_mistakes_at_once() -> None:
         "epochs=-1",
         "'abc'",
         "fp31",
-        "clip_norm=0",
+        "max_grad_norm=0",
         "log_every_steps=0",
         "data.path",
     ):
@@ -135,8 +135,8 @@ def test_rules_between_settings() -> None:
         (Settings(batch=mbgd.Batch(size=8, micro_batch_size=0)), "micro_batch_size=0"),
         (Settings(epochs=None), "steps=null and epochs=null"),
         (Settings(steps=-1), "steps=-1"),
-        (Settings(clip_norm=-1.0), "clip_norm=-1"),
-        (Settings(clip_norm=math.nan), "clip_norm=nan"),
+        (Settings(max_grad_norm=-1.0), "max_grad_norm=-1"),
+        (Settings(max_grad_norm=math.nan), "max_grad_norm=nan"),
         (Settings(evaluation=mbgd.Evaluation(every_steps=0)), "evaluation.every_steps=0"),
         (Settings(evaluation=mbgd.Evaluation(batch_size=0)), "evaluation.batch_size=0"),
         (Settings(averaging=mbgd.Averaging(num_threads=0)), "averaging.num_threads=0"),
@@ -148,8 +148,10 @@ def test_rules_between_settings() -> None:
 
 
 def test_a_configuration_keeps_its_numbers() -> None:
-    config = typed(composed("optimizer=adamw", "optimizer.lr=3e-4", "clip_norm=1", "batch.size=7", "precision=fp64"))
+    config = typed(
+        composed("optimizer=adamw", "optimizer.lr=3e-4", "max_grad_norm=1", "batch.size=7", "precision=fp64")
+    )
     assert config.optimizer["lr"] == 3e-4
-    assert config.clip_norm == 1.0
+    assert config.max_grad_norm == 1.0
     assert config.batch.size == 7
     assert config.precision is mbgd.Precision.fp64

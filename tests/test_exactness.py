@@ -88,7 +88,7 @@ class Case:
     minibatch: int = 100
     micro_batch: int | None = None
     optimizer: str = "sgd"
-    clip_norm: float | None = None
+    max_grad_norm: float | None = None
     steps: int | None = None
     averaging: str = "ddp"
 
@@ -117,15 +117,15 @@ CASES_OF_DDP = [
     Case("uniform", 50, 100),  # one short minibatch an epoch
     Case("uniform", optimizer="adamw"),
     Case("ragged tokens", optimizer="adamw", micro_batch=7),
-    Case("uniform", clip_norm=0.05),
-    Case("some zero", clip_norm=0.05, micro_batch=7, optimizer="adamw"),
+    Case("uniform", max_grad_norm=0.05),
+    Case("some zero", max_grad_norm=0.05, micro_batch=7, optimizer="adamw"),
     Case("uniform", 250, 100, 30, steps=9),  # three epochs, each in an order of its own
 ]
 CASES = [
     *CASES_OF_DDP,
     *(replace(case, averaging="shared_memory") for case in CASES_OF_DDP),
     *(Case(kind, averaging="reproducible") for kind in ("uniform", "ragged tokens", "some zero")),
-    Case("uniform", 1717, 100, 25, averaging="reproducible", optimizer="adamw", clip_norm=0.05),
+    Case("uniform", 1717, 100, 25, averaging="reproducible", optimizer="adamw", max_grad_norm=0.05),
 ]
 
 
@@ -162,7 +162,7 @@ def train(workers: mbgd.Workers, case: Case) -> tuple[Tensor, list[str], list[fl
             steps=case.steps,
             batch=mbgd.Batch(size=case.minibatch, micro_batch_size=case.micro_batch),
             precision=mbgd.Precision.fp64,
-            clip_norm=case.clip_norm,
+            max_grad_norm=case.max_grad_norm,
             averaging=mbgd.Averaging(AveragingName(case.averaging)),
             log_every_steps=1,
         ),
@@ -190,7 +190,7 @@ def in_plain_torch(case: Case) -> tuple[Tensor, list[float]]:
         rows(case.kind, case.num_examples),
         list(case.minibatches()),
         OPTIMIZERS[case.optimizer],
-        case.clip_norm,
+        case.max_grad_norm,
     )
     return nn.utils.parameters_to_vector(model.parameters()).detach(), losses
 

@@ -16,7 +16,7 @@ import yaml
 from mbgd import Workers
 from mbgd.checkpoints import format as checkpoint
 from mbgd.checkpoints import saving
-from mbgd.config import Run, identity
+from mbgd.config import Resume, Run, identity
 from mbgd.errors import UsageError
 from mbgd.runs import run_folder
 from mbgd.runs.resume import resume
@@ -93,7 +93,7 @@ def test_a_folder_that_may_only_be_read(tmp_path: Path) -> None:
         for folder in (disk / "run", disk / "new", disk / "new/inner"):
             with pytest.raises(UsageError, match=r"cannot be written: (lock: )?Read-only file system"):
                 train(folder)
-        assert train(tmp_path / "own", resume=str(disk / "run")) == train(tmp_path / "whole")
+        assert train(tmp_path / "own", resume=Resume(str(disk / "run"))) == train(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("made_anew", [False, True])

@@ -82,7 +82,7 @@ def make_trainer(
     make_model, make_data = MODELS[name]
     torch.manual_seed(0)
     model = make_model()
-    settings = {"steps": STEPS, "batch": mbgd.Batch(20, 5), "clip_norm": 1.0, **settings}
+    settings = {"steps": STEPS, "batch": mbgd.Batch(20, 5), "max_grad_norm": 1.0, **settings}
     return mbgd.Trainer(
         model,
         objective or mbgd.CrossEntropy(),
@@ -238,7 +238,7 @@ class Weighted(mbgd.CrossEntropy):
 @pytest.mark.parametrize(
     ("name", "precision", "averaging", "weighted", "more"),
     [
-        ("mlp with dropout", "fp32", "ddp", False, {"clip_norm": None}),
+        ("mlp with dropout", "fp32", "ddp", False, {"max_grad_norm": None}),
         ("cnn with BatchNorm", "fp32", "ddp", True, {"noise_scale": NoiseScale(every_steps=1)}),
         ("cnn with BatchNorm", "bf16", "reproducible", False, {}),
         ("gpt", "bf16", "ddp", True, {}),
@@ -331,7 +331,7 @@ def test_fp16_skips_steps_that_overflow_and_unscales_the_others(device: str) -> 
     def train(precision: str, factor: float) -> tuple[mbgd.Trainer, mbgd.Result, dict[str, Tensor]]:
         optimizer = partial(torch.optim.SGD, lr=0.1, fused=True)
         trainer = make_trainer(
-            alone(device), "cnn with BatchNorm", "ddp", precision, optimizer, steps=1, clip_norm=None
+            alone(device), "cnn with BatchNorm", "ddp", precision, optimizer, steps=1, max_grad_norm=None
         )
         with torch.no_grad():
             trainer.setup.model.classifier[1].weight.mul_(factor)

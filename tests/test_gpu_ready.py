@@ -132,7 +132,10 @@ def train_by_messages(workers: mbgd.Workers) -> tuple[str, list[int]]:
         torch.optim.SGD(model.parameters(), lr=0.1),
         mbgd.Data(train=mbgd.InMemory(inputs, inputs[:, :1].sin())),
         mbgd.Settings(
-            epochs=2, batch=mbgd.Batch(12, 2), averaging=mbgd.Averaging(mbgd.AveragingName.reproducible), clip_norm=0.1
+            epochs=2,
+            batch=mbgd.Batch(12, 2),
+            averaging=mbgd.Averaging(mbgd.AveragingName.reproducible),
+            max_grad_norm=0.1,
         ),
         staged,
     )

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from mbgd.__main__ import main as mbgd_main
 from mbgd.checkpoints import format as checkpoint
+from mbgd.config import Resume
 from mbgd.errors import UsageError
 from mbgd.files.run_files import seal
 from mbgd.runs.resume import resume
@@ -231,10 +232,10 @@ def test_a_configuration_that_cannot_be_read_is_kept_aside(
     shutil.rmtree(folder / "checkpoints")  # now nothing tells whether the run is the same
     (folder / "summary.json").unlink()
     (folder / "config.yaml").write_bytes(CONFIGS[kind])
-    with pytest.raises(UsageError, match=r"config\.yaml cannot be read.*resume_force=true"):
+    with pytest.raises(UsageError, match=r"config\.yaml cannot be read.*resume.force=true"):
         train(folder)
     assert (folder / "config.yaml").read_bytes() == CONFIGS[kind]
-    assert train(folder, resume_force=True) == runs[2]
+    assert train(folder, resume=Resume(force=True)) == runs[2]
 
 
 def nest(depth: int) -> bytes:
@@ -498,7 +499,7 @@ def test_resuming_from_another_run_only_reads(tmp_path: Path, runs: tuple[Path, 
         }
 
     before = state()
-    assert train(tmp_path / "own", resume=str(other)) == runs[2]
+    assert train(tmp_path / "own", resume=Resume(str(other))) == runs[2]
     assert state() == before
     assert "is passed over" in capsys.readouterr().out
 
@@ -506,7 +507,7 @@ def test_resuming_from_another_run_only_reads(tmp_path: Path, runs: tuple[Path, 
 @pytest.mark.parametrize("path", ["nowhere", "a\0b", "x" * 5000, "/dev/zero", "/proc/self/mem"])
 def test_a_place_to_resume_from_that_is_none(tmp_path: Path, path: str) -> None:
     with pytest.raises(UsageError):
-        train(tmp_path, resume=path)
+        train(tmp_path, resume=Resume(path))
 
 
 def test_values_of_another_evaluation_are_forgotten(tmp_path: Path, runs: tuple[Path, Path, str]) -> None:
@@ -520,7 +521,7 @@ def test_values_of_another_evaluation_are_forgotten(tmp_path: Path, runs: tuple[
         assert resume(trainer, opened, config, plain)
         assert "train/loss" in trainer.state.metrics
         assert ("eval/loss" not in trainer.state.metrics) == forgets, plain
-    trainer, opened, config = prepare(tmp_path / "own", resume=str(runs[0]))
+    trainer, opened, config = prepare(tmp_path / "own", resume=Resume(str(runs[0])))
     assert resume(trainer, opened, config, PLAIN)
     assert trainer.state.step == STOP_AT
     assert "eval/loss" not in trainer.state.metrics

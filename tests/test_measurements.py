@@ -75,18 +75,20 @@ CLIP_NORMS = (None, 0.01)
 
 
 def train_for_norms(workers: mbgd.Workers) -> list[Any]:
-    return [train(workers, linear(), precision=mbgd.Precision.fp64, clip_norm=clip, steps=1)[1] for clip in CLIP_NORMS]
+    return [
+        train(workers, linear(), precision=mbgd.Precision.fp64, max_grad_norm=clip, steps=1)[1] for clip in CLIP_NORMS
+    ]
 
 
 def test_norms_are_those_of_plain_torch() -> None:
     data = digits("test")
     inputs, targets = data.gather(torch.from_numpy(Order(len(data), seed=0).indices(0, 0, 60)))
     logged = [train_for_norms(mbgd.Workers()), *run_workers(train_for_norms, 3)]
-    for index, clip_norm in enumerate(CLIP_NORMS):
+    for index, max_grad_norm in enumerate(CLIP_NORMS):
         model = linear().double()
         before = flat(model)
         F.cross_entropy(model(inputs.double()), targets).backward()
-        gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm or 1e9)
+        gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or 1e9)
         torch.optim.SGD(model.parameters(), lr=0.1).step()
         for of_worker in logged:
             line = of_worker[index]

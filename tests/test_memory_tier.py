@@ -95,7 +95,7 @@ def end_of_two_hosts(workers: mbgd.Workers, folder: str, disk_fails: bool) -> bo
     disk = Path(folder, "disk")
     if disk_fails and workers.is_main:
         disk.touch()
-    settings = Checkpoint(memory_every=1, every_seconds=None)
+    settings = Checkpoint(memory_every_steps=1, every_seconds=None)
     kept = create(settings, Path(folder, "run"), disk, {}, replace(workers, local_rank=0))
     problem = save_last(kept, workers, 7, {}, lambda: snapshot(7))
     assert bool(problem) == disk_fails
@@ -159,9 +159,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_what_does_not_fit_does_not_block(
     tmp_path: Path, memory: Path, undisturbed: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stopped_run(tmp_path, "checkpoint.memory_every=2")
+    stopped_run(tmp_path, "checkpoint.memory_every_steps=2")
     put(memory, tmp_path / "run/checkpoints/step-000000003", 5, renamed)
-    run(tmp_path / "run", *SHORT, "checkpoint.memory_every=2")
+    run(tmp_path / "run", *SHORT, "checkpoint.memory_every_steps=2")
     assert "The run goes on from the disk instead" in capsys.readouterr().out
     assert weights(tmp_path / "run") == undisturbed
     assert not memory.exists()
@@ -201,7 +201,7 @@ def test_what_another_user_has_planted_is_not_read(
     plant = 'mkdir "$0" && tar --no-same-permissions -x -C "$0"'
     subprocess.run([*other, "sh", "-c", plant, str(memory)], cwd="/", input=content, check=True, timeout=60)
     assert memory.stat().st_uid == NOBODY
-    run(tmp_path / "run", *SHORT, f"checkpoint.memory_every={every}")
+    run(tmp_path / "run", *SHORT, f"checkpoint.memory_every_steps={every}")
     assert weights(tmp_path / "run") == undisturbed
     assert (memory / source.name).exists(), "it is left alone"
     said = capsys.readouterr().out
@@ -218,7 +218,7 @@ def test_a_link_is_not_followed(
     other = tmp_path / "other/checkpoints"
     put(other, tmp_path / "run/checkpoints/step-000000003", 5, planted)
     memory.symlink_to(other)
-    run(tmp_path / "run", *SHORT, f"checkpoint.memory_every={every}")
+    run(tmp_path / "run", *SHORT, f"checkpoint.memory_every_steps={every}")
     assert weights(tmp_path / "run") == undisturbed
     assert [one.name for one in other.iterdir()] == ["step-000000005"]
     assert memory.is_symlink()

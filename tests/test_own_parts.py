@@ -170,7 +170,7 @@ def test_what_a_target_takes_is_not_refused() -> None:
         (["+evaluation.every_step=3"], ["Did you mean evaluation.every_steps?"]),
         (["batch.size="], ["It takes a whole number"]),
         (["batch.size=1e3"], ["It takes a whole number"]),
-        (["clip_norm=x"], ["It takes a number"]),
+        (["max_grad_norm=x"], ["It takes a number"]),
         (["run.dir="], ["run.dir is empty"]),
         (["batch=3"], ["It is a section"]),
         (["tracking.wandb.tags=a"], ["It takes a list"]),

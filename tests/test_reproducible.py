@@ -151,15 +151,15 @@ class Case:
     tokens: bool = False
     size: int = 97
     micro_batch_size: int | None = None  # 8 micro-batches
-    clip_norm: float | None = None
+    max_grad_norm: float | None = None
     precision: str = "fp32"
 
 
 CASES = [
     Case("linear", partial(Linear, *IMAGE)),
     Case("linear fp64", partial(Linear, *IMAGE), precision="fp64", make_optimizer=ADAMW),
-    Case("mlp with dropout, clipped", partial(MLP, *IMAGE, dropout=0.3), clip_norm=0.1),
-    Case("mlp, AdamW, clipped", partial(MLP, *IMAGE, dropout=0.1), ADAMW, clip_norm=0.1),
+    Case("mlp with dropout, clipped", partial(MLP, *IMAGE, dropout=0.3), max_grad_norm=0.1),
+    Case("mlp, AdamW, clipped", partial(MLP, *IMAGE, dropout=0.1), ADAMW, max_grad_norm=0.1),
     Case("mlp, bf16", partial(MLP, *IMAGE), precision="bf16"),
     Case("cnn", partial(CNN, *IMAGE, channels=(4, 8)), ADAMW),
     Case("cnn with BatchNorm", partial(CNN, *IMAGE, channels=(4, 8), batch_norm=True), size=100),
@@ -171,7 +171,7 @@ CASES = [
     ),
     Case("resnet", partial(ResNet, *IMAGE, depth=8, width=4), size=100, micro_batch_size=13),
     Case("transformer with dropout and tied embeddings", Transformer, ADAMW, tokens=True),
-    Case("lstm with a frozen embedding", LSTM, SGD, tokens=True, clip_norm=1.0),
+    Case("lstm with a frozen embedding", LSTM, SGD, tokens=True, max_grad_norm=1.0),
     Case("parameters used sometimes or never", SometimesUsed, ADAMW),
     Case("micro-batches of 1", partial(MLP, *IMAGE), size=11, micro_batch_size=1),
 ]
@@ -202,7 +202,7 @@ def train(
             batch=mbgd.Batch(case.size, case.micro_batch_size),
             precision=mbgd.Precision(case.precision),
             averaging=mbgd.Averaging(AveragingName(averaging)),
-            clip_norm=case.clip_norm,
+            max_grad_norm=case.max_grad_norm,
             log_every_steps=1,
             evaluation=mbgd.Evaluation(every_steps=2, batch_size=50),
             noise_scale=mbgd.NoiseScale(every_steps=1),

@@ -184,9 +184,9 @@ CASES: dict[str, tuple[Callable[[Program], None], Callable[[Program], None], lis
         ["averaging.name: 'auto' on worker 0, 'ddp' on worker 1"],
     ),
     "steps, clipping, evaluation": (
-        lambda p: p.set(steps=5, clip_norm=1.0, evaluation=mbgd.Evaluation(batch_size=4)),
+        lambda p: p.set(steps=5, max_grad_norm=1.0, evaluation=mbgd.Evaluation(batch_size=4)),
         lambda p: None,
-        ["steps: 5 on worker 0, 2 on worker 1", "clip_norm: 1.0 on worker 0, None", "evaluation.batch_size: 4"],
+        ["steps: 5 on worker 0, 2 on worker 1", "max_grad_norm: 1.0 on worker 0, None", "evaluation.batch_size: 4"],
     ),
     "schedule": (
         lambda p: p.set(schedule=Cosine(num_steps=9, final_factor=0.5)),

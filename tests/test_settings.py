@@ -1,6 +1,7 @@
 """Settings as Python objects: each value is what it says, or is refused by name."""
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from mbgd.config import (
     Checkpoint,
     Config,
     Direction,
+    Resume,
     Run,
     Sweep,
     Tracking,
@@ -31,7 +33,7 @@ from mbgd.schedule import Constant, Cosine, Schedule, Step
 def test_names_do_where_enums_do() -> None:
     assert mbgd.Settings(precision="bf16").precision is mbgd.Precision.bf16  # type: ignore[arg-type]
     assert mbgd.Averaging(name="reproducible").name is AveragingName.reproducible  # type: ignore[arg-type]
-    assert mbgd.Batch(last="drop").last is mbgd.Last.drop  # type: ignore[arg-type]
+    assert mbgd.Batch(last="drop").last is True  # type: ignore[arg-type]
     assert Backend(name="gloo").name is BackendName.gloo  # type: ignore[arg-type]
     assert Sweep(direction="maximize").direction is Direction.maximize  # type: ignore[arg-type]
     assert Checkpoint(direction="maximize").direction is Direction.maximize  # type: ignore[arg-type]
@@ -54,10 +56,10 @@ def test_precision_by_name_is_the_precision_of_training() -> None:
 
 
 def test_numbers_of_other_libraries_become_pythons() -> None:
-    settings = mbgd.Settings(seed=np.int64(3), epochs=np.int32(2), clip_norm=np.float32(0.5))  # type: ignore[arg-type]
-    assert (type(settings.seed), type(settings.epochs), type(settings.clip_norm)) == (int, int, float)
-    assert type(mbgd.Settings(clip_norm=1).clip_norm) is float
-    assert mbgd.Settings(clip_norm=Fraction(1, 2)).clip_norm == 0.5  # type: ignore[arg-type]
+    settings = mbgd.Settings(seed=np.int64(3), epochs=np.int32(2), max_grad_norm=np.float32(0.5))  # type: ignore[arg-type]
+    assert (type(settings.seed), type(settings.epochs), type(settings.max_grad_norm)) == (int, int, float)
+    assert type(mbgd.Settings(max_grad_norm=1).max_grad_norm) is float
+    assert mbgd.Settings(max_grad_norm=Fraction(1, 2)).max_grad_norm == 0.5  # type: ignore[arg-type]
     assert mbgd.Averaging(find_unused_parameters=np.bool_(True)).find_unused_parameters is True  # type: ignore[arg-type]
     assert Run(dir=Path("a") / "b").dir == "a/b"  # type: ignore[arg-type]
     assert Wandb(tags=("a", "b")).tags == ["a", "b"]  # type: ignore[arg-type]
@@ -74,8 +76,8 @@ WRONG = [
     (mbgd.Batch, {"last": True}, "it is one of keep, drop."),
     (mbgd.Settings, {"epochs": 1.5}, "Settings(epochs=1.5)"),
     (mbgd.Settings, {"seed": "3"}, "Settings(seed='3')"),
-    (mbgd.Settings, {"clip_norm": "1"}, "it takes a number or None"),
-    (mbgd.Settings, {"clip_norm": False}, "it takes a number or None"),
+    (mbgd.Settings, {"max_grad_norm": "1"}, "it takes a number or None"),
+    (mbgd.Settings, {"max_grad_norm": False}, "it takes a number or None"),
     (mbgd.Settings, {"precision": "bf61"}, "fp64, fp32, bf16, fp16. Did you mean bf16"),
     (mbgd.Settings, {"precision": "BF16"}, "Did you mean bf16?"),
     (mbgd.Settings, {"precision": torch.bfloat16}, "Settings(precision=torch.bfloat16)"),
@@ -104,9 +106,9 @@ def test_values_of_another_type_are_refused_by_name(kind: Any, values: dict[str,
     [
         ({"seed": -1}, "seed=-1"),
         ({"seed": 2**63}, "seed=9223372036854775808"),
-        ({"clip_norm": math.nan}, "clip_norm=nan"),
-        ({"clip_norm": math.inf}, "clip_norm=inf"),
-        ({"clip_norm": 0}, "clip_norm=0"),
+        ({"max_grad_norm": math.nan}, "max_grad_norm=nan"),
+        ({"max_grad_norm": math.inf}, "max_grad_norm=inf"),
+        ({"max_grad_norm": 0}, "max_grad_norm=0"),
         ({"schedule": 3}, "schedule=3"),
         ({"schedule": {"_target_": "mbgd.schedule.Constant"}}, "must be a function of the step"),
     ],
@@ -125,7 +127,7 @@ def test_numbers_that_make_no_sense(values: dict[str, Any], message: str) -> Non
         ({"tracking": Tracking(wandb=Wandb(finish_seconds=math.nan))}, "finish_seconds=nan"),
         ({"sweep": Sweep(target=math.nan)}, "sweep.target=nan"),
         ({"run": Run(dir="")}, "run.dir is empty"),
-        ({"resume": ""}, "resume is empty"),
+        ({"resume": Resume("")}, "resume.from is empty"),
     ],
 )
 def test_numbers_of_a_run_that_make_no_sense(values: dict[str, Any], message: str) -> None:
@@ -153,7 +155,7 @@ def cosine_step(num_steps: int) -> Cosine:
 
 def course(target: str | None) -> dict[str, Any]:
     parts = {key: {"_target_": "x"} for key in ("model", "objective", "optimizer", "data")}
-    whole = {"seed": 0, "precision": "fp32", "clip_norm": None, "epochs": 2, "steps": None, **parts}
+    whole = {"seed": 0, "precision": "fp32", "max_grad_norm": None, "epochs": 2, "steps": None, **parts}
     schedule = None if target is None else {"_target_": target, "warmup_steps": 1}
     return identity({**whole, "batch": {"size": 3, "last": "keep"}, "schedule": schedule})
 
@@ -182,3 +184,22 @@ def test_numbers_of_a_schedule_that_make_no_sense(values: dict[str, Any]) -> Non
     with pytest.raises(mbgd.UsageError, match=r"schedule\.final_factor=nan"):
         Cosine(num_steps=100, final_factor=math.nan)
     assert Constant(num_steps=100, warmup_steps=np.int64(2))(0) == 0.5  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("make", "new"),
+    [
+        (lambda: mbgd.Settings(clip_norm=1.0), "max_grad_norm"),  # type: ignore[call-arg]
+        (lambda: mbgd.Batch(last="drop"), "batch.drop_last"),  # type: ignore[call-arg]
+        (lambda: Checkpoint(memory_every=1), "checkpoint.memory_every_steps"),  # type: ignore[call-arg]
+        (lambda: Config(resume_force=True), "resume.force"),  # type: ignore[call-arg]
+    ],
+)
+def test_old_names_of_fields_are_refused_with_the_new_one(make: Callable[[], object], new: str) -> None:
+    with pytest.raises(mbgd.UsageError, match=f"It is called {new}"):
+        make()
+
+
+def test_a_field_that_never_was_is_refused_with_the_nearest() -> None:
+    with pytest.raises(mbgd.UsageError, match="Did you mean max_grad_norm"):
+        mbgd.Settings(max_gradnorm=1.0)  # type: ignore[call-arg]

@@ -147,7 +147,7 @@ def train_wide(workers: mbgd.Workers, averaging: str, micro_batch_size: int | No
         model,
         batch=mbgd.Batch(50, micro_batch_size),
         precision=mbgd.Precision.fp64,
-        clip_norm=0.1,
+        max_grad_norm=0.1,
     ).fit()
     return nn.utils.parameters_to_vector(model.parameters()).detach()
 

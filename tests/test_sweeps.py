@@ -44,7 +44,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str]:
         "hydra.launcher.max_parallel=2",
         "+hydra.job.env_set.ATEN_CPU_CAPABILITY=default",
         "batch.size=32,64,2000",
-        "batch.last=drop",  # so that the third has no whole minibatch
+        "batch.drop_last=true",  # so that the third has no whole minibatch
         "steps=30",
         "evaluation.every_steps=10",
         "sweep.target=1.9",
@@ -59,7 +59,7 @@ def test_a_failed_job_is_reported_and_the_rest_go_on(sweep: tuple[Path, int, str
     assert exit_code == 1
     assert "3 jobs of 2 workers, 2 at once" in output
     assert "job 2 · batch.size=2000 · failed with exit code 2" in output
-    assert "    error: batch.last=drop with batch.size=2000 leaves none" in output
+    assert "    error: batch.drop_last=true with batch.size=2000 leaves none" in output
     first, second, failed = read_jobs(folder)
     assert [job.state for job in (first, second, failed)] == ["complete", "complete", "failed (2)"]
     assert [job.folder.name for job in (first, second, failed)] == ["0", "1", "2"]

@@ -319,8 +319,8 @@ def test_targets_outside_the_classes_are_refused_before_training() -> None:
 
 
 def test_all_broken_settings_are_named_at_once() -> None:
-    with pytest.raises(mbgd.UsageError, match=r"(?s)batch.size=0.*clip_norm=-1"):
-        fit(mbgd.Workers(), mlp(), size=0, clip_norm=-1.0)
+    with pytest.raises(mbgd.UsageError, match=r"(?s)batch.size=0.*max_grad_norm=-1"):
+        fit(mbgd.Workers(), mlp(), size=0, max_grad_norm=-1.0)
 
 
 def test_dropping_the_last_minibatch_must_leave_one() -> None:
@@ -332,7 +332,7 @@ def test_dropping_the_last_minibatch_must_leave_one() -> None:
             mbgd.CrossEntropy(),
             torch.optim.SGD(mlp().parameters(), lr=0.1),
             mbgd.Data(train=digits("train")),
-            mbgd.Settings(batch=mbgd.Batch(size=2000, last=mbgd.Last.drop)),
+            mbgd.Settings(batch=mbgd.Batch(size=2000, last=True)),
         )
 
 

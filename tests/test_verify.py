@@ -29,7 +29,7 @@ NET = ("model=own", "model._target_=wrong_parts.Net", "batch.size=32")
 SMALL_TEXT = ("data=text", "data.path=README.md", "data.context=16", "objective.ignore_index=-100")
 
 RIGHT = {
-    "mlp": ["model=mlp", "clip_norm=0.1", "optimizer=sgd"],
+    "mlp": ["model=mlp", "max_grad_norm=0.1", "optimizer=sgd"],
     "cnn": ["model=cnn", "batch.size=32", "batch.micro_batch_size=5"],
     "fewer examples than workers": ["batch.size=2"],
     "bf16": ["precision=bf16"],

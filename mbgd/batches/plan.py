@@ -10,7 +10,7 @@ from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
-from mbgd.config import AveragingName, Last, Settings
+from mbgd.config import AveragingName, Settings
 from mbgd.errors import UsageError
 
 NUM_REPRODUCIBLE_LEAVES = 8
@@ -145,11 +145,10 @@ def _parts(size: int, num_parts: int, rank: int, num_workers: int) -> list[tuple
 
 def make_plan(settings: Settings, num_examples: int, num_workers: int) -> Plan:
     """How the settings cut `num_examples` training examples for so many workers."""
-    drop_last = settings.batch.last is Last.drop
-    if drop_last and num_examples < settings.batch.size:
+    if settings.batch.drop_last and num_examples < settings.batch.size:
         raise UsageError(
-            f"batch.last=drop with batch.size={settings.batch.size} leaves none of the {num_examples} training "
-            "examples. Use batch.last=keep or a smaller batch.size."
+            f"batch.drop_last=true with batch.size={settings.batch.size} leaves none of the {num_examples} training "
+            "examples. Use batch.drop_last=false or a smaller batch.size."
         )
     is_reproducible = settings.averaging.name is AveragingName.reproducible
     return Plan(
@@ -158,7 +157,7 @@ def make_plan(settings: Settings, num_examples: int, num_workers: int) -> Plan:
         num_workers=num_workers,
         micro_batch_size=settings.batch.micro_batch_size,
         default_num_micro_batches=NUM_REPRODUCIBLE_LEAVES if is_reproducible else num_workers,
-        drop_last=drop_last,
+        drop_last=settings.batch.drop_last,
     )
 
 

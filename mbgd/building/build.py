@@ -1,9 +1,10 @@
 """Configuration → objects. The only module that knows Hydra and OmegaConf."""
 
 import dataclasses
+import keyword
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import FunctionType
 from typing import Any, get_type_hints
 
@@ -21,6 +22,7 @@ from mbgd.checkpoints import saving
 from mbgd.checks import optimizers
 from mbgd.config import Config, Run, problems
 from mbgd.config.field_types import WORDS, converted
+from mbgd.config.renamed import new_name
 from mbgd.errors import UsageError
 from mbgd.measuring import profiling
 from mbgd.task import threads
@@ -50,10 +52,10 @@ def typed(composed: DictConfig) -> Config:
             values = OmegaConf.merge(values, part)
         except OmegaConfBaseException as error:
             reason = str(error.msg or error).splitlines()[0].rstrip(".")
-            meant = did_you_mean(*_mistyped(".".join(path), reason, value, schema))
+            name = _shown(path)
+            meant = new_name(name) or did_you_mean(*_mistyped(name, reason, value, schema))
             found.append(
-                f"{'.'.join(path)}: {reason}.{_rule(reason)}{meant} `mbgd train --cfg job` shows every key and "
-                "its value."
+                f"{name}: {reason}.{_rule(reason)}{meant} `mbgd train --cfg job` shows every key and its value."
             )
     config = OmegaConf.to_object(values)
     assert isinstance(config, Config)
@@ -88,9 +90,14 @@ def _mistyped(path: str, reason: str, value: Any, schema: DictConfig) -> tuple[s
 
 def _keys(schema: DictConfig, prefix: str = "") -> Iterator[str]:
     for key, node in schema.items_ex(resolve=False):
-        yield f"{prefix}{key!s}"
+        yield _shown([f"{prefix}{key!s}"])
         if isinstance(node, DictConfig):
             yield from _keys(node, f"{prefix}{key!s}.")
+
+
+def _shown(path: Sequence[str]) -> str:
+    """A key as users know it: `from` would be no name in Python, so the field is `from_`."""
+    return ".".join(path).removesuffix("_")
 
 
 def _rule(reason: str) -> str:
@@ -124,7 +131,10 @@ def _missing_keys(node: Any, prefix: str = "") -> Iterator[str]:
 def _typed_values(values: Any, schema: DictConfig, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     """(path, value) of each typed value; a node that the schema leaves open comes as a whole."""
     for key, value in values.items():
+        key = f"{key}_" if keyword.iskeyword(str(key)) else key
         section = schema.get(key) if key in schema else None
+        if key == "resume" and isinstance(value, str):
+            value = {"from": value}  # resume=never and the like are short for resume.from
         if (
             isinstance(section, DictConfig)
             and dataclasses.is_dataclass(OmegaConf.get_type(section))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mbgd.building.configuration import OURS
+from mbgd.config.renamed import RENAMED_BEGINS, new_name
 from mbgd.errors import USAGE, UsageError
 from mbgd.text.suggestions import did_you_mean
 
@@ -49,7 +50,10 @@ def call(task: Callable[[Any], None], configuration: Path, arguments: Sequence[s
     try:
         hydra.main(version_base="1.3", config_path=str(configuration.parent), config_name=configuration.stem)(task)()
     except (HydraException, OmegaConfBaseException) as error:
-        told = UsageError("\n".join(filter(None, (brief(error), hint(error, configuration)))))
+        said, remedy = brief(error), hint(error, configuration)
+        if remedy.startswith(RENAMED_BEGINS):
+            said = said.splitlines()[0]  # the rest is how to add the old key
+        told = UsageError("\n".join(filter(None, (said, remedy))))
         told.exit_code = getattr(error, "exit_code", USAGE)
         raise told from error
     except SystemExit as stop:
@@ -131,6 +135,8 @@ def hint(error: BaseException | None, configuration: Path) -> str:
         return did_you_mean(Path(error.missing_cfg_file or "").name, error.options or []).lstrip()
     if isinstance(error, ConfigCompositionException) and (named := re.search("'([^']+)'", str(error))):
         name = named[1]
+        if new := new_name(name):
+            return new.lstrip()
         return did_you_mean(name, (key for key in _keys(configuration, name) if key != name)).lstrip()
     if isinstance(error, HydraException) and "does not support sweep type" in str(error):
         return "A sweep over an interval needs a sweeper that searches: hydra/sweeper=optuna (docs/sweeps.md)."

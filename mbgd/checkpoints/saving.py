@@ -281,12 +281,12 @@ def create(settings: Checkpoint, run: Path, disk: Path, identity: Mapping[str, A
     kept: Checkpoints = CheckpointsElsewhere()
     if workers.is_main:
         kept = CheckpointFolder(disk, settings, identity)
-    if settings.memory_every is not None and workers.local_rank == 0:
+    if settings.memory_every_steps is not None and workers.local_rank == 0:
         path = memory_path(run)
         if problem := memory_tier.make(path):
             print(f"warning: {problem}; no snapshots are kept in this host's memory.", flush=True)
         else:
-            kept = DiskAndMemory(kept, MemoryFolder(path, settings.memory_every, identity))
+            kept = DiskAndMemory(kept, MemoryFolder(path, settings.memory_every_steps, identity))
     return kept
 
 

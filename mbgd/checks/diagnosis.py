@@ -14,7 +14,7 @@ from mbgd.task.trained import Trained
 from mbgd.workers.group import Workers
 
 MOST_EXAMPLES = 5
-REMEDIES = "Usual remedies: a smaller optimizer.lr, clip_norm=1, precision=fp32, or a look at these examples."
+REMEDIES = "Usual remedies: a smaller optimizer.lr, max_grad_norm=1, precision=fp32, or a look at these examples."
 DOUBLE_WHERE = (
     "A weight of 0 does not mask it: 0 times an infinite derivative is nan. Keep such values out of the function, not "
     "only out of the sum: f(torch.where(mask, x, 1.0)) before torch.where(mask, …, 0.0); docs/what_is_accounted_for.md."

@@ -175,7 +175,7 @@ class Trial:
                     f"the gradient of parameter {name} does not grow in proportion to the losses: a hook on an "
                     "activation or a backward of your own clamps, rounds or normalises it. It would see gradients of "
                     "a sum of losses, not of the minibatch's mean, and do something else on every number of workers. "
-                    "Use a hook on the parameter (p.register_hook), which gets the mean gradient, or clip_norm."
+                    "Use a hook on the parameter (p.register_hook), which gets the mean gradient, or max_grad_norm."
                 )
 
     def _initialise(self, first_minibatch: Indices) -> None:
@@ -239,7 +239,7 @@ class Trial:
     def _describe_smallest(self, error: Exception) -> str:
         plan = self._plan
         remedies = [
-            f"batch.size={fits.minibatch_size}" if fits.drop_last == plan.drop_last else "batch.last=drop"
+            f"batch.size={fits.minibatch_size}" if fits.drop_last == plan.drop_last else "batch.drop_last=true"
             for fits in plan.with_micro_batches_of(plan.smallest_micro_batch + 1)
         ]
         return (

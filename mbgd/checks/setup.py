@@ -48,7 +48,7 @@ class Setup:
         """Between comparisons of the workers' copies of the state, beside those before an evaluation."""
         every = [self.settings.check.replicas_every_steps]
         if isinstance(self.settings, Config):
-            every += [self.settings.checkpoint.every_steps, self.settings.checkpoint.memory_every]
+            every += [self.settings.checkpoint.every_steps, self.settings.checkpoint.memory_every_steps]
         return [one for one in every if one is not None]
 
 

@@ -153,7 +153,7 @@ def check_started(wanted: Wanted) -> None:
 
 def with_folder(command: str, folder: str) -> str:
     """The command, which names the run's folder."""
-    words = [one for one in shlex.split(command) if one != "resume=never"]
+    words = [one for one in shlex.split(command) if one not in ("resume=never", "resume.from=never")]
     if not any(one.startswith(("run.dir=", "run.id=")) for one in words):
         words.append(f"run.dir={folder if re.fullmatch(r'[A-Za-z0-9_./-]+', folder) else quoted(folder)}")
     return shlex.join(words)

@@ -58,7 +58,7 @@ def _train(
         check_same_config(workers, plain)
         trainer = build_trainer(config, workers)
         name = run_name(config.run, choices)
-        folder = open_run_folder(config.run, name, workers, may_hold_a_run=config.resume != "never")
+        folder = open_run_folder(config.run, name, workers, may_hold_a_run=config.resume.from_ != "never")
         start_log(folder.log_path(workers.rank), workers.rank, workers.num_workers)
         if not resume(trainer, folder, config, plain):
             if workers.is_main:

@@ -4,7 +4,7 @@ import pkgutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-SAME_COURSE = ("seed", "precision", "clip_norm", "model", "objective", "optimizer", "schedule")
+SAME_COURSE = ("seed", "precision", "max_grad_norm", "model", "objective", "optimizer", "schedule")
 """Keys of the configuration that must not change when a run goes on, beside parts of `batch` and `data`."""
 
 
@@ -16,7 +16,7 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     data = {key: value for key, value in config["data"].items() if key not in ("evaluation", "num_workers")}
     course = {key: config.get(key) for key in SAME_COURSE}
-    course |= {"data": data, "batch": {key: config["batch"][key] for key in ("size", "last")}}
+    course |= {"data": data, "batch": {key: config["batch"].get(key) for key in ("size", "drop_last")}}
     if _depends_on_length(config.get("schedule")):
         course |= {key: config[key] for key in ("epochs", "steps")}
     return dict(_flat(course))

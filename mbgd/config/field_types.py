@@ -6,15 +6,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from enum import Enum
 from numbers import Integral, Real
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Self, Union, get_args, get_origin, get_type_hints
 
+from mbgd.config.renamed import new_name
 from mbgd.errors import UsageError
 from mbgd.text.suggestions import did_you_mean
 
 
 class Typed:
     """Base of frozen dataclasses whose fields hold what they are declared to hold: the name of an enum's member becomes
-    the member, numpy's numbers become Python's. UsageError, naming the field, where a value does not fit."""
+    the member, numpy's numbers become Python's. UsageError, naming the field, where there is none of this name or its
+    value does not fit."""
+
+    def __new__(cls, *values: Any, **named: Any) -> Self:
+        known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+        for name in named.keys() - set(known):
+            section = "" if cls.__name__ in ("Settings", "Config") else f"{cls.__name__.lower()}."
+            meant = new_name(f"{section}{name}") or did_you_mean(name, known)
+            raise UsageError(f"{cls.__name__}({name}={named[name]!r}): it has no such field.{meant}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))

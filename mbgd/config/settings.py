@@ -22,13 +22,6 @@ class Precision(Enum):
     fp16 = "fp16"  # parameters fp32, forward under autocast, loss scaling
 
 
-class Last(Enum):
-    """What happens to an epoch's short last minibatch."""
-
-    keep = "keep"
-    drop = "drop"
-
-
 class AveragingName(Enum):
     auto = "auto"  # shared_memory where the workers are CPU workers that can share it, otherwise ddp
     ddp = "ddp"
@@ -54,7 +47,8 @@ class Batch(Typed):
     """Examples of one optimizer step, all workers together."""
     micro_batch_size: int | None = None
     """Largest number of examples in one forward/backward; None: each worker's share in one."""
-    last: Last = Last.keep
+    drop_last: bool = False
+    """Leave out an epoch's short last minibatch."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +97,7 @@ class Settings(Typed):
     batch: Batch = field(default_factory=Batch)
     precision: Precision = Precision.fp32
     averaging: Averaging = field(default_factory=Averaging)
-    clip_norm: float | None = None
+    max_grad_norm: float | None = None
     """Largest Euclidean norm of the mean gradient; None: not clipped."""
     schedule: Any = None
     """A function of the step (counted from 0) that gives a factor for the learning rate; None: 1."""
@@ -161,10 +155,19 @@ class Checkpoint(Typed):
     """A metric of the evaluation whose best checkpoint is kept too, such as eval/accuracy; None: the newest alone."""
     direction: Direction = Direction.minimize
     """Which of its values are better."""
-    memory_every: int | None = None
+    memory_every_steps: int | None = None
     """Optimizer steps between snapshots in the host's memory, for workers that restart there; None: none."""
     required: bool = False
     """End the run where a checkpoint cannot be written."""
+
+
+@dataclass(frozen=True)
+class Resume(Typed):
+    from_: str = "auto"
+    """`resume.from`. auto: go on where the run's own folder ends; never; or the path of another run or checkpoint to go
+    on from."""
+    force: bool = False
+    """Go on even if what alters the course of training has changed."""
 
 
 class WandbMode(Enum):
@@ -212,10 +215,7 @@ class Config(Settings):
     sweep: Sweep = field(default_factory=Sweep)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     tracking: Tracking = field(default_factory=Tracking)
-    resume: str = "auto"
-    """auto: go on where the run's own folder ends; never; or the path of another run or checkpoint to go on from."""
-    resume_force: bool = False
-    """Go on even if what alters the course of training has changed."""
+    resume: Resume = field(default_factory=Resume)
     profile: str | None = None
     """steps:10-20: a trace of these optimizer steps, counted from 1; None: none."""
     data: Any = None
@@ -267,7 +267,7 @@ def problems(settings: Settings) -> list[str]:
             f"check.recompute_every_steps={recompute} with averaging={settings.averaging.name.value}; only with "
             "averaging=reproducible has a micro-batch's gradient the same bits on every worker. Use that, or null."
         )
-    found += _not_positive(("clip_norm", settings.clip_norm, ", or null to leave gradients as they are"))
+    found += _not_positive(("max_grad_norm", settings.max_grad_norm, ", or null to leave gradients as they are"))
     if isinstance(settings, Config):
         found += _problems_of_a_run(settings)
     elif settings.schedule is not None and not callable(settings.schedule):
@@ -282,7 +282,7 @@ def _problems_of_a_run(config: Config) -> list[str]:
     checkpoint, wandb = config.checkpoint, config.tracking.wandb
     found = _too_small(
         ("checkpoint.every_steps", checkpoint.every_steps, ", or null to go by time alone"),
-        ("checkpoint.memory_every", checkpoint.memory_every, ", or null for none"),
+        ("checkpoint.memory_every_steps", checkpoint.memory_every_steps, ", or null for none"),
         ("checkpoint.keep", checkpoint.keep, ": the newest checkpoint is kept"),
     )
     found += _not_positive(
@@ -299,7 +299,8 @@ def _problems_of_a_run(config: Config) -> list[str]:
             "from 1, such as steps:10-20, or be null."
         )
     texts = {f"run.{name}": value for name, value in vars(config.run).items()}
-    texts |= {"resume": config.resume, "checkpoint.best": checkpoint.best, "sweep.metric": config.sweep.metric}
+    texts |= {"checkpoint.best": checkpoint.best, "sweep.metric": config.sweep.metric}
+    texts["resume.from"] = config.resume.from_
     return found + [f"{name} is empty; leave it out, or give a value." for name, text in texts.items() if text == ""]
 
 

@@ -25,7 +25,7 @@ Node = dict[str, Any]
 
 class Batch(msgspec.Struct):
     size: Annotated[int, msgspec.Meta(ge=1, le=2**53)] | None = None
-    last: str | None = None
+    drop_last: bool | None = None
 
 
 class Best(msgspec.Struct):

@@ -46,10 +46,10 @@ def resume(trainer: Trainer, folder: RunFolder, config: Config, now: Mapping[str
     now: the configuration as plain values. UsageError, on every worker, where the run there is another one.
     """
     workers = trainer.setup.workers
-    if config.resume == "never" or not folder.has_begun:
+    if config.resume.from_ == "never" or not folder.has_begun:
         remove_memory(folder.path, workers)  # of a run whose folder is gone
     in_memory = None
-    if config.checkpoint.memory_every is not None and config.resume != "never":
+    if config.checkpoint.memory_every_steps is not None and config.resume.from_ != "never":
         in_memory = newest_in_memory(folder.path, workers, identity(now))
     decision = _agree(trainer, folder, config, now, in_memory)
     if decision.is_complete:
@@ -110,7 +110,7 @@ class _Found:
 def _decide(
     folder: RunFolder, config: Config, now: Mapping[str, Any], num_steps: int, in_memory: Path | None
 ) -> _Decision:
-    if config.resume == "never":
+    if config.resume.from_ == "never":
         return _Decision()
     try:
         found = _find(folder, config, in_memory)
@@ -120,11 +120,11 @@ def _decide(
         return _Decision(problem=f"the run in {folder.path} cannot be read ({plain(error)}). Give another run.dir.")
     path, done = found.checkpoint, found.steps_of_complete_run
     differing = checkpoint.differences(found.identity, identity(now)) if found.identity is not None else []
-    if differing and not config.resume_force:
+    if differing and not config.resume.force:
         return _Decision(
             problem=f"{path or folder.path} is of a run that took another course:\n"
             + "".join(f"  - {one}\n" for one in differing)
-            + "Give another run.dir (or resume=never and an empty one) for a new run, or resume_force=true to go on "
+            + "Give another run.dir (or resume=never and an empty one) for a new run, or resume.force=true to go on "
             "all the same."
         )
     if done is not None and done >= num_steps:
@@ -147,8 +147,8 @@ def _find(folder: RunFolder, config: Config, in_memory: Path | None) -> _Found:
     except Unreadable as error:
         folder.keep_aside(error.path, error.reason)
         done = None
-    if path is None and config.resume != "auto":
-        path, is_another_runs = _named(Path(config.resume)), True
+    if path is None and config.resume.from_ != "auto":
+        path, is_another_runs = _named(Path(config.resume.from_)), True
     if (
         in_memory is not None
         and (path is None or checkpoint.step_of(in_memory) > checkpoint.read_manifest(path)[0])
@@ -158,10 +158,10 @@ def _find(folder: RunFolder, config: Config, in_memory: Path | None) -> _Found:
     try:
         begun = _identity_of_begun(folder)
     except Unreadable as error:
-        if path is None and not config.resume_force:
+        if path is None and not config.resume.force:
             raise UsageError(
                 f"{error.path} cannot be read ({error.reason}), and there is no checkpoint: nothing tells whether the "
-                "run there is this one. Give another run.dir, or resume_force=true to begin anew in this one."
+                "run there is this one. Give another run.dir, or resume.force=true to begin anew in this one."
             ) from error
         folder.keep_aside(error.path, error.reason)
         begun = None

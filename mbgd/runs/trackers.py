@@ -53,7 +53,7 @@ def _terminal(trainer: Trainer, folder: Path) -> Tracker:
 
 
 def _wandb(config: Config, folder: Path, trainer: Trainer) -> Tracker:
-    known = trainer.state.tracking.get("wandb") if config.resume == "auto" else None
+    known = trainer.state.tracking.get("wandb") if config.resume.from_ == "auto" else None
     trainer.state.tracking["wandb"] = wandb_sink.remember_run_id(folder, known)
     tracking = config.tracking
     return Follower("wandb", folder, finish_seconds=tracking.wandb.finish_seconds, quiet=tracking.quiet)

@@ -35,7 +35,7 @@ class Update:
         self._watch, self._trained, self._optimizer = watch, setup.trained, optimizer
         self._optimizer_step = _step_of(optimizer)
         self.hooks = GradientHooks(setup.trained)
-        self._clip_norm = settings.clip_norm
+        self._clip_norm = settings.max_grad_norm
         self._schedule = settings.schedule
         self._base_rates = [group["lr"] for group in optimizer.param_groups]
         names: dict[Tensor, str] = {parameter: name for name, parameter in setup.trained.by_name.items()}

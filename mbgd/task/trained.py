@@ -143,7 +143,7 @@ def check_module_hooks(task: Task) -> None:
             raise UsageError(
                 f"the module {name.removeprefix('model.') or 'model'} ({type(module).__name__}) has a backward hook; "
                 "it would see gradients of the sum of the losses of one micro-batch, not of the minibatch's mean. Put "
-                "the hook on the parameters (p.register_hook), where it gets the mean gradient, or use clip_norm."
+                "the hook on the parameters (p.register_hook), where it gets the mean gradient, or use max_grad_norm."
             )
 
 

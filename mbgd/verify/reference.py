@@ -113,8 +113,8 @@ class Reference:
             for name, parameter in self.trained.by_name.items():
                 parameter.grad = gradient[name].to(parameter.dtype) if name in gradient else None
             hooks.call()
-            if self._config.clip_norm is not None:
-                torch.nn.utils.clip_grad_norm_(self.trained.parameters, self._config.clip_norm)
+            if self._config.max_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(self.trained.parameters, self._config.max_grad_norm)
             schedule = self.trainer.setup.settings.schedule
             if schedule is not None:
                 for group, rate in zip(self.trainer.setup.optimizer.param_groups, self._rates, strict=True):
