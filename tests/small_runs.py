@@ -27,7 +27,7 @@ PLAIN: dict[str, Any] = {
     "model": {"_target_": "torch.nn.Linear", "width": 3},
     "optimizer": {"lr": 0.1},
     "data": {"train": {"_target_": "own"}, "evaluation": {"_target_": "own"}},
-    "batch": {"size": 4, "last": "keep"},
+    "batch": {"size": 4, "drop_last": False},
     "evaluation": {"metrics": {}},
     "epochs": None,
     "steps": NUM_STEPS,

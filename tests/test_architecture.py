@@ -49,6 +49,7 @@ PURE = [
     "config.settings",
     "config.course",
     "config.field_types",
+    "config.renamed",
     "schedule",
     "errors",
     "text.suggestions",

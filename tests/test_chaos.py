@@ -142,7 +142,7 @@ def train(workers: mbgd.Workers, folder: Path, memory_every_steps: int | None, b
     )
     keep = Checkpoint(every_steps=3, every_seconds=None, memory_every_steps=memory_every_steps)
     config = Config(steps=NUM_STEPS, checkpoint=keep)
-    plain = dict.fromkeys(SAME_COURSE) | {"data": {}, "batch": {"size": 97, "last": "keep"}, "epochs": 1, "steps": 1}
+    plain = dict.fromkeys(SAME_COURSE) | {"data": {}, "batch": {"size": 97, "drop_last": False}, "epochs": 1, "steps": 1}
     run = open_run_folder(Run(dir=str(folder / "run")), "", workers, may_hold_a_run=True)
     assert resume(trainer, run, config, plain)
     checkpoints = saving.create(keep, run.path, run.checkpoints_path, identity(plain), workers)

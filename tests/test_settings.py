@@ -33,7 +33,6 @@ from mbgd.schedule import Constant, Cosine, Schedule, Step
 def test_names_do_where_enums_do() -> None:
     assert mbgd.Settings(precision="bf16").precision is mbgd.Precision.bf16  # type: ignore[arg-type]
     assert mbgd.Averaging(name="reproducible").name is AveragingName.reproducible  # type: ignore[arg-type]
-    assert mbgd.Batch(last="drop").last is True  # type: ignore[arg-type]
     assert Backend(name="gloo").name is BackendName.gloo  # type: ignore[arg-type]
     assert Sweep(direction="maximize").direction is Direction.maximize  # type: ignore[arg-type]
     assert Checkpoint(direction="maximize").direction is Direction.maximize  # type: ignore[arg-type]
@@ -72,8 +71,8 @@ WRONG = [
     (mbgd.Batch, {"size": None}, "Batch(size=None)"),
     (mbgd.Batch, {"size": torch.tensor(3)}, "Batch(size=tensor(3))"),
     (mbgd.Batch, {"micro_batch_size": 1.5}, "it takes a whole number or None"),
-    (mbgd.Batch, {"last": "kep"}, "Batch(last='kep'): it is one of keep, drop. Did you mean keep?"),
-    (mbgd.Batch, {"last": True}, "it is one of keep, drop."),
+    (mbgd.Batch, {"drop_last": "drop"}, "Batch(drop_last='drop'): it takes True or False."),
+    (mbgd.Batch, {"drop_last": 1}, "it takes True or False."),
     (mbgd.Settings, {"epochs": 1.5}, "Settings(epochs=1.5)"),
     (mbgd.Settings, {"seed": "3"}, "Settings(seed='3')"),
     (mbgd.Settings, {"max_grad_norm": "1"}, "it takes a number or None"),
@@ -157,7 +156,7 @@ def course(target: str | None) -> dict[str, Any]:
     parts = {key: {"_target_": "x"} for key in ("model", "objective", "optimizer", "data")}
     whole = {"seed": 0, "precision": "fp32", "max_grad_norm": None, "epochs": 2, "steps": None, **parts}
     schedule = None if target is None else {"_target_": target, "warmup_steps": 1}
-    return identity({**whole, "batch": {"size": 3, "last": "keep"}, "schedule": schedule})
+    return identity({**whole, "batch": {"size": 3, "drop_last": False}, "schedule": schedule})
 
 
 def test_a_schedule_says_itself_whether_it_depends_on_the_runs_length() -> None:
