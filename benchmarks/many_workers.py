@@ -44,7 +44,7 @@ def measure_steps(workers: mbgd.Workers, rounds: int, results: list[float]) -> N
         workers.barrier()
         seconds = (time.perf_counter() - start) / num_steps
         if number == 0:  # warms up, and tells how many steps a round takes
-            num_steps = max(workers.gather(max(40, int(SECONDS_PER_ROUND / seconds))))
+            num_steps = max(workers.gather_values(max(40, int(SECONDS_PER_ROUND / seconds))))
         elif workers.is_main:
             results.append(seconds)
 

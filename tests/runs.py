@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 import mbgd
 from mbgd.building.build import build_trainer, typed
 from mbgd.checkpoints import saving
-from mbgd.config import identity
+from mbgd.config import must_match
 from mbgd.runs.resume import resume
 from mbgd.runs.run_folder import open_run_folder
 from mbgd.runs.trackers import open_trackers
@@ -45,7 +45,7 @@ def run(
     opened.write_config(yaml.safe_dump(plain))
     tracker = Trackers()
     open_trackers(tracker, config, opened, trainer)
-    checkpoints = saving.create(config.checkpoint, opened.path, opened.checkpoints_path, identity(plain), workers)
+    checkpoints = saving.create(config.checkpoint, opened.path, opened.checkpoints_path, must_match(plain), workers)
     if after_step is not None:
         tracker.progress = after_step  # type: ignore[method-assign]
     num_threads = torch.get_num_threads()

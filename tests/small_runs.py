@@ -10,8 +10,8 @@ import yaml
 import mbgd
 from mbgd.checkpoints import saving
 from mbgd.checkpoints.fingerprint import weights_sha256
-from mbgd.config import Checkpoint, Config, Evaluation, Run, Tracking, identity
-from mbgd.config.course import SAME_COURSE
+from mbgd.config import Checkpoint, Config, Evaluation, Run, Tracking, must_match
+from mbgd.config.must_match import marked
 from mbgd.errors import Preempted
 from mbgd.runs.record import Record
 from mbgd.runs.resume import resume
@@ -22,7 +22,7 @@ from mbgd.tracking.json_lines import JsonLines
 
 NUM_STEPS = 8
 PLAIN: dict[str, Any] = {
-    **dict.fromkeys(SAME_COURSE),
+    **dict.fromkeys(marked(Config)),
     "seed": 0,
     "model": {"_target_": "torch.nn.Linear", "width": 3},
     "optimizer": {"lr": 0.1},
@@ -69,7 +69,7 @@ def train(folder: Path, *, stop_at: int | None = None, **settings: Any) -> str |
     if not resume(trainer, opened, config, PLAIN):
         return None
     path = opened.checkpoints_path
-    checkpoints = saving.create(config.checkpoint, opened.path, path, identity(PLAIN), trainer.setup.workers)
+    checkpoints = saving.create(config.checkpoint, opened.path, path, must_match(PLAIN), trainer.setup.workers)
     opened.write_config(yaml.safe_dump(PLAIN))
     tracker = Trackers([JsonLines(opened.metrics_path), Record(opened.path, trainer, report=False)])
     try:

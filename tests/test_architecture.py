@@ -47,7 +47,7 @@ PURE = [
     "task.objective",
     "task.losses",
     "config.settings",
-    "config.course",
+    "config.must_match",
     "config.field_types",
     "config.renamed",
     "schedule",

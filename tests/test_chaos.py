@@ -25,8 +25,8 @@ import mbgd
 from mbgd.checkpoints import format as checkpoint
 from mbgd.checkpoints import saving
 from mbgd.checkpoints.fingerprint import weights_sha256
-from mbgd.config import Checkpoint, Config, Run, identity
-from mbgd.config.course import SAME_COURSE
+from mbgd.config import Checkpoint, Config, Run, must_match
+from mbgd.config.must_match import marked
 from mbgd.data import digits
 from mbgd.errors import Preempted, WorkersLost
 from mbgd.runs.resume import resume
@@ -142,10 +142,15 @@ def train(workers: mbgd.Workers, folder: Path, memory_every_steps: int | None, b
     )
     keep = Checkpoint(every_steps=3, every_seconds=None, memory_every_steps=memory_every_steps)
     config = Config(steps=NUM_STEPS, checkpoint=keep)
-    plain = dict.fromkeys(SAME_COURSE) | {"data": {}, "batch": {"size": 97, "drop_last": False}, "epochs": 1, "steps": 1}
+    plain = dict.fromkeys(marked(Config)) | {
+        "data": {},
+        "batch": {"size": 97, "drop_last": False},
+        "epochs": 1,
+        "steps": 1,
+    }
     run = open_run_folder(Run(dir=str(folder / "run")), "", workers, may_hold_a_run=True)
     assert resume(trainer, run, config, plain)
-    checkpoints = saving.create(keep, run.path, run.checkpoints_path, identity(plain), workers)
+    checkpoints = saving.create(keep, run.path, run.checkpoints_path, must_match(plain), workers)
     tracker = None
     if workers.is_main:
         run.write_config(yaml.safe_dump(plain))

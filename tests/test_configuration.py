@@ -14,7 +14,7 @@ from PIL import Image
 
 import mbgd
 from mbgd.building.build import build_trainer, typed
-from mbgd.config import Settings, problems
+from mbgd.config import Settings, validate
 
 CONF = Path(__file__).parent.parent / "conf"
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -128,8 +128,8 @@ def test_all_mistakes_at_once() -> None:
 
 
 def test_rules_between_settings() -> None:
-    assert problems(Settings()) == []
-    assert problems(Settings(batch=mbgd.Batch(size=8, micro_batch_size=8))) == []
+    assert validate(Settings()) == []
+    assert validate(Settings(batch=mbgd.Batch(size=8, micro_batch_size=8))) == []
     for settings, word in (
         (Settings(batch=mbgd.Batch(size=8, micro_batch_size=9)), "micro_batch_size=9"),
         (Settings(batch=mbgd.Batch(size=8, micro_batch_size=0)), "micro_batch_size=0"),
@@ -143,7 +143,7 @@ def test_rules_between_settings() -> None:
         (Settings(noise_scale=mbgd.NoiseScale(every_steps=0)), "noise_scale.every_steps=0"),
         (Settings(noise_scale=mbgd.NoiseScale(smoothing=0)), "noise_scale.smoothing=0"),
     ):
-        [problem] = problems(settings)
+        [problem] = validate(settings)
         assert word in problem
 
 

@@ -8,7 +8,7 @@ import pytest
 from mbgd.__main__ import main as mbgd_main
 from mbgd.checkpoints.format import differences
 from mbgd.cli.tools.sweep_plot import plot
-from mbgd.runs.sweep import read_ranking
+from mbgd.runs.sweeps import read_ranking
 from mbgd.text.escaping import in_html, plain
 from mbgd.tracking.wording import describe
 

@@ -16,7 +16,7 @@ import yaml
 from mbgd import Workers
 from mbgd.checkpoints import format as checkpoint
 from mbgd.checkpoints import saving
-from mbgd.config import Resume, Run, identity
+from mbgd.config import Resume, Run, must_match
 from mbgd.errors import UsageError
 from mbgd.runs import run_folder
 from mbgd.runs.resume import resume
@@ -68,7 +68,7 @@ def test_a_full_folder_is_told_at_the_start_and_at_the_end(
         assert resume(trainer, opened, config, PLAIN)
         opened.write_config(yaml.safe_dump(PLAIN))
         kept = saving.create(
-            config.checkpoint, opened.path, opened.checkpoints_path, identity(PLAIN), trainer.setup.workers
+            config.checkpoint, opened.path, opened.checkpoints_path, must_match(PLAIN), trainer.setup.workers
         )
         result = trainer.fit(checkpoints=kept)
         fill(disk)
@@ -105,7 +105,7 @@ def test_a_folder_that_is_deleted_while_a_run_writes_there(
     assert resume(trainer, opened, config, PLAIN)
     opened.write_config(yaml.safe_dump(PLAIN))
     kept = saving.create(
-        config.checkpoint, opened.path, opened.checkpoints_path, identity(PLAIN), trainer.setup.workers
+        config.checkpoint, opened.path, opened.checkpoints_path, must_match(PLAIN), trainer.setup.workers
     )
     shutil.rmtree(folder)
     if made_anew:  # by a run in another process, which is complete by now

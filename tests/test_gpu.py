@@ -168,7 +168,7 @@ def use_every_collective(workers: mbgd.Workers) -> dict[str, Any]:
         "max": workers.max_(torch.tensor([rank, -rank], device=device)).tolist(),
         "broadcast": workers.broadcast(["from", rank]),
         "broadcast_": shared.tolist(),
-        "gather": workers.gather({"rank": rank, "more": "x" * rank}),
+        "gather": workers.gather_values({"rank": rank, "more": "x" * rank}),
         "collect": [(str(tensor.dtype), tensor.tolist()) for tensor in workers.collect([t.cpu() for t in tensors])],
     }
 

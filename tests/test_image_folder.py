@@ -131,7 +131,7 @@ def read_images(workers: mbgd.Workers, folder: Path, num_processes: int, first_s
     seen = []
     for shard in loader.shards(first_step, 2 * plan.steps_per_epoch):
         for micro_batch, (pixels, targets) in shard.micro_batches:
-            for row in range(micro_batch.size if micro_batch.counts else 0):
+            for row in range(micro_batch.size if not micro_batch.is_stand_in else 0):
                 digest = hashlib.sha256(pixels[row].contiguous().numpy().tobytes()).hexdigest()
                 seen.append((shard.minibatch.epoch, micro_batch.start + row, int(targets[row]), digest))
     return seen

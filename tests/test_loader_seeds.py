@@ -78,7 +78,7 @@ def training_draws(
     rows = []
     for shard in loader.shards(first, NUM_EPOCHS * plan.steps_per_epoch):
         for examples in shard.micro_batches:
-            if examples.micro_batch.counts:
+            if not examples.micro_batch.is_stand_in:
                 rows += [[float(shard.step), *row] for row in examples.batch.tolist()]
     return rows
 

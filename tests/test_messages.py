@@ -36,10 +36,10 @@ REFUSED: list[Any] = [{1}, Path("a"), torch.zeros(1), {1: 2}, [{None: 1}], {"a":
 def exchange(workers: mbgd.Workers) -> list[Any]:
     received: list[Any] = []
     for value in VALUES:
-        received.append([workers.broadcast(value if workers.is_main else "other"), workers.gather(value)])
+        received.append([workers.broadcast(value if workers.is_main else "other"), workers.gather_values(value)])
     assert math.isnan(workers.broadcast(math.nan))
-    received.append(workers.gather(["of", workers.rank, "x" * 1000 * workers.rank]))
-    received.append(workers.gather((1, (2, 3))))
+    received.append(workers.gather_values(["of", workers.rank, "x" * 1000 * workers.rank]))
+    received.append(workers.gather_values((1, (2, 3))))
     return received
 
 

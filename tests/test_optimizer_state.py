@@ -340,7 +340,7 @@ def test_a_fused_optimizers_state_lies_in_memory_as_its_parameters(tmp_path: Pat
                 parameter.copy_(load_file(state)["parameter"])
             tensors = {name: one for name, one in load_file(state).items() if name != "parameter"}
             values = json.loads(state.with_suffix(".json").read_text())
-            assert kept.misfits(tensors, values) == []
+            assert kept.mismatches(tensors, values) == []
             kept.restore(tensors, values)
         for step in range(num_steps):
             generator = torch.Generator().manual_seed(step + (0 if state is None else 1))
@@ -369,14 +369,14 @@ def test_parameters_are_found_again_by_name() -> None:
     before._optimizer.step()
     tensors, values = {name: one.clone() for name, one in before.tensors().items()}, before.values()
     swapped = state([second, first], first=first, second=second)
-    assert swapped.misfits(tensors, values) == []
+    assert swapped.mismatches(tensors, values) == []
     swapped.restore(tensors, values)
     assert swapped._optimizer.state[first]["momentum_buffer"].tolist() == [1.0] * 3
     assert swapped._optimizer.state[second]["momentum_buffer"].tolist() == [2.0] * 3
-    (problem,) = state([first], first=first).misfits(tensors, values)
+    (problem,) = state([first], first=first).mismatches(tensors, values)
     assert problem == "optimizer parameter second: before, not now"
     shorter = state([nn.Parameter(torch.zeros(2)), second])
-    assert "shapes [[3], [3]] before, [[2], [3]] now" in shorter.misfits(tensors, values)[0]
+    assert "shapes [[3], [3]] before, [[2], [3]] now" in shorter.mismatches(tensors, values)[0]
 
 
 def test_state_of_an_earlier_version_is_read() -> None:
@@ -385,7 +385,7 @@ def test_state_of_an_earlier_version_is_read() -> None:
     kept = OptimizerState(torch.optim.SGD([parameter], lr=1.0, momentum=0.5), has_schedule=False)
     tensors = {"0.momentum_buffer": torch.ones(3)}
     values = {"state": {"0.count": 4}, "groups": [{"momentum": 0.75}], "skipped_steps": 0}
-    assert kept.misfits(tensors, values) == []
+    assert kept.mismatches(tensors, values) == []
     kept.restore(tensors, values)
     assert kept._optimizer.state[parameter]["count"] == 4
     assert kept._optimizer.state[parameter]["momentum_buffer"].tolist() == [1.0] * 3

@@ -35,7 +35,7 @@ def test_an_epoch_holds_every_position_once_and_in_order(plan: Plan, epoch: int)
             for micro_batch in shard:
                 assert micro_batch.size > 0
                 assert plan.micro_batch_size is None or micro_batch.size <= plan.micro_batch_size
-                if micro_batch.counts:
+                if not micro_batch.is_stand_in:
                     positions += range(micro_batch.start, micro_batch.stop)
     assert positions == list(range(plan.examples_per_epoch))
     rest = plan.num_examples % plan.minibatch_size
@@ -46,11 +46,11 @@ def test_an_epoch_holds_every_position_once_and_in_order(plan: Plan, epoch: int)
 def test_micro_batches_are_numbered_and_stand_ins_only_fill_empty_shards(plan: Plan) -> None:
     for step in range(plan.steps_per_epoch):
         minibatch = plan.minibatch(step)
-        counting = [mb for shard in shards(plan, step) for mb in shard if mb.counts]
+        counting = [mb for shard in shards(plan, step) for mb in shard if not mb.is_stand_in]
         assert [mb.number for mb in counting] == list(range(plan.num_micro_batches(minibatch.size)))
-        assert {mb.of for mb in counting} == {len(counting)}
+        assert {mb.num_micro_batches for mb in counting} == {len(counting)}
         for shard in shards(plan, step):
-            if not all(mb.counts for mb in shard):
+            if not all(not mb.is_stand_in for mb in shard):
                 assert len(shard) == 1
                 assert shard[0][2:4] == counting[0][2:4]
 
@@ -67,7 +67,7 @@ def test_the_cut_does_not_depend_on_the_number_of_workers_where_the_size_is_set(
         drop_last=plan.drop_last,
     )
     for step in range(plan.steps_per_epoch):
-        cuts = [[mb for shard in shards(p, step) for mb in shard if mb.counts] for p in (plan, other)]
+        cuts = [[mb for shard in shards(p, step) for mb in shard if not mb.is_stand_in] for p in (plan, other)]
         assert cuts[0] == cuts[1]
 
 
@@ -86,7 +86,7 @@ def test_the_last_minibatch_of_an_epoch_is_short(num_examples: int, last: int) -
 def test_a_plan_spelled_out() -> None:
     plan = Plan(num_examples=10, minibatch_size=4, num_workers=3, micro_batch_size=2)
     assert shards(plan, 0) == [
-        [MicroBatch(0, 2, 0, 2, counts=False)],
+        [MicroBatch(0, 2, 0, 2, is_stand_in=True)],
         [MicroBatch(0, 2, 0, 2)],
         [MicroBatch(1, 2, 2, 4)],
     ]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import mbgd
-from mbgd.config import Config, problems
+from mbgd.config import Config, validate
 from mbgd.data import digits
 from mbgd.measuring import profiling
 from mbgd.measuring.clock import PARTS
@@ -98,7 +98,7 @@ def test_a_trace_that_cannot_be_written_does_not_end_training(
 
 @pytest.mark.parametrize("profile", ["steps:20-10", "steps:0-3", "foo", "10-20", "steps:10"])
 def test_what_names_no_steps_is_refused(profile: str) -> None:
-    [problem] = problems(Config(profile=profile, steps=100))
+    [problem] = validate(Config(profile=profile, steps=100))
     assert problem.startswith(f"profile={profile}; it must name")
     assert "steps:10-20" in problem
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from mbgd.config import Check, Settings, problems
+from mbgd.config import Check, Settings, validate
 
 from faulty_hardware import flips, weights_after
 from processes import run_workers
@@ -38,5 +38,5 @@ def test_right_hardware_is_never_accused_and_the_bits_stay() -> None:
 
 
 def test_it_needs_reproducible_averaging() -> None:
-    (problem,) = problems(Settings(check=Check(recompute_every_steps=10)))
+    (problem,) = validate(Settings(check=Check(recompute_every_steps=10)))
     assert problem.startswith("check.recompute_every_steps=10 with averaging=auto; only with averaging=reproducible")

@@ -24,8 +24,8 @@ from mbgd.config import (
     Tracking,
     Wandb,
     WandbMode,
-    identity,
-    problems,
+    must_match,
+    validate,
 )
 from mbgd.schedule import Constant, Cosine, Schedule, Step
 
@@ -113,7 +113,7 @@ def test_values_of_another_type_are_refused_by_name(kind: Any, values: dict[str,
     ],
 )
 def test_numbers_that_make_no_sense(values: dict[str, Any], message: str) -> None:
-    [problem] = problems(mbgd.Settings(**values))
+    [problem] = validate(mbgd.Settings(**values))
     assert message in problem
 
 
@@ -130,7 +130,7 @@ def test_numbers_that_make_no_sense(values: dict[str, Any], message: str) -> Non
     ],
 )
 def test_numbers_of_a_run_that_make_no_sense(values: dict[str, Any], message: str) -> None:
-    [problem] = problems(Config(**values))
+    [problem] = validate(Config(**values))
     assert message in problem
 
 
@@ -156,7 +156,7 @@ def course(target: str | None) -> dict[str, Any]:
     parts = {key: {"_target_": "x"} for key in ("model", "objective", "optimizer", "data")}
     whole = {"seed": 0, "precision": "fp32", "max_grad_norm": None, "epochs": 2, "steps": None, **parts}
     schedule = None if target is None else {"_target_": target, "warmup_steps": 1}
-    return identity({**whole, "batch": {"size": 3, "drop_last": False}, "schedule": schedule})
+    return must_match({**whole, "batch": {"size": 3, "drop_last": False}, "schedule": schedule})
 
 
 def test_a_schedule_says_itself_whether_it_depends_on_the_runs_length() -> None:

@@ -107,7 +107,7 @@ def gather_many(workers: mbgd.Workers) -> bool:
     shared = HostMemory(workers)
     for number in range(200):
         values = torch.tensor([number, workers.rank], dtype=torch.float64)
-        gathered = shared.gather(values)
+        gathered = shared.all_gather(values)
         if [rows.tolist() for rows in gathered] != [[number, rank] for rank in range(workers.num_workers)]:
             return False
     return True

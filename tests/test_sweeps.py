@@ -19,7 +19,7 @@ from mbgd.cli.tools.sweep import show
 from mbgd.cli.tools.sweep_plot import is_geometric
 from mbgd.config import Direction
 from mbgd.errors import UsageError
-from mbgd.runs.sweep import Record, read_jobs, read_ranking
+from mbgd.runs.sweeps import Record, read_jobs, read_ranking
 
 ROOT = Path(__file__).parent.parent
 PNG = b"\x89PNG\r\n"

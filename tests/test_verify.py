@@ -92,11 +92,11 @@ def wrong_trainers(workers: Workers) -> list[Any]:
     right = Update.backward_weights
     size, results = 31, []
 
-    def of_mean(self: Update, terms: PerExample, *, counts: bool) -> torch.Tensor:
-        return right(self, terms, counts=counts) * size / (workers.num_workers * len(terms.losses))
+    def of_mean(self: Update, terms: PerExample, *, is_stand_in: bool) -> torch.Tensor:
+        return right(self, terms, is_stand_in=is_stand_in) * size / (workers.num_workers * len(terms.losses))
 
-    def twice(self: Update, terms: PerExample, *, counts: bool) -> torch.Tensor:
-        return right(self, terms, counts=counts) * 2
+    def twice(self: Update, terms: PerExample, *, is_stand_in: bool) -> torch.Tensor:
+        return right(self, terms, is_stand_in=is_stand_in) * 2
 
     for wrong in (of_mean, twice):
         Update.backward_weights = wrong  # type: ignore[method-assign]

@@ -19,7 +19,7 @@ from mbgd.building import configuration
 from mbgd.cli import launching
 from mbgd.cli.launching import num_cores, quoted
 from mbgd.errors import FAILED, UsageError
-from mbgd.runs import sweep
+from mbgd.runs import sweeps
 
 SECONDS_TO_SHUT_DOWN = 10
 """How long torchrun gives workers to save and end."""
@@ -41,7 +41,7 @@ class JobFailed(CompactHydraException):
 class Job:
     """A job to be run."""
 
-    record: sweep.Record
+    record: sweeps.Record
     config: DictConfig
     folder: Path
 
@@ -87,7 +87,7 @@ class TorchrunLauncher(Launcher):
         def start(index: int, slot: int) -> Command:
             job = jobs[index]
             job.record.write(job.folder)
-            print(f"job {job} · log {job.folder / sweep.LOG}", flush=True)
+            print(f"job {job} · log {job.folder / sweeps.LOG}", flush=True)
             return self._command(job, self.gpus[slot])
 
         def ended(index: int, exit_code: int, seconds: float) -> None:
@@ -96,16 +96,16 @@ class TorchrunLauncher(Launcher):
             results[index], text = self._result(job, exit_code)
             print(f"job {job} · {text} · {seconds:.0f} s", flush=True)
             if exit_code:
-                print(end_of(job.folder / sweep.LOG), flush=True)
+                print(end_of(job.folder / sweeps.LOG), flush=True)
 
         stopped = run_all(len(jobs), start, ended, max_parallel=self.max_parallel, timeout_seconds=self.timeout_seconds)
         if stopped:
-            sweep.to_show.clear()
+            sweeps.to_show.clear()
             print(f"stopped by {stopped.name}; `python -m mbgd sweep {self.folder}` shows what there is", flush=True)
             if self.config.hydra.sweeper._target_.endswith(".BasicSweeper"):  # others try other values the next time
                 print(f"the same command with hydra.sweep.dir={self.folder} goes on", flush=True)
             sys.exit(128 + stopped)
-        sweep.to_show[:] = [self.folder]
+        sweeps.to_show[:] = [self.folder]
         return [results[index] for index in range(len(jobs))]
 
     def _job(self, number: int, overrides: Sequence[str]) -> Job:
@@ -114,7 +114,7 @@ class TorchrunLauncher(Launcher):
             config.hydra.job.id = config.hydra.job.num = number
         constant = self.config.hydra.overrides.task
         swept = [one.lstrip("+").split("=", 1) for one in overrides if one not in constant and one[0] != "~"]
-        record = sweep.Record(number, dict(swept), list(overrides))
+        record = sweeps.Record(number, dict(swept), list(overrides))
         return Job(record, config, self.folder / str(config.hydra.sweep.subdir))
 
     def _command(self, job: Job, gpus: str | None) -> Command:
@@ -137,7 +137,7 @@ class TorchrunLauncher(Launcher):
         own = [one for one in hydra.overrides.hydra if not OF_THE_SWEEP.match(one)]
         start = [sys.executable, *launching.program, *(workers if self.num_workers > 1 else [])]
         folder = f"run.dir={quoted(str(job.folder))}"
-        return Command([*start, *options, *job.record.overrides, *own, folder], job.folder / sweep.LOG, environment)
+        return Command([*start, *options, *job.record.overrides, *own, folder], job.folder / sweeps.LOG, environment)
 
     def _result(self, job: Job, exit_code: int) -> tuple[JobReturn, str]:
         """What the sweeper is told of a job that has ended, and the same in words."""
@@ -152,7 +152,7 @@ class TorchrunLauncher(Launcher):
         try:
             if exit_code:
                 raise UsageError(f"failed with exit code {exit_code}")
-            value = sweep.metric_value(job.folder, metric)
+            value = sweeps.metric_value(job.folder, metric)
         except UsageError as error:
             result.status, result.return_value = JobStatus.FAILED, JobFailed(f"{job.folder}: {error}")
             return result, str(error)
@@ -178,7 +178,7 @@ def refuse_folders(overrides: Sequence[str]) -> None:
 def refuse_another_sweeps(job: Job) -> None:
     """A job's folder may hold the same job, which goes on there, and nothing else."""
     try:
-        before = sweep.Record.read(job.folder)
+        before = sweeps.Record.read(job.folder)
     except UsageError as error:
         sys.exit(f"error: {error}")
     is_other = before is not None and before.overrides != job.record.overrides

@@ -18,8 +18,7 @@ from mbgd.averaging.reproducible import Reproducible
 from mbgd.averaging.shared_memory import SharedMemory
 from mbgd.averaging.start import start_alike
 from mbgd.batches.plan import MicroBatch, Plan
-from mbgd.config import Averaging as Settings
-from mbgd.config import AveragingName
+from mbgd.config import Averaging, AveragingName
 from mbgd.errors import UsageError
 from mbgd.task.objective import PerExample
 from mbgd.task.task import Task
@@ -28,7 +27,7 @@ from mbgd.workers import cuda
 from mbgd.workers.group import Workers
 
 
-class Averaging(Protocol):
+class Averager(Protocol):
     """One way to add up over micro-batches and workers."""
 
     def forward(self, batch: Any, num_examples: int) -> PerExample:
@@ -57,7 +56,7 @@ class Averaging(Protocol):
         """The averaging and what it moves gradients through, for people."""
 
 
-def fix_threads(settings: Settings, device: torch.device) -> None:
+def fix_threads(settings: Averaging, device: torch.device) -> None:
     """Set the threads of this worker where the averaging wants a certain number.
 
     Before the model is made, too: what some initialisations compute depends on it.
@@ -69,7 +68,7 @@ def fix_threads(settings: Settings, device: torch.device) -> None:
         torch.set_num_threads(num_threads)
 
 
-def prepare(settings: Settings, plan: Plan, device: torch.device) -> None:
+def prepare(settings: Averaging, plan: Plan, device: torch.device) -> None:
     """Set torch up as the averaging needs it; UsageError if the plan cannot be averaged so."""
     fix_threads(settings, device)
     if settings.name is AveragingName.shared_memory and device.type != "cpu":
@@ -93,8 +92,8 @@ def prepare(settings: Settings, plan: Plan, device: torch.device) -> None:
 
 
 def create(
-    settings: Settings, task: Task, trained: Trained, plan: Plan, workers: Workers, *, parameters_vary: bool
-) -> Averaging:
+    settings: Averaging, task: Task, trained: Trained, plan: Plan, workers: Workers, *, parameters_vary: bool
+) -> Averager:
     """The averaging that the settings name, the same on every worker; the workers' models are alike from then on.
 
     parameters_vary: not every parameter takes part in every loss.

@@ -49,7 +49,7 @@ def wrap(task: Task, trained: Trained, hook: Hook, *, find_unused_parameters: bo
     return ddp
 
 
-def later(buffer: Tensor) -> torch.futures.Future[Tensor]:
+def completed(buffer: Tensor) -> torch.futures.Future[Tensor]:
     """A hook's answer that lets DDP go on: `finish` puts the sum into the bucket, of which the gradients are views.
 
     A callback on the exchange would run Python in a thread of the process group, which takes time and can end a
@@ -111,7 +111,7 @@ class DDP:
             gradients: dict[Tensor, Tensor] = dict(zip(bucket.parameters(), bucket.gradients(), strict=True))
             self._norms.take(self._number, gradients, self._before)
         self._works.append(dist.all_reduce(bucket.buffer(), async_op=True))
-        return later(bucket.buffer())
+        return completed(bucket.buffer())
 
     def forward(self, batch: Any, num_examples: int) -> PerExample:
         # Without DDP there is nothing around the forward, and in small steps every call counts.

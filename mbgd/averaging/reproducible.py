@@ -10,7 +10,7 @@ from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 from mbgd.averaging.bucket_exchange import BucketExchange, nodes_of_workers
-from mbgd.averaging.ddp import check_exchanged, later, used_anywhere, wrap
+from mbgd.averaging.ddp import check_exchanged, completed, used_anywhere, wrap
 from mbgd.averaging.host_memory.exchange import MOVED_ON, NO_NOTE, Exchange, check_moved_on
 from mbgd.averaging.host_memory.memory import HostMemory
 from mbgd.averaging.norms import MicroBatchNorms
@@ -109,7 +109,7 @@ class Reproducible:
         gradients = self._take_gradients()
         if self._norms is not None:
             self._norms.take(micro_batch.number, gradients)
-        if micro_batch.counts:
+        if not micro_batch.is_stand_in:
             self._counter.push(micro_batch.number, gradients)
 
     def _zero_gradients_of_used_parameters(self) -> None:
@@ -134,7 +134,7 @@ class Reproducible:
         gradients: Gradients = dict(zip(bucket.parameters(), bucket.gradients(), strict=True))
         self._send(bucket.index(), buffer, bucket.parameters(), gradients)
         self._exchanged = bucket.is_last()
-        return later(buffer)
+        return completed(buffer)
 
     def _send_late(self, parameters: Sequence[Tensor]) -> None:
         """Send the gradients of parameters that began to require one in a forward, and so are in no bucket."""
@@ -151,15 +151,15 @@ class Reproducible:
             self._norms.take(self._last.number, gradients)
         counter = Counter[Gradients](_add_into_right)
         counter.nodes = list(self._counter.nodes)
-        if self._last.counts:
+        if not self._last.is_stand_in:
             # Folded into the bucket itself, which the gradients are views of.
             counter.push(self._last.number, gradients)
         nodes: list[Tensor] = [_flat(of_node, parameters) for _, of_node in counter.nodes[:-1]]
         if counter.nodes:
             nodes.append(buffer)
         exchange = self._exchanges.get(index)
-        if exchange is None or not exchange.fits(buffer, self._last.of):
-            exchange = self._exchanges[index] = BucketExchange(buffer, self._last.of, self._workers)
+        if exchange is None or not exchange.fits(buffer, self._last.num_micro_batches):
+            exchange = self._exchanges[index] = BucketExchange(buffer, self._last.num_micro_batches, self._workers)
         exchange.start(buffer, nodes)
         self._sent.append(exchange)
 
@@ -168,7 +168,7 @@ class Reproducible:
         if self._in_memory is not None:
             notes = self._add_up(self._in_memory, note)
         elif self._ddp is None:
-            total = fold(dict(self._counter.nodes), self._last.of, _add_gradients)
+            total = fold(dict(self._counter.nodes), self._last.num_micro_batches, _add_gradients)
             for parameter, gradient in total.items():
                 parameter.grad = gradient
             self._trained.moved_on()
@@ -185,14 +185,14 @@ class Reproducible:
         return notes
 
     def _add_up(self, in_memory: Exchange, note: int) -> list[int]:
-        nodes = nodes_of_workers(self._last.of, self._workers.num_workers)
+        nodes = nodes_of_workers(self._last.num_micro_batches, self._workers.num_workers)
         rows = [[gradients.get(p) for p in self._parameters] for _, gradients in self._counter.nodes]
         order = [node for held in nodes for node in held]
         has_moved_on = self._trained.moved_on()
         notes = in_memory(
             rows,
             [len(held) for held in nodes],
-            lambda values: fold(dict(zip(order, values, strict=True)), self._last.of, Tensor.add_),
+            lambda values: fold(dict(zip(order, values, strict=True)), self._last.num_micro_batches, Tensor.add_),
             MOVED_ON if has_moved_on else note,
         )
         if MOVED_ON in notes:
@@ -219,7 +219,7 @@ class Reproducible:
         mine = torch.zeros(most, num_values, dtype=torch.float64, device=self._workers.device)
         for row, (_, values) in zip(mine, counter.nodes, strict=False):
             row.copy_(values)
-        gathered = self._memory.gather(mine) if self._memory is not None else self._workers.all_gather(mine)
+        gathered = self._memory.all_gather(mine) if self._memory is not None else self._workers.all_gather(mine)
         by_node = {node: rows[row] for held, rows in zip(nodes, gathered, strict=True) for row, node in enumerate(held)}
         return fold(by_node, num_leaves, torch.add).clone()
 

@@ -88,7 +88,7 @@ class SharedMemory:
         total = torch.zeros(num_values, dtype=torch.float64)
         for _, values in leaves:
             total += values
-        return reduce(torch.add, self._memory.gather(total))
+        return reduce(torch.add, self._memory.all_gather(total))
 
     def describe(self) -> str:
         return "shared_memory"

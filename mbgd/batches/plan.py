@@ -31,12 +31,12 @@ class MicroBatch(NamedTuple):
 
     number: int
     """Its number within its minibatch, the same on any number of workers."""
-    of: int
-    """How many micro-batches the minibatch is cut into."""
+    num_micro_batches: int
+    """Of the whole minibatch."""
     start: int
     stop: int
-    counts: bool = True
-    """False for a stand-in: a worker without a shard computes it to take part in the exchange, with weight 0."""
+    is_stand_in: bool = False
+    """A worker without a shard computes it with weight 0, to take part in the exchange."""
 
     @property
     def size(self) -> int:
@@ -130,17 +130,19 @@ class Plan:
 def micro_batches(start: int, stop: int, num_parts: int, rank: int, num_workers: int) -> list[MicroBatch]:
     """Worker `rank`'s share of positions [start, stop) cut into `num_parts` micro-batches."""
     parts = _parts(stop - start, num_parts, rank, num_workers)
-    return [MicroBatch(number, num_parts, start + begin, start + end, counts) for number, begin, end, counts in parts]
+    if parts is None:
+        return [MicroBatch(0, num_parts, start, start + cut(stop - start, num_parts, 1), is_stand_in=True)]
+    return [MicroBatch(number, num_parts, start + begin, start + end) for number, begin, end in parts]
 
 
 @lru_cache(maxsize=16)  # minibatches have one or two sizes
-def _parts(size: int, num_parts: int, rank: int, num_workers: int) -> list[tuple[int, int, int, bool]]:
-    """Number, start and stop of each micro-batch of a worker in a minibatch of `size`, and whether it counts."""
+def _parts(size: int, num_parts: int, rank: int, num_workers: int) -> list[tuple[int, int, int]] | None:
+    """Number, start and stop of each micro-batch of a worker in a minibatch of `size`; None where it has none."""
     first, last = cut(num_parts, num_workers, rank), cut(num_parts, num_workers, rank + 1)
     if first == last:
-        return [(0, 0, cut(size, num_parts, 1), False)]
+        return None
     edges = [cut(size, num_parts, part) for part in range(first, last + 1)]
-    return [(number, *edge, True) for number, edge in zip(range(first, last), pairwise(edges), strict=True)]
+    return [(number, *edge) for number, edge in zip(range(first, last), pairwise(edges), strict=True)]
 
 
 def make_plan(settings: Settings, num_examples: int, num_workers: int) -> Plan:

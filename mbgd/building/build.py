@@ -20,7 +20,7 @@ from mbgd.building import targets
 from mbgd.building.references import referred
 from mbgd.checkpoints import saving
 from mbgd.checks import optimizers
-from mbgd.config import Config, Run, problems
+from mbgd.config import Config, Run, validate
 from mbgd.config.field_types import WORDS, converted
 from mbgd.config.renamed import new_name
 from mbgd.errors import UsageError
@@ -59,7 +59,7 @@ def typed(composed: DictConfig) -> Config:
             )
     config = OmegaConf.to_object(values)
     assert isinstance(config, Config)
-    found += problems(config)
+    found += validate(config)
     for name in ("data", "model", "objective", "optimizer"):
         if not isinstance(getattr(config, name), dict):
             found.append(f"{name}={getattr(config, name)}; it must be a group's choice, or name a _target_.")
@@ -204,7 +204,7 @@ def build_trainer(config: Config, workers: Workers) -> Trainer:
     with threads.work_counted(model) as work:
         trainer = Trainer(model, objective, optimizer, data, settings, workers)
     threads.choose(config.averaging, workers.device, plan, work)
-    saving.check(config.checkpoint, [] if trainer.evaluation is None else trainer.evaluation.names)
+    saving.check(config.checkpoint, [] if trainer.evaluator is None else trainer.evaluator.names)
     profiling.check(config.profile, trainer.setup.num_steps)
     return trainer
 
@@ -270,7 +270,7 @@ def make(name: str, node: Any, *arguments: Any, **keywords: Any) -> Any:
         if isinstance(reason, UsageError):
             raise reason from None
         remedy = _remedy(reason) if isinstance(reason, ModuleNotFoundError) else ""
-        said = "; ".join(targets.misfits(name, {**node, **keywords})) or f"{type(reason).__name__}: {reason}"
+        said = "; ".join(targets.mismatches(name, {**node, **keywords})) or f"{type(reason).__name__}: {reason}"
         raise UsageError(f"{name} ({node['_target_']}) cannot be made: {said}{remedy}") from error
 
 

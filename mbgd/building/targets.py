@@ -78,7 +78,7 @@ def _not_taken(name: str, node: Mapping[str, Any], taken: list[str], added: Coll
     )
 
 
-def misfits(name: str, node: Mapping[str, Any]) -> list[str]:
+def mismatches(name: str, node: Mapping[str, Any]) -> list[str]:
     """Values of another kind than the target's annotations say; annotations need not be right, so this is to be asked
     only once it has refused the values.
 

@@ -70,7 +70,7 @@ def newest_in_memory(run: Path, workers: Workers, identity: Mapping[str, Any]) -
     path, found = memory_path(run), None
     if workers.local_rank == 0:
         found = _contents(path, identity)
-    of_hosts = [found for found in workers.gather(found) if found is not None]
+    of_hosts = [found for found in workers.gather_values(found) if found is not None]
     on_all = [name for name, content in of_hosts[0].items() if all(one.get(name) == content for one in of_hosts)]
     return path / max(on_all) if on_all else None
 

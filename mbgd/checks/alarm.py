@@ -43,7 +43,7 @@ class Alarm:
         mine = sorted(buffers.late_names)
         if not (mine if notes is None else any(note & LATE_BUFFERS for note in notes)):
             return False
-        buffers.expect(sorted({name for of_worker in workers.gather(mine) for name in of_worker}))
+        buffers.expect(sorted({name for of_worker in workers.gather_values(mine) for name in of_worker}))
         return bool(buffers)
 
     def check_losses(self, step: int, losses: Tensor) -> None:

@@ -37,7 +37,7 @@ def stop(
     """
     order = list(Wrong)
     mine = {"found": [] if found is None else [found[0], order.index(found[1])], "examples": list(examples)}
-    of_workers = workers.gather(mine)
+    of_workers = workers.gather_values(mine)
     first, number = min(one["found"] for one in of_workers if one["found"])
     examples = sorted({example for one in of_workers for example in one["examples"]})
     return UsageError(describe(first, step, order[number], trained, has_weights, examples))
@@ -86,7 +86,7 @@ def examples_not_finite(shard: Shard, forward: Callable[[int, Examples], PerExam
     """
     found: list[int] = []
     for examples in shard.micro_batches:
-        if not examples.micro_batch.counts:
+        if examples.micro_batch.is_stand_in:
             continue
         with torch.no_grad():
             terms = forward(shard.step, examples)

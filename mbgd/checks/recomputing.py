@@ -99,7 +99,7 @@ class Recomputing:
             "first": self._seen.sums() if rank == owner else None,
             "again": again,
         }
-        of_workers = self._workers.gather(mine)
+        of_workers = self._workers.gather_values(mine)
         self._compare_parameters(step, [one["parameters"] for one in of_workers])
         first, again = of_workers[owner]["first"], of_workers[checker]["again"]
         if first != again:
@@ -118,7 +118,7 @@ class Recomputing:
     def _vote(self, step: int, first: Sums | None, again: Sums, third: int | None) -> None:
         owner, checker, _ = self._judges(step)
         voters = [third] if third is not None else [owner, checker]
-        votes = self._workers.gather(self._sums(step) if self._workers.rank in voters else None)
+        votes = self._workers.gather_values(self._sums(step) if self._workers.rank in voters else None)
         if third is not None:
             agrees = {"again": votes[third] == again, "first": votes[third] == first}
             guilty = [owner] if agrees["again"] else [checker] if agrees["first"] else [owner, checker, third]
@@ -154,7 +154,7 @@ class Recomputing:
         """Called by all workers alike."""
         device = self._workers.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        places = self._workers.gather([socket.gethostname(), f"{device} ({name})" if name != "cpu" else "cpu"])
+        places = self._workers.gather_values([socket.gethostname(), f"{device} ({name})" if name != "cpu" else "cpu"])
         named = [f"worker {rank} (host {places[rank][0]}, device {places[rank][1]})" for rank in guilty]
         judged = f"By vote it is {named[0]} that is wrong" if by_vote and len(named) == 1 else None
         judged = judged or (f"{named[0]} is wrong" if len(named) == 1 else f"It is one of {', '.join(named)}")

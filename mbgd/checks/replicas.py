@@ -58,7 +58,7 @@ class Replicas:
             self.last_alike = step
             return
         sums = {name: int(checksum([tensor], self.workers.device)) for name, tensor in tensors.items()}
-        of_workers = self.workers.gather({**sums, **{name: _of_value(value) for name, value in values.items()}})
+        of_workers = self.workers.gather_values({**sums, **{name: _of_value(value) for name, value in values.items()}})
         raise ReplicasDiffer(_describe(of_workers, step, self.last_alike))
 
 

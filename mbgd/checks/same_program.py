@@ -62,7 +62,7 @@ def check_same_config(workers: Workers, config: Mapping[str, Any]) -> None:
 
 def _differences(workers: Workers, mine: Mapping[str, str]) -> dict[str, list[str]]:
     """What is not alike on all workers: values by rank, by name in the order in which they are given."""
-    of_workers = workers.gather(dict(mine))
+    of_workers = workers.gather_values(dict(mine))
     names = dict.fromkeys(name for of_worker in of_workers for name in of_worker)
     by_name = {name: [of_worker.get(name, "nothing") for of_worker in of_workers] for name in names}
     return {name: values for name, values in by_name.items() if len(set(values)) > 1}
@@ -180,7 +180,7 @@ def _form_and_content(dataset: Any, end: str) -> tuple[str, str]:
 def _differs(workers: Workers, dataset: Any, end: str) -> bool:
     """Whether an example that looks different is so, not by what a generator of the dataset's own draws."""
     looks = [_form_and_content(dataset, end) for _ in range(NUM_LOOKS)]
-    of_workers = workers.gather([sorted(set(seen)) for seen in zip(*looks, strict=True)])
+    of_workers = workers.gather_values([sorted(set(seen)) for seen in zip(*looks, strict=True)])
     if all(len(contents) == 1 for _, contents in of_workers):
         return True
     forms = [forms for forms, _ in of_workers]

@@ -12,7 +12,7 @@ from mbgd.batches.plan import Plan, count_steps, make_plan
 from mbgd.checks import optimizers
 from mbgd.checks.preflight import Findings, Trial, check_skipping, check_targets
 from mbgd.checks.same_program import check_same_program
-from mbgd.config import AveragingName, Config, Settings, problems
+from mbgd.config import AveragingName, Config, Settings, validate
 from mbgd.errors import UsageError
 from mbgd.task import extra_state
 from mbgd.task.buffers import Buffers
@@ -56,7 +56,7 @@ def set_up(
     model: nn.Module, objective: Objective, optimizer: Optimizer, data: Data, settings: Settings, workers: Workers
 ) -> Setup:
     """UsageError, on every worker alike, where a rule is broken or the workers do not run the same program."""
-    if found := problems(settings):
+    if found := validate(settings):
         raise UsageError("\n".join(found))
     check_same_program(workers, model, objective, optimizer, data, settings)
     plan = make_plan(settings, len(data.train), workers.num_workers)

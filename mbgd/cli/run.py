@@ -20,7 +20,7 @@ from mbgd.building.build import build_trainer, resolved_yaml, run_name, typed
 from mbgd.checkpoints import saving
 from mbgd.checks.same_program import check_same_config
 from mbgd.cli import launching, telling, tracebacks
-from mbgd.config import Config, identity
+from mbgd.config import Config, must_match
 from mbgd.errors import FAILED, ComputedWrongly, NotSaved, Preempted, ReplicasDiffer, UsageError, WorkersLost
 from mbgd.measuring import profiling
 from mbgd.runs import wording
@@ -65,7 +65,7 @@ def _train(
                 print(f"{folder.path} holds this run already, complete; give another run.dir for a new one.")
             return None
         profiler = profiling.create(config.profile, folder.path, workers, quiet=config.tracking.quiet)
-        checkpoints = saving.create(config.checkpoint, folder.path, folder.checkpoints_path, identity(plain), workers)
+        checkpoints = saving.create(config.checkpoint, folder.path, folder.checkpoints_path, must_match(plain), workers)
         if workers.is_main:
             tell_of_another_version(folder.path)
             folder.write_config(text)

@@ -11,7 +11,7 @@ from typing import Any
 from mbgd.building import command_line, configuration
 from mbgd.cli import launching, telling
 from mbgd.errors import UsageError
-from mbgd.runs import sweep
+from mbgd.runs import sweeps
 from mbgd.text import plain_output
 from mbgd.workers.log import guard_output
 
@@ -100,7 +100,7 @@ def _run(composed: Any) -> None:
 
 
 def _show_sweep() -> None:
-    for folder in sweep.to_show:
+    for folder in sweeps.to_show:
         from mbgd.cli.tools.sweep import show
 
         show(folder)

@@ -1,6 +1,6 @@
 """The settings of a run: types, units, and the rules between them. Pure: no Hydra, no torch.distributed."""
 
-from mbgd.config.course import identity
+from mbgd.config.must_match import must_match
 from mbgd.config.settings import (
     Averaging,
     AveragingName,
@@ -22,8 +22,8 @@ from mbgd.config.settings import (
     Tracking,
     Wandb,
     WandbMode,
-    problems,
     profiled_steps,
+    validate,
 )
 
 __all__ = [
@@ -47,7 +47,7 @@ __all__ = [
     "Tracking",
     "Wandb",
     "WandbMode",
-    "identity",
-    "problems",
+    "must_match",
     "profiled_steps",
+    "validate",
 ]

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from mbgd.config.course import identity as identity
 from mbgd.config.field_types import Typed
+
+MUST_MATCH = {"must_match": True}
+"""Metadata of fields that must be the same when a run goes on; see must_match.py."""
 
 
 class Precision(Enum):
@@ -43,11 +45,11 @@ class DeviceName(Enum):
 
 @dataclass(frozen=True)
 class Batch(Typed):
-    size: int = 64
+    size: int = field(default=64, metadata=MUST_MATCH)
     """Examples of one optimizer step, all workers together."""
     micro_batch_size: int | None = None
     """Largest number of examples in one forward/backward; None: each worker's share in one."""
-    drop_last: bool = False
+    drop_last: bool = field(default=False, metadata=MUST_MATCH)
     """Leave out an epoch's short last minibatch."""
 
 
@@ -90,16 +92,16 @@ class Check(Typed):
 class Settings(Typed):
     """What training depends on beside the model, the data, the objective and the optimizer."""
 
-    seed: int = 0
+    seed: int = field(default=0, metadata=MUST_MATCH)
     epochs: int | None = 1
     steps: int | None = None
     """Optimizer steps; None: `epochs` passes over the training examples."""
     batch: Batch = field(default_factory=Batch)
-    precision: Precision = Precision.fp32
+    precision: Precision = field(default=Precision.fp32, metadata=MUST_MATCH)
     averaging: Averaging = field(default_factory=Averaging)
-    max_grad_norm: float | None = None
+    max_grad_norm: float | None = field(default=None, metadata=MUST_MATCH)
     """Largest Euclidean norm of the mean gradient; None: not clipped."""
-    schedule: Any = None
+    schedule: Any = field(default=None, metadata=MUST_MATCH)
     """A function of the step (counted from 0) that gives a factor for the learning rate; None: 1."""
     evaluation: Evaluation = field(default_factory=Evaluation)
     log_every_steps: int = 50
@@ -219,9 +221,9 @@ class Config(Settings):
     profile: str | None = None
     """steps:10-20: a trace of these optimizer steps, counted from 1; None: none."""
     data: Any = None
-    model: Any = None
-    objective: Any = None
-    optimizer: Any = None
+    model: Any = field(default=None, metadata=MUST_MATCH)
+    objective: Any = field(default=None, metadata=MUST_MATCH)
+    optimizer: Any = field(default=None, metadata=MUST_MATCH)
 
 
 def profiled_steps(profile: str) -> range:
@@ -230,7 +232,7 @@ def profiled_steps(profile: str) -> range:
     return range(int(named[1]), int(named[2]) + 1) if named else range(0)
 
 
-def problems(settings: Settings) -> list[str]:
+def validate(settings: Settings) -> list[str]:
     """Every rule between the settings that is broken, each as what, got, rule, remedy."""
     batch = settings.batch
     found = []

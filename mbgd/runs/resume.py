@@ -13,7 +13,7 @@ import torch
 
 from mbgd.checkpoints import format as checkpoint
 from mbgd.checkpoints.memory_tier import newest_in_memory, remove_memory
-from mbgd.config import Config, identity
+from mbgd.config import Config, must_match
 from mbgd.errors import UsageError
 from mbgd.files.atomic import write_atomically
 from mbgd.files.reading import Unreadable, flush, read_json
@@ -50,7 +50,7 @@ def resume(trainer: Trainer, folder: RunFolder, config: Config, now: Mapping[str
         remove_memory(folder.path, workers)  # of a run whose folder is gone
     in_memory = None
     if config.checkpoint.memory_every_steps is not None and config.resume.from_ != "never":
-        in_memory = newest_in_memory(folder.path, workers, identity(now))
+        in_memory = newest_in_memory(folder.path, workers, must_match(now))
     decision = _agree(trainer, folder, config, now, in_memory)
     if decision.is_complete:
         return False
@@ -119,7 +119,7 @@ def _decide(
     except (OSError, ValueError) as error:
         return _Decision(problem=f"the run in {folder.path} cannot be read ({plain(error)}). Give another run.dir.")
     path, done = found.checkpoint, found.steps_of_complete_run
-    differing = checkpoint.differences(found.identity, identity(now)) if found.identity is not None else []
+    differing = checkpoint.differences(found.identity, must_match(now)) if found.identity is not None else []
     if differing and not config.resume.force:
         return _Decision(
             problem=f"{path or folder.path} is of a run that took another course:\n"
@@ -176,7 +176,7 @@ def _identity_of_begun(folder: RunFolder) -> dict[str, Any] | None:
     if config is None:
         return None
     try:
-        return identity(config)
+        return must_match(config)
     except Exception as error:  # whatever a key that is missing, or is something else, leads to
         reason = f"it is not a run's configuration ({type(error).__name__}: {plain(error)})"
         raise Unreadable(folder.path / CONFIG, reason) from error

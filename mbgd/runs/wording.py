@@ -20,7 +20,7 @@ def plan_lines(trainer: Trainer) -> dict[str, str]:
     """The plan of a run, line by line."""
     plan, workers = trainer.setup.plan, trainer.setup.workers
     parameters = sum(p.numel() for p in trainer.setup.model.parameters() if p.requires_grad)
-    num_evaluation_examples = 0 if trainer.evaluation is None else trainer.evaluation.num_examples
+    num_evaluation_examples = 0 if trainer.evaluator is None else trainer.evaluator.num_examples
     return {
         "minibatch": describe_cut(plan),
         "examples": f"{plan.num_examples:,} for training, {num_evaluation_examples:,} for evaluation",

@@ -22,7 +22,7 @@ from torch import Tensor
 from mbgd.averaging.norms import MicroBatchNorms
 from mbgd.batches.plan import MicroBatch, Minibatch, Plan
 from mbgd.checkpoints.snapshot import Snapshot
-from mbgd.config import NoiseScale as Settings
+from mbgd.config import NoiseScale
 from mbgd.step.done import Done
 from mbgd.task.objective import PerExample
 
@@ -49,7 +49,7 @@ def estimate(sums: Tensor, weight: float | Tensor, gradient_norm: Tensor) -> tup
     return variance, (num_parts * square_of_mean - mean_of_squares) / (num_parts - 1)
 
 
-class NoiseScale:
+class NoiseMeter:
     """Measures the noise in some steps and smooths it over them.
 
     One minibatch says little of |G|², which its noise may hide. So n·E|g − G|² = tr Σ and |G|² are averaged apart, with
@@ -57,7 +57,7 @@ class NoiseScale:
     """
 
     def __init__(
-        self, settings: Settings, plan: Plan, parameters: Sequence[Tensor], loss_scale: Callable[[], Tensor]
+        self, settings: NoiseScale, plan: Plan, parameters: Sequence[Tensor], loss_scale: Callable[[], Tensor]
     ) -> None:
         """loss_scale(): by how much too long the gradients of micro-batches are: float64, shape ()."""
         self._every_steps, self._plan = settings.every_steps, plan

@@ -62,7 +62,7 @@ class OptimizerState:
         """What else there is of state, as JSON can hold it."""
         return self._flatten()[1]
 
-    def misfits(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> list[str]:
+    def mismatches(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> list[str]:
         """What in a checkpoint's `tensors` and `values` cannot be state of this optimizer.
 
         Fused kernels would read past the end of a tensor that is too small, or pair elements wrongly.
@@ -84,7 +84,7 @@ class OptimizerState:
             is_known = number.isdecimal() and int(number) < len(self._parameters)
             what = "nothing says what it is" if is_known else f"there are {len(self._parameters)} parameters"
             found.append(f"optimizer state {name}: {what}")
-        found += [problem for name, one in paths.tensors.items() if (problem := self._misfit(name, one))]
+        found += [problem for name, one in paths.tensors.items() if (problem := self._mismatch(name, one))]
         if self._is_torchs and self._made is not None:  # torch's own make all at once, and need all
             numbers_with_state = {str(number) for number, of_parameter in state.items() if of_parameter}
             missing = [n for n in self._made if n.partition(".")[0] in numbers_with_state and n not in paths.tensors]
@@ -192,7 +192,7 @@ class OptimizerState:
         groups = [{name: decode(value) for name, value in group.items()} for group in values["groups"]]
         return _Found(state, more, groups)
 
-    def _misfit(self, name: str, tensor: Tensor) -> str:
+    def _mismatch(self, name: str, tensor: Tensor) -> str:
         """What is wrong with a tensor of the state; nothing if it may be."""
         parameter, got = self._parameter(name), Kind(tensor.shape, tensor.dtype, tensor.device)
         if parameter is None:

@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mbgd.averaging import Averaging
+from mbgd.averaging import Averager
 from mbgd.batches.plan import MicroBatch, Minibatch, Plan
 from mbgd.checks.alarm import Alarm
 from mbgd.checks.preflight import Findings
@@ -37,7 +37,7 @@ class Summed(Protocol):
 class Sums:
     """All of them in one step."""
 
-    def __init__(self, kinds: Sequence[Summed], averaging: Averaging, plan: Plan) -> None:
+    def __init__(self, kinds: Sequence[Summed], averaging: Averager, plan: Plan) -> None:
         self._kinds, self._averaging, self._plan = kinds, averaging, plan
         self._wanted: list[Summed] = []
 

@@ -13,7 +13,7 @@ from mbgd.checks.recomputing import Recomputing
 from mbgd.checks.setup import Setup
 from mbgd.measuring.profiling import part
 from mbgd.step.done import Done, Observer
-from mbgd.step.noise_scale import NoiseScale
+from mbgd.step.noise_scale import NoiseMeter
 from mbgd.step.sums import Means, MovingBuffers, Sums
 from mbgd.step.update import Update
 from mbgd.task.objective import PerExample
@@ -37,7 +37,7 @@ class TrainStep:
         self.autocast = autocast(settings.precision, workers.device)
         self.alarm = Alarm(setup, self._forward_again)
         self.update = Update(setup, self.alarm.everywhere)
-        self.noise_scale = NoiseScale(settings.noise_scale, setup.plan, trained.parameters, self.update.loss_scale)
+        self.noise_scale = NoiseMeter(settings.noise_scale, setup.plan, trained.parameters, self.update.loss_scale)
         self._means, self._moving = Means(setup.findings, self.alarm), MovingBuffers(setup.buffers, self.alarm)
         self._sums = Sums((self._means, self.noise_scale, self._moving), self.averaging, setup.plan)
         self.recomputing = Recomputing.of(setup, self._gradients_again)
@@ -53,7 +53,7 @@ class TrainStep:
         try:
             for examples in shard.micro_batches:
                 terms = self._forward_backward(shard, examples)
-                if examples.micro_batch.counts:
+                if not examples.micro_batch.is_stand_in:
                     self._sums.add(terms, examples.micro_batch)
             self._lap("forward_backward")
             self._average(shard)
@@ -92,8 +92,9 @@ class TrainStep:
                 terms = self.averaging.forward(examples.batch, micro_batch.size)
             with part("backward"):
                 # Backward from the vector of losses, w_i into L_i, is the gradient of their weighted sum.
-                torch.autograd.backward(terms.losses, self.update.backward_weights(terms, counts=micro_batch.counts))
-        setup.buffers.end_micro_batch(micro_batch.number, micro_batch.size, counts=micro_batch.counts)
+                weights = self.update.backward_weights(terms, is_stand_in=micro_batch.is_stand_in)
+                torch.autograd.backward(terms.losses, weights)
+        setup.buffers.end_micro_batch(micro_batch.number, micro_batch.size, is_stand_in=micro_batch.is_stand_in)
         return terms
 
     def _average(self, shard: Shard) -> None:
@@ -141,7 +142,7 @@ class TrainStep:
         """The gradients of a micro-batch once more, as the averaging takes them; nothing is changed."""
         terms = self._forward_again(step, examples)
         held: Sequence[Tensor] = self._setup.trained.with_gradient()
-        weights = self.update.backward_weights(terms, counts=True)
+        weights = self.update.backward_weights(terms, is_stand_in=False)
         found = torch.autograd.grad(terms.losses, held, weights, allow_unused=True)
         self._setup.buffers.put_back()
         varies = bool(self._setup.findings.unused_parameters)

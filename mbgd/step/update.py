@@ -94,7 +94,7 @@ class Update:
 
     def mismatches(self, snapshot: Snapshot) -> list[str]:
         """What in another run's state cannot be state of this optimizer."""
-        return self.optimizer_state.misfits(snapshot.tensors["optimizer"], snapshot.values["optimizer"])
+        return self.optimizer_state.mismatches(snapshot.tensors["optimizer"], snapshot.values["optimizer"])
 
     def restore(self, snapshot: Snapshot) -> None:
         """Take over another run's state; nothing is shared with it afterwards."""
@@ -104,10 +104,10 @@ class Update:
         if self._scaler is not None and "scaler" in values:
             self._scaler.load_state_dict(values["scaler"])
 
-    def backward_weights(self, terms: PerExample, *, counts: bool) -> Tensor:
+    def backward_weights(self, terms: PerExample, *, is_stand_in: bool) -> Tensor:
         """What enters the backward at each loss: its weight, times the loss scale; 0 for a stand-in."""
         weights = terms.weights.to(terms.losses.dtype) if terms.weights is not None else self._ones_like(terms.losses)
-        if not counts:
+        if is_stand_in:
             weights = torch.zeros_like(weights)
         return weights if self._scaler is None else self._scaler.scale(weights)
 

@@ -139,15 +139,15 @@ class Buffers:
             _check(buffer)
         return [buffer.name for buffer in found if not buffer.is_cache]
 
-    def end_micro_batch(self, number: int, num_examples: int, *, counts: bool) -> None:
+    def end_micro_batch(self, number: int, num_examples: int, *, is_stand_in: bool) -> None:
         """Take in what the micro-batch made of the buffers.
 
-        counts: False for a stand-in.
+        is_stand_in: what it made is left out.
         """
         if not self._all:
             return
         changed = self.changed()
-        if not counts:
+        if is_stand_in:
             return
         known = {buffer.name for buffer in (*self._floating, *self._integers)}
         late = {name: _known(self._all[name].now).detach().clone() for name in changed if name not in known}

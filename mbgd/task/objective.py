@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mbgd.errors import UsageError
 
-Metric = Tensor | Callable[[], Tensor]
+MetricValues = Tensor | Callable[[], Tensor]
 
 Predictions = tuple[Tensor, Tensor]
 """Outputs and targets."""
@@ -29,7 +29,7 @@ class PerExample:
     """Shape (N,) for N examples, or (N, …) for a token, pixel, box or the like at each place of …"""
     weights: Tensor | None = None
     """w_i ≥ 0, same shape as `losses`; 0 leaves an example (or token) out. None: all 1."""
-    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    metrics: Mapping[str, MetricValues] = field(default_factory=dict)
     """Per-example values, same shape as `losses`, or functions that give them (called only where they are logged).
     A metric's mean is taken over the examples whose weight is not 0, each counted once."""
     predictions: Predictions | Callable[[], Predictions] | None = None

@@ -38,7 +38,7 @@ def look(workers: Workers, num_bytes: int, seconds: float) -> dict[str, Any]:
     }
     skews = _clock_skews(workers)
     exchange = _all_reduce(workers, num_bytes, seconds / 4)
-    of_workers = workers.gather(mine)
+    of_workers = workers.gather_values(mine)
     for one, skew in zip(of_workers, skews, strict=True):
         one["clock_skew_seconds"] = skew
     return {"workers": of_workers, "all_reduce": exchange, "warnings": warnings(of_workers)}

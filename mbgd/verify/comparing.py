@@ -95,7 +95,7 @@ def compare(
     num_bytes = sum(p.nbytes for p in subject.parameters.values())
     comparison = Comparison(precision, subject.about(), num_bytes)
     indices = subject.trainer.setup.loader.minibatch_indices(0)
-    of_workers = workers.gather(looking.losses_here(subject.trainer, indices))
+    of_workers = workers.gather_values(looking.losses_here(subject.trainer, indices))
     judge = _Judge(config, subject, comparison, num_steps) if workers.is_main else None
     if judge is not None:
         if known is None:

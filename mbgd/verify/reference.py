@@ -90,7 +90,7 @@ class Reference:
                 losses: list[Tensor] = []
                 weight = 0.0
                 for one in shard.micro_batches:
-                    if one.micro_batch.counts:
+                    if not one.micro_batch.is_stand_in:
                         weighted, its_weight = self._sums(self.losses(one, shard.step, one.micro_batch.number))
                         losses.append(weighted)
                         weight += its_weight.item()
@@ -164,4 +164,4 @@ class _HooksOff:
 
 def digests(shard: Shard) -> list[str]:
     """As `Done.digests` of one worker."""
-    return [content(one.batch) for one in shard.micro_batches if one.micro_batch.counts]
+    return [content(one.batch) for one in shard.micro_batches if not one.micro_batch.is_stand_in]

@@ -71,7 +71,7 @@ def replay(folder: Path, step: int, workers: Workers) -> Replay:
             told = ", ".join(f"{name} {wanted[name]} recorded, {values[name]} now" for name in unequal)
             parted = f"step {done}: {told}"
             break
-    parted = next((one for one in workers.gather(parted) if one), None)
+    parted = next((one for one in workers.gather_values(parted) if one), None)
     return Replay(
         first, trainer.state.step, num_compared, parted, _otherwise(folder, trainer), trainer.weights_sha256()
     )

@@ -67,7 +67,7 @@ class Subject:
 
     def step(self, shard: Shard) -> Done:
         workers = self.trainer.setup.workers
-        counting = [one for one in shard.micro_batches if one.micro_batch.counts]
+        counting = [one for one in shard.micro_batches if not one.micro_batch.is_stand_in]
         mine = {
             "positions": [[one.micro_batch.start, one.micro_batch.stop] for one in counting],
             "digests": [content(one.batch) for one in counting],
@@ -76,7 +76,7 @@ class Subject:
         self.trainer.state.step = shard.step + 1
         assert done.totals is not None  # every step is logged
         state = [p.detach() for p in self.parameters.values()]
-        of_workers = workers.gather({**mine, "checksum": int(checksum(state, workers.device))})
+        of_workers = workers.gather_values({**mine, "checksum": int(checksum(state, workers.device))})
         return Done(
             shard.step,
             done.totals.means()["loss"],

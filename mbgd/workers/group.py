@@ -89,7 +89,7 @@ class Workers:
         if self.num_workers > 1:
             dist.broadcast(values, src=0)
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather_values(self, value: Any) -> list[Any]:
         """Every worker's `value` by rank, on every worker; for what it may be see `broadcast`."""
         mine = message(value)
         if self.num_workers == 1:
@@ -108,7 +108,7 @@ class Workers:
 
     def collect(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Every worker's tensors, on the host and of any shapes, by rank on the main worker; nothing on the others."""
-        kinds = self.gather([(tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors])
+        kinds = self.gather_values([(tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors])
         if not self.is_main:
             for tensor in tensors:
                 if tensor.numel():

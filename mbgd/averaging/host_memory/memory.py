@@ -41,8 +41,8 @@ class HostMemory:
         hosts = self._agree(_try(_host))
         if others := [rank for rank, host in enumerate(hosts) if host != hosts[0]]:
             raise CannotShareError(f"workers 0 and {others[0]} are on different hosts, or in different containers")
-        process_ids = workers.gather(os.getpid())
-        cores = {core for of_worker in workers.gather(sorted(os.sched_getaffinity(0))) for core in of_worker}
+        process_ids = workers.gather_values(os.getpid())
+        cores = {core for of_worker in workers.gather_values(sorted(os.sched_getaffinity(0))) for core in of_worker}
         inboxes = self.allocate(bytes_of_inbox(workers.num_workers))
         make_inbox(inboxes[workers.rank], num_workers=workers.num_workers, num_cores=len(cores))
         workers.barrier()  # every inbox is made
@@ -65,7 +65,7 @@ class HostMemory:
         assert isinstance(pieces, list)
         return pieces
 
-    def gather(self, values: Tensor) -> list[Tensor]:
+    def all_gather(self, values: Tensor) -> list[Tensor]:
         """Every worker's `values` by rank, good until the call after the next; for small tensors."""
         kind = values.shape, values.dtype
         if kind not in self._boards:
@@ -80,7 +80,7 @@ class HostMemory:
 
     def _agree(self, result: T | _Failed) -> list[T]:
         """Every worker's result, of what JSON can hold, by rank; CannotShareError on every worker if one has failed."""
-        told = self._workers.gather({"why": result.why} if isinstance(result, _Failed) else {"result": result})
+        told = self._workers.gather_values({"why": result.why} if isinstance(result, _Failed) else {"result": result})
         for rank, one in enumerate(told):
             if "why" in one:
                 raise CannotShareError(f"worker {rank} cannot: {one['why']}")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mbgd.config import Direction
-from mbgd.runs.sweep import LOG, Job, Ranking, read_ranking
+from mbgd.runs.sweeps import LOG, Job, Ranking, read_ranking
 from mbgd.text.escaping import plain
 
 DESCRIPTION = "show what the jobs of a sweep came to: a table, sweep.csv and sweep.png in its folder"

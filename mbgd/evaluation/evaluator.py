@@ -28,11 +28,11 @@ class AddUp(Protocol):
     def __call__(self, leaves: Sequence[tuple[int, Tensor]], *, num_leaves: int, num_values: int) -> Tensor: ...
 
 
-class Evaluation:
+class Evaluator:
     """Evaluates a task on a dataset, every example exactly once, each worker its contiguous share."""
 
     @classmethod
-    def of(cls, setup: Setup) -> "Evaluation | None":
+    def of(cls, setup: Setup) -> "Evaluator | None":
         """None without an evaluation dataset."""
         if setup.data.evaluation is not None:
             return cls(setup)
@@ -57,7 +57,7 @@ class Evaluation:
         self.num_examples = num_examples = len(data.evaluation)
         self._num_parts = -(-num_examples // settings.evaluation.batch_size)
         shard = micro_batches(0, num_examples, self._num_parts, workers.rank, workers.num_workers)
-        self._shard = [micro_batch for micro_batch in shard if micro_batch.counts]
+        self._shard = [micro_batch for micro_batch in shard if not micro_batch.is_stand_in]
         check_targets(data.evaluation, setup.task.given_objective, setup.findings.output_shape)
         self.metric_names = self._try_out(num_examples, settings)
         self.names = [f"eval/{name}" for name in ("loss", *self.metric_names, *settings.evaluation.metrics)]

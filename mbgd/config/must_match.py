@@ -1,0 +1,53 @@
+"""What of a configuration must be the same for a run to go on: the fields marked MUST_MATCH, and the data."""
+
+import pkgutil
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from typing import Any
+
+from mbgd.config.field_types import Typed
+from mbgd.config.settings import MUST_MATCH, Batch, Config
+
+NOT_OF_TRAINING = ("evaluation", "num_workers")
+"""Keys of `data` that may change."""
+
+
+def must_match(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that must be the same when a run goes on, by key, of a whole configuration as plain values.
+
+    How long training lasts is among them only where the learning rate depends on it. The number of workers, the cut
+    into micro-batches, averaging, backend, logging and evaluation are not.
+    """
+    values = {key: config.get(key) for key in marked(Config)}
+    values["data"] = {key: value for key, value in config["data"].items() if key not in NOT_OF_TRAINING}
+    values["batch"] = {key: config["batch"].get(key) for key in marked(Batch)}
+    if _depends_on_length(config.get("schedule")):
+        values |= {key: config[key] for key in ("epochs", "steps")}
+    return dict(_flat(values))
+
+
+def marked(section: type[Typed]) -> list[str]:
+    """The fields of a section that are marked where they are defined."""
+    return [field.name for field in fields(section) if field.metadata == MUST_MATCH]  # type: ignore[arg-type]
+
+
+def _depends_on_length(schedule: Any) -> bool:
+    """Whether the learning rate at a step may change with the number of steps of the whole run.
+
+    A class says so itself (`mbgd.schedule.Schedule`); one that it inherits from cannot know what it does.
+    """
+    if schedule is None:
+        return False
+    try:
+        target = pkgutil.resolve_name(schedule["_target_"])
+    except Exception:  # an older run's schedule need not be there any more
+        return True
+    return not isinstance(target, type) or vars(target).get("depends_on_length") is not False
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
