@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from mbgd.trainer import Result, Trainer
     from mbgd.workers.group import Workers, start_workers
 
+    __version__: str
+
 __all__ = [
     "Averaging",
     "AveragingName",
@@ -50,6 +52,10 @@ _HOMES = (
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from mbgd.versions import of_mbgd
+
+        return of_mbgd()
     if name in __all__:
         for home in _HOMES:
             module = import_module(f"mbgd.{home}")

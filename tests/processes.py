@@ -35,7 +35,7 @@ def run_workers(
     `function` must be defined at the top of a module. An exception on any worker is raised here.
     """
     with tempfile.TemporaryDirectory() as folder:
-        processes = torch.multiprocessing.start_processes(
+        processes = torch.multiprocessing.start_processes(  # type: ignore[attr-defined, no-untyped-call]
             _work,
             args=(function, num_workers, free_port(), folder, arguments, backend, device),
             nprocs=num_workers,

@@ -28,7 +28,7 @@ def train(
         losses, weights = losses_and_weights(model, batch)
         mean = losses.mean() if weights is None else (losses * weights).sum() / weights.sum()
         optimizer.zero_grad()
-        mean.backward()
+        mean.backward()  # type: ignore[no-untyped-call]
         if max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
         optimizer.step()
@@ -51,5 +51,5 @@ def train_mean_of_means(
         for shard in filled:
             losses, weights = losses_and_weights(model, tuple(part[torch.as_tensor(shard)] for part in data))
             mean = losses.mean() if weights is None else (losses * weights).sum() / weights.sum().clamp(min=1e-300)
-            (mean / len(filled)).backward()
+            (mean / len(filled)).backward()  # type: ignore[no-untyped-call]
         optimizer.step()

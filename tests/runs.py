@@ -47,7 +47,7 @@ def run(
     open_trackers(tracker, config, opened, trainer)
     checkpoints = saving.create(config.checkpoint, opened.path, opened.checkpoints_path, must_match(plain), workers)
     if after_step is not None:
-        tracker.progress = after_step  # type: ignore[method-assign]
+        tracker.progress = after_step  # type: ignore[method-assign, assignment]
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as under torchrun; more would wait for each other on a busy machine
     with told_of_its_end(tracker):

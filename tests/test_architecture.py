@@ -1,8 +1,10 @@
 """The house rules: imports run one way, and importing mbgd costs nothing."""
 
 import ast
+import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -95,6 +97,12 @@ def test_imports_between_rooms_run_down() -> None:
     assert not upwards, f"imports that do not run down: {sorted(upwards)}; the layers are:\n{LAYERS}"
 
 
+def test_the_picture_in_the_documentation_is_that_of_the_layers() -> None:
+    section = (ROOT / "docs/architecture.md").read_text().split("## Rooms")[1].split("\n## ")[0]
+    drawn = [re.split(r"\s{2,}", line.strip())[0].split() for line in section.splitlines() if line.startswith("    ")]
+    assert drawn == [line.split() for line in LAYERS.split("\n") if line.strip()]
+
+
 def test_every_room_says_what_it_is_for() -> None:
     for module, path in MODULES.items():
         if path.stem != "__main__":
@@ -131,3 +139,9 @@ def test_every_public_name_is_there() -> None:
     import mbgd
 
     assert all(getattr(mbgd, name).__name__ == name for name in mbgd.__all__)
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    import mbgd
+
+    assert mbgd.__version__ == metadata.version("mbgd")

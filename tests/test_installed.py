@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source.mkdir()
     for name in ("mbgd", "hydra_plugins", "conf"):
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     wheel = [*pip, "wheel", str(source), "--no-deps", "--no-build-isolation", "-q", "-w", str(folder)]
@@ -265,6 +266,17 @@ done
     done = mbgd(installed, project.parent, "new", "mine")
     assert done.returncode == 2
     assert "is not empty" in done.stderr
+
+
+def test_the_package_has_its_version_license_and_types(installed: Path) -> None:
+    [files] = installed.parent.glob("lib/python*/site-packages")
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert (files / "mbgd/py.typed").is_file()
+    assert (files / f"mbgd-{version}.dist-info/licenses/LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+    command = [str(installed / "python"), "-c", "import mbgd; print(mbgd.__version__)"]
+    environment = environment_of(installed)
+    done = subprocess.run(command, cwd=files, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == f"{version}\n"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")

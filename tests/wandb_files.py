@@ -12,7 +12,7 @@ FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 def records(path: Path) -> Iterator[Any]:
     """The records of a .wandb file, in their order."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
     content = path.read_bytes()
     assert content[:4] == b":W&B", content[:HEADER]

@@ -28,7 +28,9 @@ class WorkingServer(ThreadingHTTPServer):
         self.takes_history.set()
 
     def graphql(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
-        name = re.search(r"(?:query|mutation)\s+(\w+)", query)[1]
+        found = re.search(r"(?:query|mutation)\s+(\w+)", query)
+        assert found is not None, query
+        name = found[1]
         self.operations.append(name)
         if name == "RunResumeStatus" and self.runs:
             return {"model": {"id": "p", "name": "mbgd", "entity": {"id": "e", "name": "me"}, "bucket": self._bucket()}}

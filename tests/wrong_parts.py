@@ -11,6 +11,10 @@ from mbgd import InMemory, PerExample
 from mbgd.data import digits
 
 
+def _clamped(gradient: Tensor) -> Tensor:
+    return gradient.clamp(-0.01, 0.01)
+
+
 class Net(nn.Module):
     """64 → 16 → 10, with what is wrong in between."""
 
@@ -22,7 +26,7 @@ class Net(nn.Module):
         self.dropout = nn.Dropout(0.2) if wrong == "dropout" else nn.Identity()
         self.generator = torch.Generator().manual_seed(0)
         if wrong == "hook":
-            self.first.weight.register_hook(lambda gradient: gradient.clamp(-0.01, 0.01))
+            self.first.weight.register_hook(_clamped)  # type: ignore[no-untyped-call]
         if wrong == "unused":
             self.spare = nn.Linear(3, 3)
 
@@ -100,7 +104,8 @@ def gpt2() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 40, "n_positions": 12}
-    return GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+    model: nn.Module = GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+    return model
 
 
 def next_token(model: nn.Module, batch: Any) -> PerExample:
