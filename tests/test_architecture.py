@@ -52,6 +52,7 @@ PURE = [
     "config.must_match",
     "config.field_types",
     "config.renamed",
+    "config.rules",
     "schedule",
     "errors",
     "text.suggestions",
@@ -145,3 +146,27 @@ def test_the_version_is_that_of_the_package() -> None:
     import mbgd
 
     assert mbgd.__version__ == metadata.version("mbgd")
+
+
+def test_files_and_functions_stay_short() -> None:
+    """A file of more than 300 lines says why in its docstring ("Long because …"); a function has at most 50."""
+    for module, path in MODULES.items():
+        text = path.read_text()
+        tree = ast.parse(text)
+        is_explained = "Long because" in (ast.get_docstring(tree) or "")
+        assert text.count("\n") <= 300 or is_explained, module
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno is not None:
+                assert node.end_lineno - node.lineno < 50, f"{module}: {node.name}"
+
+
+def test_the_trainer_is_the_loop_and_nothing_else() -> None:
+    text = MODULES["mbgd.trainer"].read_text()
+    assert text.count("\n") <= 180
+    attributes = {node.attr for node in ast.walk(ast.parse(text)) if _is_set_on_self(node)}
+    assert len(attributes) <= 10, attributes
+
+
+def _is_set_on_self(node: ast.AST) -> bool:
+    is_of_self = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
+    return is_of_self and isinstance(node.ctx, ast.Store)

@@ -63,3 +63,15 @@ def undisturbed() -> Iterator[None]:
 
 
 _NUMPY_MEANWHILE = np.random.MT19937(0)
+
+
+@contextmanager
+def random_state_kept(device: torch.device) -> Iterator[None]:
+    """Every generator of torch, numpy and `random` is afterwards in the state that it was in before."""
+    of_numpy, of_python = np.random.get_state(), random.getstate()
+    with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type=device.type):
+        try:
+            yield
+        finally:
+            np.random.set_state(of_numpy)
+            random.setstate(of_python)

@@ -4,19 +4,17 @@ The first examples go forward and backward through the plain model, a few times;
 random state are as before afterwards, but for what a forward has initialised.
 """
 
-import random
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mbgd.batches.loader import Data
 from mbgd.batches.plan import Plan
-from mbgd.batches.randomness import key_generators
+from mbgd.batches.randomness import key_generators, random_state_kept
 from mbgd.batches.reading import Indices, read
 from mbgd.checks.finite import shown
 from mbgd.config import AveragingName, Precision, Settings
@@ -261,37 +259,6 @@ class Trial:
             with torch.no_grad():
                 totals = Totals(self._forward(first_minibatch).sums(names), names)
         totals.check_weights("in the first minibatch")
-
-
-def check_skipping(dataset: Any, objective: Any) -> None:
-    """Examples that the dataset leaves out must weigh nothing in the objective."""
-    skipped = getattr(dataset, "skipped_target", None)
-    ignored = getattr(objective, "ignore_index", None)
-    if skipped is not None and skipped != ignored:
-        raise UsageError(
-            f"data.on_error=skip gives examples that cannot be read the target {skipped}, to have weight 0, but "
-            f"objective.ignore_index={ignored}. Use objective=cross_entropy objective.ignore_index={skipped}; an "
-            "objective of your own does likewise and has an attribute ignore_index."
-        )
-
-
-def check_targets(dataset: Any, objective: Any, output_shape: torch.Size | None) -> None:
-    """Targets that lie in memory must all be classes that the model has, where the objective can tell."""
-    check, targets = getattr(objective, "check_targets", None), getattr(dataset, "targets", None)
-    if check is not None and isinstance(targets, Tensor) and output_shape is not None:
-        check(targets, num_classes=output_shape[getattr(objective, "class_dim", None) or -1])
-
-
-@contextmanager
-def random_state_kept(device: torch.device) -> Iterator[None]:
-    """Every generator of torch, numpy and `random` is afterwards in the state that it was in before."""
-    of_numpy, of_python = np.random.get_state(), random.getstate()
-    with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type=device.type):
-        try:
-            yield
-        finally:
-            np.random.set_state(of_numpy)
-            random.setstate(of_python)
 
 
 @contextmanager

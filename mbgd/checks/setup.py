@@ -10,8 +10,9 @@ from mbgd import averaging
 from mbgd.batches.loader import Data, Loader
 from mbgd.batches.plan import Plan, count_steps, make_plan
 from mbgd.checks import optimizers
-from mbgd.checks.preflight import Findings, Trial, check_skipping, check_targets
+from mbgd.checks.preflight import Findings, Trial
 from mbgd.checks.same_program import check_same_program
+from mbgd.checks.targets import check_skipping, check_targets
 from mbgd.config import AveragingName, Config, Settings, validate
 from mbgd.errors import UsageError
 from mbgd.task import extra_state

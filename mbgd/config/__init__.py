@@ -1,6 +1,7 @@
 """The settings of a run: types, units, and the rules between them. Pure: no Hydra, no torch.distributed."""
 
 from mbgd.config.must_match import must_match
+from mbgd.config.rules import profiled_steps, validate
 from mbgd.config.settings import (
     Averaging,
     AveragingName,
@@ -22,8 +23,6 @@ from mbgd.config.settings import (
     Tracking,
     Wandb,
     WandbMode,
-    profiled_steps,
-    validate,
 )
 
 __all__ = [

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from mbgd.batches.plan import micro_batches
+from mbgd.batches.randomness import random_state_kept
 from mbgd.batches.reading import Batches, read
 from mbgd.checks.finite import shown
-from mbgd.checks.preflight import NUM_EXAMPLES, check_targets, random_state_kept
+from mbgd.checks.preflight import NUM_EXAMPLES
 from mbgd.checks.setup import Setup
+from mbgd.checks.targets import check_targets
 from mbgd.config import Settings
 from mbgd.errors import UsageError
 from mbgd.evaluation.metrics import Metrics, check

@@ -63,13 +63,7 @@ def _lines(it: Explanation, pictures: Sequence[Picture]) -> Iterator[str]:
     rows = [("before", [one.before for one in it.weights], None), ("change", changes, None)]
     yield from _table(it, [*rows, ("after", [one.after for one in it.weights], None)], "")
     yield ""
-    if it.opposite is not None:
-        yield from _text(
-            "5. Losses of 2 and −2, by adding constants to the first two examples': the mean loss is "
-            f"{number(it.opposite.mean_loss)}, the gradient is not 0. Weights follow gradients, not losses."
-        )
-        yield from _table(it, [("gradient", it.opposite.gradient, it.opposite.mean_loss)], "loss")
-        yield ""
+    yield from _opposite(it)
     yield from _variance(it)
     yield ""
     yield from _text("7. The next minibatch sees the new weights: example 1 before and after this step.")
@@ -77,6 +71,17 @@ def _lines(it: Explanation, pictures: Sequence[Picture]) -> Iterator[str]:
     yield from _table(it, [*rows, ("∇L after", it.next.gradient_after, it.next.loss_after)], "loss")
     yield ""
     yield from _pull(it, pictures)
+
+
+def _opposite(it: Explanation) -> Iterator[str]:
+    if it.opposite is None:
+        return
+    yield from _text(
+        "5. Losses of 2 and −2, by adding constants to the first two examples': the mean loss is "
+        f"{number(it.opposite.mean_loss)}, the gradient is not 0. Weights follow gradients, not losses."
+    )
+    yield from _table(it, [("gradient", it.opposite.gradient, it.opposite.mean_loss)], "loss")
+    yield ""
 
 
 def _variance(it: Explanation) -> Iterator[str]:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from mbgd.batches.loader import Shard
 from mbgd.batches.plan import Minibatch
+from mbgd.batches.randomness import random_state_kept
 from mbgd.building.build import build_trainer
 from mbgd.checkpoints.fingerprint import weights_sha256
-from mbgd.checks.preflight import random_state_kept
 from mbgd.config import AveragingName, Config, Precision
 from mbgd.verify import findings, looking
 from mbgd.verify.findings import Finding, Severity

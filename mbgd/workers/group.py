@@ -153,31 +153,9 @@ def start_workers(backend: str = "auto", timeout_seconds: float = 600.0, *, devi
     if own_device.type == "cuda":
         cuda.set_up()
         torch.cuda.set_device(own_device)
+    roll_call = None
     if num_workers > 1:
-        stay_on_this_host()
-        store = join_store(timeout_seconds)
-        # Restarted workers must not read the addresses of the round that died.
-        round_of_run = (
-            f"{environment.get('TORCHELASTIC_RUN_ID', '')}/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        )
-        store = PrefixStore(round_of_run, store)
-        flight_recorder.turn_on()
-        roll_call = RollCall(
-            store,
-            rank,
-            num_workers,
-            timeout_seconds,
-            exchanges=partial(flight_recorder.exchanges, backend),
-            ends_unheard=backend == "nccl",
-        )
-        dist.init_process_group(
-            backend,
-            store=store,
-            rank=rank,
-            world_size=num_workers,
-            timeout=timedelta(seconds=max(timeout_seconds - roll_call.seconds, 1.0)),
-            device_id=own_device if backend == "nccl" else None,  # makes nccl connect, and fail, at once
-        )
+        roll_call = _form_group(rank, num_workers, backend, own_device, timeout_seconds)
     try:
         yield Workers(
             rank=rank,
@@ -190,11 +168,11 @@ def start_workers(backend: str = "auto", timeout_seconds: float = 600.0, *, devi
         if num_workers > 1:
             dist.barrier()
     except RuntimeError as error:
-        if num_workers == 1 or isinstance(error, WorkersLost) or not _is_of_exchange(error):
+        if roll_call is None or isinstance(error, WorkersLost) or not _is_of_exchange(error):
             raise
         raise WorkersLost(describe(roll_call.missing(), timeout_seconds, str(error))) from error
     finally:
-        if num_workers > 1:
+        if roll_call is not None:
             roll_call.end()
             # The group's threads still have tensors to let go, for which they need Python; if it is shutting down by
             # then, they abort the process.
@@ -202,6 +180,32 @@ def start_workers(backend: str = "auto", timeout_seconds: float = 600.0, *, devi
     # Only after success: with a failed peer, leaving in good order could wait for it.
     if num_workers > 1:
         dist.destroy_process_group()
+
+
+def _form_group(rank: int, num_workers: int, backend: str, device: torch.device, timeout_seconds: float) -> RollCall:
+    """Meet the other workers at the store and form the process group."""
+    stay_on_this_host()
+    # Restarted workers must not read the addresses of the round that died.
+    run, restart = os.environ.get("TORCHELASTIC_RUN_ID", ""), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = PrefixStore(f"{run}/{restart}", join_store(timeout_seconds))
+    flight_recorder.turn_on()
+    roll_call = RollCall(
+        store,
+        rank,
+        num_workers,
+        timeout_seconds,
+        exchanges=partial(flight_recorder.exchanges, backend),
+        ends_unheard=backend == "nccl",
+    )
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=rank,
+        world_size=num_workers,
+        timeout=timedelta(seconds=max(timeout_seconds - roll_call.seconds, 1.0)),
+        device_id=device if backend == "nccl" else None,  # makes nccl connect, and fail, at once
+    )
+    return roll_call
 
 
 def _is_of_exchange(error: RuntimeError) -> bool:

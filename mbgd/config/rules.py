@@ -1,0 +1,102 @@
+"""The rules between the settings of a run."""
+
+import math
+import re
+
+from mbgd.config.settings import AveragingName, Config, Settings
+
+
+def profiled_steps(profile: str) -> range:
+    """The steps that `profile` names, the first of all being 1; empty where it names none."""
+    named = re.fullmatch(r"steps:([1-9]\d*)-(\d+)", profile)
+    return range(int(named[1]), int(named[2]) + 1) if named else range(0)
+
+
+def validate(settings: Settings) -> list[str]:
+    """Every rule between the settings that is broken, each as what, got, rule, remedy."""
+    batch = settings.batch
+    found = []
+    if not 0 <= settings.seed < 2**63:
+        found.append(f"seed={settings.seed}; it must be from 0 to 2^63 − 1.")
+    if batch.size < 1:
+        found.append(f"batch.size={batch.size}; a minibatch has at least 1 example.")
+    if batch.micro_batch_size is not None and not 1 <= batch.micro_batch_size <= max(batch.size, 1):
+        found.append(
+            f"batch.micro_batch_size={batch.micro_batch_size} with batch.size={batch.size}; a micro-batch has from 1 "
+            "example to the whole minibatch. Make it smaller, or null to give each worker one micro-batch."
+        )
+    num_threads = settings.averaging.num_threads
+    if num_threads is not None and num_threads < 1:
+        found.append(f"averaging.num_threads={num_threads}; a worker has at least 1 thread; null: torch's choice.")
+    if settings.steps is None and settings.epochs is None:
+        found.append("steps=null and epochs=null; set one of them.")
+    for name, value in (("steps", settings.steps), ("epochs", settings.epochs)):
+        if value is not None and value < 0:
+            found.append(f"{name}={value}; it must be ≥ 0.")
+    evaluation, noise = settings.evaluation, settings.noise_scale
+    found += _too_small(
+        ("log_every_steps", settings.log_every_steps, ""),
+        ("evaluation.every_steps", evaluation.every_steps, ", or null to evaluate after each epoch"),
+        ("evaluation.batch_size", evaluation.batch_size, ""),
+        ("check.replicas_every_steps", settings.check.replicas_every_steps, ", or null for each evaluation alone"),
+        ("check.recompute_every_steps", settings.check.recompute_every_steps, ", or null for never"),
+        ("noise_scale.every_steps", noise.every_steps, ", or null not to measure it"),
+        ("noise_scale.smoothing", noise.smoothing, " (1: each measurement by itself)"),
+    )
+    recompute = settings.check.recompute_every_steps
+    if recompute is not None and settings.averaging.name is not AveragingName.reproducible:
+        found.append(
+            f"check.recompute_every_steps={recompute} with averaging={settings.averaging.name.value}; only with "
+            "averaging=reproducible has a micro-batch's gradient the same bits on every worker. Use that, or null."
+        )
+    found += _not_positive(("max_grad_norm", settings.max_grad_norm, ", or null to leave gradients as they are"))
+    if isinstance(settings, Config):
+        found += _problems_of_a_run(settings)
+    elif settings.schedule is not None and not callable(settings.schedule):
+        found.append(
+            f"schedule={settings.schedule!r}; it must be a function of the step, such as "
+            "mbgd.schedule.Cosine(num_steps=1000), or None."
+        )
+    return found
+
+
+def _problems_of_a_run(config: Config) -> list[str]:
+    checkpoint, wandb = config.checkpoint, config.tracking.wandb
+    found = _too_small(
+        ("checkpoint.every_steps", checkpoint.every_steps, ", or null to go by time alone"),
+        ("checkpoint.memory_every_steps", checkpoint.memory_every_steps, ", or null for none"),
+        ("checkpoint.keep", checkpoint.keep, ": the newest checkpoint is kept"),
+    )
+    found += _not_positive(
+        ("checkpoint.every_seconds", checkpoint.every_seconds, ", or null to go by steps alone"),
+        ("backend.timeout_seconds", config.backend.timeout_seconds, ""),
+        ("tracking.wandb.init_timeout_seconds", wandb.init_timeout_seconds, ""),
+        ("tracking.wandb.finish_seconds", wandb.finish_seconds, ""),
+    )
+    if config.sweep.target is not None and not math.isfinite(config.sweep.target):
+        found.append(f"sweep.target={config.sweep.target}; it must be a finite number, or null for none.")
+    if config.profile is not None and not profiled_steps(config.profile):
+        found.append(
+            f"profile={config.profile}; it must name the first and the last of some optimizer steps, counted "
+            "from 1, such as steps:10-20, or be null."
+        )
+    texts = {f"run.{name}": value for name, value in vars(config.run).items()}
+    texts |= {"checkpoint.best": checkpoint.best, "sweep.metric": config.sweep.metric}
+    texts["resume.from"] = config.resume.from_
+    return found + [f"{name} is empty; leave it out, or give a value." for name, text in texts.items() if text == ""]
+
+
+def _too_small(*numbers: tuple[str, int | None, str]) -> list[str]:
+    return [
+        f"{name}={value}; it must be ≥ 1{otherwise}."
+        for name, value, otherwise in numbers
+        if value is not None and value < 1
+    ]
+
+
+def _not_positive(*numbers: tuple[str, float | None, str]) -> list[str]:
+    return [
+        f"{name}={value}; it must be a finite number > 0{otherwise}."
+        for name, value, otherwise in numbers
+        if value is not None and not 0 < value < math.inf
+    ]
