@@ -3,23 +3,22 @@
 import dataclasses
 import keyword
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from types import FunctionType
 from typing import Any, get_type_hints
 
 import torch
-from hydra.utils import get_object, instantiate
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mbgd import averaging
 from mbgd.batches.loader import Data
 from mbgd.batches.plan import count_steps, make_plan
-from mbgd.building import targets
+from mbgd.building.make import make
+from mbgd.building.optimizer import make_optimizer
 from mbgd.building.references import referred
 from mbgd.checkpoints import saving
-from mbgd.checks import optimizers
 from mbgd.config import Config, Run, validate
 from mbgd.config.field_types import WORDS, converted
 from mbgd.config.renamed import new_name
@@ -191,7 +190,7 @@ def build_trainer(config: Config, workers: Workers) -> Trainer:
     objective = make("objective", config.objective, _partial_=_is_function(config.objective))
     if not callable(objective):
         raise UsageError(f"objective is a {type(objective).__name__}; it must be a function (model, batch).")
-    optimizer = make_optimizer(config.optimizer, Task(model, objective))
+    optimizer, notes = make_optimizer(config.optimizer, Task(model, objective))
     plan = make_plan(config, len(data.train), workers.num_workers)
     schedule = None
     if config.schedule is not None:
@@ -203,6 +202,7 @@ def build_trainer(config: Config, workers: Workers) -> Trainer:
     settings = dataclasses.replace(config, schedule=schedule, evaluation=evaluation)
     with threads.work_counted(model) as work:
         trainer = Trainer(model, objective, optimizer, data, settings, workers)
+    trainer.setup.warnings.extend(notes)
     threads.choose(config.averaging, workers.device, plan, work)
     saving.check(config.checkpoint, [] if trainer.evaluator is None else trainer.evaluator.names)
     profiling.check(config.profile, trainer.setup.num_steps)
@@ -218,67 +218,9 @@ def build_data(config: Config) -> Data:
     return Data(**data)
 
 
-def make_optimizer(node: Any, task: Task) -> torch.optim.Optimizer:
-    """The optimizer of the parameters of model and objective, of a kind that the trainer can drive.
-
-    Of those that do not require a gradient, too: they may be unfrozen later.
-    """
-    kind = targets.find(node) if isinstance(node, dict) else None
-    if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer):
-        optimizers.check(kind)  # before its keys are corrected in vain
-    try:
-        optimizer: torch.optim.Optimizer = make("optimizer", node, list(task.parameters()))
-    except UsageError as error:
-        if "2D parameters" not in str(error):  # torch.optim.Muon
-            raise
-        others = optimizers.not_matrices(task.model)
-        raise UsageError(
-            f"optimizer ({node['_target_']}) takes matrices alone, and {len(others)} parameters of the model are "
-            f"none: {', '.join(others[:5])}{' …' if len(others) > 5 else ''}. Use another optimizer, such as "
-            "optimizer=adamw, or one of your own that gives it the matrices and the rest to another "
-            "(optimizer=own optimizer._target_=…)."
-        ) from error
-    optimizers.check(optimizer)
-    return optimizer
-
-
 def _is_function(node: Any) -> bool:
     """Whether the target is itself an objective, not what makes one."""
     try:
         return isinstance(node, dict) and isinstance(get_object(node["_target_"]), FunctionType)
     except Exception:  # what is wrong with the target, `make` says
         return False
-
-
-def make(name: str, node: Any, *arguments: Any, **keywords: Any) -> Any:
-    """Call the node's `_target_`; its mistakes are the user's to mend, so they become UsageErrors.
-
-    What it is given are plain lists and dicts, also inside of others.
-    """
-    if not isinstance(node, dict) or not isinstance(node.get("_target_"), str) or not node["_target_"]:
-        raise UsageError(f"{name} has no _target_; it must name the class or function that makes it.")
-    node = {"_convert_": "all", **node, **{key: keywords.pop(key) for key in targets.OF_HYDRA if key in keywords}}
-    added = [key for key in keywords if key not in node]
-    if found := list(targets.mistakes(name, node, len(arguments), added)):
-        raise UsageError("\n".join(found))
-    try:
-        return instantiate(node, *arguments, **keywords)
-    except Exception as error:  # whatever a part of the user's raises
-        reason: BaseException = error  # Hydra's own message tells less than the exception at the bottom
-        while reason.__cause__ is not None and not isinstance(reason, UsageError):
-            reason = reason.__cause__
-        if isinstance(reason, UsageError):
-            raise reason from None
-        remedy = _remedy(reason) if isinstance(reason, ModuleNotFoundError) else ""
-        said = "; ".join(targets.mismatches(name, {**node, **keywords})) or f"{type(reason).__name__}: {reason}"
-        raise UsageError(f"{name} ({node['_target_']}) cannot be made: {said}{remedy}") from error
-
-
-def _remedy(error: ModuleNotFoundError) -> str:
-    """What to do about a `_target_` that leads to no module."""
-    if error.name == "torchmetrics":
-        return ". Use pip install 'mbgd[metrics]'."
-    module, _, last = (error.name or "").rpartition(".")
-    if module in sys.modules:  # there is the module, without anything of that name
-        return f".{did_you_mean(last, dir(sys.modules[module]))}"
-    return ". Is its folder on PYTHONPATH?"

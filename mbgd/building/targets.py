@@ -24,6 +24,14 @@ def find(node: Mapping[str, Any]) -> Any:
         return None
 
 
+def takes(target: Any, keyword: str) -> bool:
+    """Whether a function has a parameter of this name; torch's optimizers have none."""
+    try:
+        return keyword in inspect.signature(target).parameters
+    except (TypeError, ValueError):
+        return False
+
+
 def mistakes(name: str, node: Any, num_positional: int = 0, added: Collection[str] = ()) -> Iterator[str]:
     """What is wrong with the keywords of each target, of the node or of nodes inside it, by the target's signature.
 
