@@ -7,7 +7,7 @@
 set -eu
 
 # What tests/test_gpu*.py and benchmarks/gpu.py import, in the versions of constraints.txt where it names them.
-NEEDED=${NEEDED:-'numpy msgspec safetensors filelock pyyaml rich markdown-it-py mdurl pygments scikit-learn scipy joblib
+NEEDED=${NEEDED:-'numpy msgspec safetensors pyyaml rich markdown-it-py mdurl pygments scikit-learn scipy joblib
 threadpoolctl pytest pluggy iniconfig packaging'}
 
 usage() { sed -n '2,6s/^# \{0,1\}//p' "$0" >&2; exit 2; }
