@@ -7,8 +7,8 @@
 set -eu
 
 # What tests/test_gpu*.py and benchmarks/gpu.py import, in the versions of constraints.txt where it names them.
-NEEDED=${NEEDED:-'numpy msgspec safetensors filelock pyyaml rich markdown-it-py mdurl pygments scikit-learn scipy joblib
-threadpoolctl pytest pluggy iniconfig packaging'}
+NEEDED=${NEEDED:-'numpy msgspec safetensors pyyaml rich markdown-it-py mdurl pygments
+pytest pluggy iniconfig packaging'}
 
 usage() { sed -n '2,6s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 
@@ -40,7 +40,7 @@ install() {
     # As an editable install would, without setuptools.
     pwd > "$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/mbgd.pth"
     touch .venv/.installed
-    .venv/bin/python -c 'import mbgd.trainer, sklearn, torch
+    .venv/bin/python -c 'import mbgd.trainer, torch
 assert torch.cuda.is_available(), f"torch {torch.__version__} sees no CUDA device"
 print(torch.__version__, torch.cuda.get_device_name(), torch.version.cuda)'
 }

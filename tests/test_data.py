@@ -18,6 +18,7 @@ from sklearn.datasets import load_digits
 import mbgd
 from mbgd.data import InMemory, Regression, digits, fashion_mnist, tensors
 
+DIGITS = Path(__file__).parent.parent / "mbgd/data/digits.npz"
 PACKAGED = Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -29,6 +30,16 @@ def test_digits_are_scikit_learns() -> None:
     assert (len(everything), len(train), len(test)) == (1797, 1437, 360)
     assert everything.input_shape == (1, 8, 8)
     assert everything.num_outputs == 10
+
+
+def test_digits_that_are_damaged_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "digits.npz"
+    monkeypatch.setitem(digits.__globals__, "FILE", path)
+    for content in (None, b"", b"PK\x03\x04 cut off", DIGITS.read_bytes()[:-1000]):
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(mbgd.UsageError, match=r"digits.npz cannot be read .*install mbgd again"):
+            digits("train")
 
 
 def test_the_digits_splits_share_no_example_and_hold_every_class_alike() -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -55,4 +56,7 @@ def test_tables_and_pictures_are_plain(tmp_path: Path, capsys: pytest.CaptureFix
     said = capsys.readouterr().out
     assert "[/red]" in said
     assert all(line.isprintable() for line in said.splitlines())
-    plot(read_ranking(tmp_path, NASTY, None, None), tmp_path / "picture.png")
+    plot(read_ranking(tmp_path, NASTY, None, None), tmp_path / "picture.svg")
+    texts = [text for text in ElementTree.parse(tmp_path / "picture.svg").getroot().itertext() if "owned" in text]
+    assert len(texts) >= 4  # the metric, the key and a title of each point
+    assert all(text.isprintable() for text in texts)

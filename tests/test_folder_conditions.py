@@ -174,3 +174,24 @@ def test_a_lock_that_belongs_to_a_folder_of_before_is_none(tmp_path: Path) -> No
     (tmp_path / "run").mkdir()
     (tmp_path / "run/lock").touch()
     assert not first._lock.is_there()
+
+
+COUNT = """
+import sys, time
+from pathlib import Path
+from mbgd.files.file_lock import locked
+
+for _ in range(20):
+    with locked(Path(sys.argv[1], "lock")):
+        count = int(Path(sys.argv[1], "count").read_text())
+        time.sleep(0.002)
+        Path(sys.argv[1], "count").write_text(str(count + 1))
+"""
+
+
+def test_processes_wait_for_a_lock_one_after_the_other(tmp_path: Path) -> None:
+    (tmp_path / "count").write_text("0")
+    command = [sys.executable, "-c", COUNT, str(tmp_path)]
+    counting = [subprocess.Popen(command, cwd=Path(__file__).parent.parent) for _ in range(3)]
+    assert [process.wait(60) for process in counting] == [0, 0, 0]
+    assert (tmp_path / "count").read_text() == "60"

@@ -9,9 +9,12 @@ import subprocess
 import sys
 import sysconfig
 import tomllib
+from importlib.metadata import Distribution, distribution
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from own_processes import listening, marked, started_by_user
 from processes import eventually
@@ -77,6 +80,36 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def alone(installed: Path) -> Path:
+    """The commands of a fresh environment with the wheel in it, and what pyproject.toml requires without an extra."""
+    environment = installed.parent.with_name("alone")
+    shutil.copytree(installed.parent, environment, symlinks=True)
+    [packages] = environment.glob("lib/python*/site-packages")
+    (packages / "theirs.pth").unlink()
+    for script in (environment / "bin").iterdir():
+        if not script.is_symlink() and script.is_file():
+            script.write_text(script.read_text().replace(str(installed.parent), str(environment)))
+    for one in required(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]):
+        for name in {file.parts[0] for file in one.files or []} - {"..", "__pycache__"}:
+            if not (packages / name).exists():
+                (packages / name).symlink_to(Path(str(one.locate_file(name))))
+    return environment / "bin"
+
+
+def required(requirements: list[str]) -> list[Distribution]:
+    """The packages that these requirements install, with those that they require in turn."""
+    found: dict[str, Distribution] = {}
+    waiting = [Requirement(one) for one in requirements]
+    while waiting:
+        requirement = waiting.pop()
+        name = canonicalize_name(requirement.name)
+        if name not in found and (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
+            found[name] = distribution(name)
+            waiting += [Requirement(one) for one in found[name].requires or []]
+    return list(found.values())
+
+
+@pytest.fixture(scope="module")
 def project(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("projects")
     done = mbgd(installed, folder, "new", "mine")
@@ -132,6 +165,23 @@ def test_a_project_trains_sweeps_resumes_and_evaluates(installed: Path, project:
     evaluated = json.loads((project / "c/summary.json").read_text())
     assert evaluated["weights_sha256"] == summary["weights_sha256"]
     assert evaluated["metrics"]["eval/loss"] != summary["metrics"]["eval/loss"]
+
+
+def test_without_any_extra_the_default_trains_sweeps_and_is_explained(alone: Path, tmp_path: Path) -> None:
+    """`pip install mbgd` and `mbgd train`."""
+    command = [str(alone / "python"), "-c", "import torch, sklearn"]
+    done = subprocess.run(command, env=environment_of(alone), cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert "No module named 'sklearn'" in done.stderr, "a package that only an extra requires is not there"
+    done = mbgd(alone, tmp_path, "train", "steps=2", "run.dir=run")
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    assert (tmp_path / "run/report.html").exists()
+    done = mbgd(alone, tmp_path, "train", "-m", "seed=1,2", "steps=2", "hydra.sweep.dir=sweep")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "sweep/sweep.svg").exists()
+    done = mbgd(alone, tmp_path, "explain", "batch.size=4")
+    assert done.returncode == 0, done.stderr
+    assert "data:image/png;base64," in (tmp_path / "explain.html").read_text()
 
 
 def test_the_projects_own_test_passes(installed: Path, project: Path) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -16,13 +18,14 @@ from hydra_plugins.mbgd_torchrun import processes
 from hydra_plugins.mbgd_torchrun.launcher import Job, hand_out_gpus, num_cores, quoted, refuse_another_sweeps
 from hydra_plugins.mbgd_torchrun.processes import Command, marked, run_all
 from mbgd.cli.tools.sweep import show
-from mbgd.cli.tools.sweep_plot import is_geometric
+from mbgd.cli.tools.sweep_plot import is_geometric, plot
 from mbgd.config import Direction
 from mbgd.errors import UsageError
 from mbgd.runs.sweeps import Record, read_jobs, read_ranking
+from mbgd.text.numbers import short
 
 ROOT = Path(__file__).parent.parent
-PNG = b"\x89PNG\r\n"
+SVG = "{http://www.w3.org/2000/svg}"
 
 
 def start(folder: Path, *overrides: str, gpus: str = "") -> subprocess.Popen[str]:
@@ -78,9 +81,8 @@ def test_the_result_is_ranked_and_remade_from_the_folders_alone(
     folder, _, output = sweep
     written = (folder / "sweep.csv").read_text()
     (folder / "sweep.csv").unlink()
-    (folder / "sweep.png").unlink()
+    (folder / "sweep.svg").unlink()
     show(folder)
-    assert (folder / "sweep.png").read_bytes().startswith(PNG)
     table = capsys.readouterr().out
     assert table.split("┏")[1].split("└")[0] in output
 
@@ -97,6 +99,14 @@ def test_the_result_is_ranked_and_remade_from_the_folders_alone(
         assert row["steps_to_target"] == str(min(reached))
         assert row["examples_to_target"] == str(min(reached) * int(row["batch.size"]))  # less than an epoch
 
+    picture = ElementTree.parse(folder / "sweep.svg")
+    told = [f"eval/loss {short(float(row['eval/loss']))}" for row in rows[:2]]
+    for what in ("steps", "examples"):
+        told += [f"{what} to eval/loss of 1.9 {short(float(row[f'{what}_to_target']))}" for row in rows[:2]]
+    assert sorted(str(point.text) for point in picture.iter(f"{SVG}title")) == sorted(told)
+    crosses = [path for path in picture.iter(f"{SVG}path") if path.get("class") == "cross"]
+    assert len(crosses) == 2 * 3, "the failed job, in each panel and its legend"
+
     best = read_ranking(folder, "eval/accuracy", "maximize", None).jobs[0]
     assert best.metrics["eval/accuracy"] == max(float(row["eval/accuracy"]) for row in rows[:2])
 
@@ -111,6 +121,42 @@ def test_examples_are_counted_with_short_last_minibatches(sweep: tuple[Path, int
     # 1437 examples in minibatches of 32: drop makes 44 of an epoch.
     assert [job.examples_after(steps) for steps in (0, 1, 43, 44, 45)] == [0, 32, 43 * 32, 1408, 1440]
     assert job.steps_to("eval/loss", -1.0, Direction.minimize) is None
+
+
+def write_jobs(folder: Path, swept: list[dict[str, str]], losses: list[float]) -> None:
+    """What sweeps leave of jobs that are complete."""
+    for number, (values, loss) in enumerate(zip(swept, losses, strict=True)):
+        Record(number, values, [], 0).write(folder / str(number))
+        (folder / str(number) / "summary.json").write_text(json.dumps({"metrics": {"eval/loss": loss}, "steps": 1}))
+
+
+@pytest.mark.parametrize(
+    ("values", "losses", "labels"),
+    [
+        (["16", "32", "64"], [1.0, 0.5, 0.2], ["0.2", "0.4", "0.6", "0.8", "1", "16", "32", "64"]),
+        (["0.1"], [1e-3], ["0.00095", "0.001", "0.00105", "0.0011", "0.1", "0.0009"]),
+        (["relu", "a name that is much too long for the place that there is for it", "1"], [1.0] * 3, ["relu", "1"]),
+        ([str(n) for n in range(20)], [10.0**-n for n in range(20)], ["5", "10", "15", "1e-13"]),
+        (["1", "2"], [0.0, -3.0], ["1", "2", "0", "-1", "-2", "-3"]),
+        (["1", "2"], [math.nan, math.inf], ["1", "2"]),
+        (["1", "2", "3"], [1.0, 1.1, 1e9], ["1", "2", "3"]),
+    ],
+    ids=["numbers", "one", "names", "many", "negative", "not finite", "far off"],
+)
+def test_whatever_the_values_every_job_is_in_the_picture(
+    tmp_path: Path, values: list[str], losses: list[float], labels: list[str]
+) -> None:
+    write_jobs(tmp_path, [{"optimizer.lr": value} for value in values], losses)
+    plot(read_ranking(tmp_path, None, None, None), tmp_path / "sweep.svg")
+    picture = ElementTree.parse(tmp_path / "sweep.svg")
+    texts = [str(text.text) for text in picture.iter(f"{SVG}text")]
+    assert set(labels) <= set(texts), texts
+    points = list(picture.iter(f"{SVG}circle"))
+    crosses = [path for path in picture.iter(f"{SVG}path") if path.get("class") == "cross"]
+    assert len(points) + max(0, len(crosses) - 1) == len(values), "a cross is in the legend"
+    for point in points:
+        assert 0 < float(point.attrib["cx"]) < 520
+        assert 0 < float(point.attrib["cy"]) < 290
 
 
 def test_ctrl_c_ends_every_process(tmp_path: Path) -> None:
@@ -171,7 +217,7 @@ def test_an_optimising_sweeper_is_told_what_each_job_came_to(tmp_path: Path) -> 
     found = (tmp_path / "made/optimization_results.yaml").read_text()
     assert f"best_value: {best.metrics['eval/loss']}" in found
     assert f"optimizer.lr: {best.record.swept['optimizer.lr']}" in found
-    assert (tmp_path / "made/sweep.png").read_bytes().startswith(PNG)
+    assert len(list(ElementTree.parse(tmp_path / "made/sweep.svg").iter(f"{SVG}title"))) == 3
 
 
 @pytest.mark.parametrize(

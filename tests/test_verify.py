@@ -1,8 +1,10 @@
 """verify: right trainers pass; each wrong one is caught with its reason."""
 
 import argparse
+import ast
 import json
 import os
+import string
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -19,7 +21,7 @@ from mbgd.cli.tools import verify as verify_tool
 from mbgd.errors import UsageError
 from mbgd.step.update import Update
 from mbgd.task.objective import PerExample
-from mbgd.verify import cluster, wording
+from mbgd.verify import cluster, findings, wording
 from mbgd.verify.verifying import verify
 
 from processes import run_workers
@@ -146,6 +148,21 @@ def test_the_command_starts_workers_and_ends_with_the_verdict(tmp_path: Path) ->
     parsed = argparse.Namespace(overrides=[], workers=0, steps=1, seconds=1.0, step=None, json=None)
     with pytest.raises(UsageError, match="--workers and --steps are whole numbers"):
         verify_tool.main(parsed)
+
+
+def test_every_kind_of_finding_is_found_somewhere_and_given_what_its_text_shows() -> None:
+    """A place without a value would end verify with a KeyError where it has found something."""
+    kinds = {name: kind for name, kind in vars(findings).items() if isinstance(kind, findings.Kind)}
+    calls = [
+        (node.func.attr, {str(keyword.arg) for keyword in node.keywords})
+        for path in (ROOT / "mbgd/verify").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+        if isinstance(node.func.value, ast.Name) and node.func.value.id == "findings"
+    ]
+    assert {name for name, _ in calls} == set(kinds)
+    for name, given in calls:
+        assert given == {field for _, field, _, _ in string.Formatter().parse(kinds[name].what) if field}, name
 
 
 def test_wrong_trainers_are_caught_with_their_reason() -> None:

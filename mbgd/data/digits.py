@@ -1,8 +1,11 @@
-"""scikit-learn's handwritten digits: 1,797 grey images of 8 × 8 pixels, 10 classes."""
+"""Handwritten digits: 1,797 grey images of 8 × 8 pixels, 10 classes.
 
-import gzip
-import io
-from importlib.util import find_spec
+`digits.npz` beside this file holds them: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, its test
+set, UCI Machine Learning Repository, 1998, https://doi.org/10.24432/C50P49, licence CC BY 4.0
+(https://creativecommons.org/licenses/by/4.0/). They are scikit-learn's `load_digits`, in its order, as uint8.
+"""
+
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ import torch
 from mbgd.data.in_memory import InMemory
 from mbgd.errors import UsageError
 
+FILE = Path(__file__).with_name("digits.npz")
 LARGEST_PIXEL = 16
 TEST_EVERY = 5
 
@@ -20,33 +24,20 @@ def digits(split: str) -> InMemory:
 
     Inputs are float32 in [0, 1], shape (1, 8, 8); targets int64. The split is fixed: with the examples sorted by
     class and, within a class, in the file's order, every fifth one is a test example. So both splits hold every
-    class in the same share. UsageError where scikit-learn, whose package holds the file, is not installed.
-
-    Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI repository, 1998 (its test set).
+    class in the same share.
     """
     if split not in ("train", "test", "all"):
         raise UsageError(f"digits has no split {split!r}; it must be train, test or all.")
-    path = _path()
     try:
-        text = gzip.decompress(path.read_bytes())
-        rows = np.loadtxt(io.BytesIO(text), delimiter=",", dtype=np.float32)
-    except (OSError, EOFError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read ({error}). Install it again: pip install scikit-learn") from error
-    inputs = torch.from_numpy(rows[:, :-1] / LARGEST_PIXEL).view(-1, 1, 8, 8)
-    targets = torch.from_numpy(rows[:, -1].astype(np.int64))
+        with np.load(FILE) as arrays:
+            pixels, classes = arrays["inputs"], arrays["targets"]
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UsageError(f"{FILE} cannot be read ({error}). It is part of mbgd: install mbgd again.") from error
+    inputs = torch.from_numpy(pixels.astype(np.float32) / LARGEST_PIXEL).unsqueeze(1)
+    targets = torch.from_numpy(classes.astype(np.int64))
     everything = InMemory(inputs, targets)
     if split == "all":
         return everything
     is_test = torch.zeros(len(targets), dtype=torch.bool)
     is_test[targets.argsort(stable=True)[::TEST_EVERY]] = True
     return InMemory(*everything.gather((is_test if split == "test" else ~is_test).nonzero().squeeze(1)))
-
-
-def _path() -> Path:
-    # The package's folder is looked up without importing the package, which takes about a second.
-    spec = find_spec("sklearn")
-    for folder in (spec and spec.submodule_search_locations) or []:
-        path = Path(folder, "datasets", "data", "digits.csv.gz")
-        if path.is_file():
-            return path
-    raise UsageError("the digits come with scikit-learn, which is not installed: pip install scikit-learn")

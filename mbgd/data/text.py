@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from mbgd.data.windows import TokenWindows
 from mbgd.errors import UsageError
+from mbgd.files.file_lock import locked
 
 END_OF_DOCUMENT = 256
 VOCABULARY = 257
@@ -89,15 +90,13 @@ def _files(folder: Path, pattern: str, left_out: frozenset[str]) -> Iterator[Pat
 
 def _packed(documents: dict[str, Path]) -> tuple[U16, NDArray[np.int64]]:
     """The corpus's stream, memory-mapped, and where in it documents end; packed now if it never was."""
-    from filelock import FileLock  # not when digits are imported
-
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "mbgd").expanduser()
     digest = _read(documents)
     folder = cache / f"text-{digest[:32]}"
     try:
         if not folder.exists():
             cache.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{folder}.lock"):  # the first worker packs, the others wait for it
+            with locked(Path(f"{folder}.lock")):  # the first worker packs, the others wait for it
                 if not folder.exists():
                     _pack(documents, digest, folder)
         ends = np.load(folder / "ends.npy")

@@ -1,17 +1,13 @@
 """The variance of the mean gradient over the minibatch's size, both logarithmic, as SVG."""
 
 import math
-from collections.abc import Callable
 
 from mbgd.explain.variance import Variance
-from mbgd.text.escaping import in_html as escape
+from mbgd.report.axes import Axis, grid
 from mbgd.text.numbers import short
 
 WIDTH, HEIGHT = 620, 320
 LEFT, RIGHT, TOP, BOTTOM = 70, 20, 16, 44
-
-
-Pixel = Callable[[float], float]
 
 
 def draw(variance: Variance) -> str:
@@ -24,26 +20,15 @@ def draw(variance: Variance) -> str:
     values = [value for _, value in points] + lines
     low, high = 10 ** math.floor(math.log10(min(values))), 10 ** math.ceil(math.log10(max(values)))
 
-    def x(k: float) -> float:
-        return LEFT + math.log(k / low_k) / math.log(high_k / low_k) * (WIDTH - RIGHT - LEFT)
-
-    def y(value: float) -> float:
-        return HEIGHT - BOTTOM - math.log(value / low) / math.log(high / low) * (HEIGHT - BOTTOM - TOP)
-
-    parts = []
-    exponents = range(round(math.log10(low)), round(math.log10(high)) + 1)
-    for exponent in exponents[:: max(1, len(exponents) // 6)]:
-        height = y(10.0**exponent)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{height:.1f}" y2="{height:.1f}"/>')
-        parts.append(f'<text class="y" x="{LEFT - 7}" y="{height + 4:.1f}">{escape(short(10.0**exponent))}</text>')
-    for k, _ in points:
-        parts.append(f'<text class="x" x="{x(k):.1f}" y="{HEIGHT - BOTTOM + 18}">{k}</text>')
+    x = Axis(low_k, high_k, LEFT, WIDTH - RIGHT, is_log=True)
+    y = Axis(low, high, HEIGHT - BOTTOM, TOP, is_log=True)
+    parts = [grid(x, y, {k: str(k) for k, _ in points}, {value: short(value) for value in y.ticks(6)})]
     parts.append(
         f'<text class="x" x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{HEIGHT - 6}">examples in a minibatch, k</text>'
     )
     ends = " L".join(f"{x(k):.1f},{y(value):.1f}" for k, value in zip((low_k, high_k), lines, strict=True))
     parts.append(f'<path class="line" d="M{ends}"/>')
-    parts.append(_mark(variance, low_k, high_k, low, high, x, y))
+    parts.append(_mark(variance, x, y))
     parts += [f'<circle class="point" cx="{x(k):.1f}" cy="{y(value):.1f}" r="4.5"/>' for k, value in points]
     return (
         '<figure><figcaption>Variance of the mean gradient <span class="hint">both axes logarithmic</span></figcaption>'
@@ -51,16 +36,16 @@ def draw(variance: Variance) -> str:
     )
 
 
-def _mark(variance: Variance, low_k: float, high_k: float, low: float, high: float, x: Pixel, y: Pixel) -> str:
+def _mark(variance: Variance, x: Axis, y: Axis) -> str:
     """Where the line meets the squared norm of the gradient, if that is in the picture."""
     scale, level = variance.noise_scale, variance.gradient_squared
     parts = []
-    if low <= level <= high:
+    if y.low <= level <= y.high:
         parts.append(f'<line class="mark" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(level):.1f}" y2="{y(level):.1f}"/>')
         parts.append(
             f'<text class="y" x="{WIDTH - RIGHT - 4}" y="{y(level) - 6:.1f}">squared norm of the gradient itself</text>'
         )
-    if low_k <= scale <= high_k:
+    if x.low <= scale <= x.high:
         parts.append(f'<line class="mark" x1="{x(scale):.1f}" x2="{x(scale):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
         is_left = x(scale) < (LEFT + WIDTH) / 2
         anchor, offset = ("start", 6) if is_left else ("y", -6)

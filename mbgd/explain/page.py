@@ -9,6 +9,7 @@ from mbgd.explain.explanation import Explanation
 from mbgd.explain.pictures import Picture
 from mbgd.explain.wording import number
 from mbgd.files.atomic import write_atomically
+from mbgd.report.axes import CHART_STYLE
 from mbgd.text.escaping import in_html as escape
 from mbgd.text.numbers import short
 
@@ -22,7 +23,8 @@ def write_page(it: Explanation, pictures: Sequence[Picture], path: Path) -> None
 
 
 def render(it: Explanation, pictures: Sequence[Picture]) -> str:
-    css = Path(report.__file__).with_name("page.css").read_text() + Path(__file__).with_name("page.css").read_text()
+    pages = [Path(report.__file__).with_name("page.css"), Path(__file__).with_name("page.css")]
+    css = CHART_STYLE + "".join(path.read_text() for path in pages)
     body = "\n".join(
         [*_head(it), *_gradients(it, pictures), *_workers(it), *_step(it), *_noise(it), *_after(it, pictures)]
     )

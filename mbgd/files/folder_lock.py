@@ -1,12 +1,12 @@
 """The lock of a run's folder: one run at a time writes there, and notices where the folder has become another's."""
 
-import fcntl
 import os
 import platform
 from pathlib import Path
 from typing import BinaryIO
 from weakref import WeakValueDictionary
 
+from mbgd.files.file_lock import lock
 from mbgd.files.reading import open_regular
 from mbgd.text.escaping import plain
 
@@ -41,21 +41,16 @@ class FolderLock:
 def take(folder: Path) -> "FolderLock | str":
     """The folder's lock, or who holds it. OSError or Unreadable where there can be no such file."""
     file = open_regular(folder / LOCK, "r+b")
-    try:
-        # A record lock: it holds across the hosts of a shared file system, and child processes do not keep it.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
+    if not lock(file, wait=False):
         holder = os.pread(file.fileno(), MOST_SHOWN, 0).decode(errors="backslashreplace").strip()
         file.close()
         return plain(holder) or "unknown"
-    except OSError:
-        pass  # a file system without locks
     file.truncate(0)
     file.seek(0)
     file.write(f"process {os.getpid()} on {platform.node()}\n".encode())
     file.flush()
-    lock = FolderLock(folder, file)
-    return lock if lock.is_there() else "which has just deleted the folder"
+    taken = FolderLock(folder, file)
+    return taken if taken.is_there() else "which has just deleted the folder"
 
 
 def check(folder: Path) -> None:

@@ -1,10 +1,10 @@
-"""Line charts as SVG, by hand: a library for plots would take longer to import than all of them to draw."""
+"""Line charts as SVG, by hand: matplotlib takes a second to import, longer than it takes to draw all of them."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mbgd.report.axes import CHARACTER, Axis, grid
 from mbgd.report.history import Curve
 from mbgd.text.escaping import in_html as escape
 from mbgd.text.numbers import short, size_of_unit, whole
@@ -13,8 +13,6 @@ WIDTH, HEIGHT = 520, 230
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 26
 MOST_POINTS = 600
 """Of one curve; beyond, only the least and the greatest value of each stretch are drawn."""
-CHARACTER = 7.0
-"""Width of one of an axis' labels, in pixels."""
 LOG_FROM = 30.0
 """Ratio of the greatest to the least value from which the axis is logarithmic."""
 
@@ -27,42 +25,6 @@ class Series:
     points: Curve
 
 
-@dataclass(frozen=True)
-class _Axis:
-    """Maps values to pixels."""
-
-    low: float
-    high: float
-    first_pixel: float
-    last_pixel: float
-    is_log: bool = False
-    unit: float = 1.0
-    """Ticks are round in multiples of it."""
-
-    def __call__(self, value: float) -> float:
-        low, high, value = (self._scale(each) for each in (self.low, self.high, value))
-        return self.first_pixel + (value - low) / (high - low) * (self.last_pixel - self.first_pixel)
-
-    def _scale(self, value: float) -> float:
-        return math.log10(value) if self.is_log else value
-
-    def ticks(self, number: int) -> list[float]:
-        """About so many round values."""
-        if self.is_log:
-            exponents = range(math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9) + 1)
-            powers = [10.0**exponent for exponent in exponents][:: max(1, len(exponents) // number)]
-            if len(powers) > 1:
-                return powers
-            between = [factor * 10.0**power for power in range(-12, 13) for factor in (1, 2, 5)]
-            return [value for value in between if self.low <= value <= self.high]
-        rough = (self.high - self.low) / number / self.unit
-        magnitude = 10.0 ** math.floor(math.log10(rough))
-        rounded = next(factor * magnitude for factor in (1, 2, 2.5, 5, 10) if factor * magnitude >= rough * 0.999)
-        distance = rounded * self.unit
-        first, last = math.ceil(self.low / distance - 1e-9), math.floor(self.high / distance + 1e-9)
-        return [number * distance for number in range(first, last + 1)]
-
-
 def draw(
     title: str, series: Sequence[Series], *, unit: str = "", may_be_log: bool = True
 ) -> tuple[str, dict[str, Any]]:
@@ -73,7 +35,7 @@ def draw(
     y = _y_axis(values, unit, may_be_log=may_be_log)
     labels = {value: short(value, unit) for value in y.ticks(5)}
     x = _x_axis(steps, max(LEFT, CHARACTER * max((len(label) for label in labels.values()), default=0) + 8))
-    parts = [_grid(x, y, labels)]
+    parts = [grid(x, y, {step: whole(step) for step in x.ticks(5) if step == int(step)}, labels)]
     for one in series:
         path = "M" + "L".join(f"{x(step):.1f},{y(value):.1f}" for step, value in one.points)
         style = f'class="curve{" dashed" if one.dashed else ""}" stroke="var(--c{one.colour})"'
@@ -112,29 +74,16 @@ def thinned(points: Curve) -> Curve:
     return kept
 
 
-def _x_axis(steps: Sequence[int], left: float) -> _Axis:
+def _x_axis(steps: Sequence[int], left: float) -> Axis:
     low, high = min(steps), max(steps)
-    return _Axis(low, high if high > low else low + 1, left, WIDTH - RIGHT)
+    return Axis(low, high if high > low else low + 1, left, WIDTH - RIGHT)
 
 
-def _y_axis(values: Sequence[float], unit: str, *, may_be_log: bool) -> _Axis:
+def _y_axis(values: Sequence[float], unit: str, *, may_be_log: bool) -> Axis:
     low, high = min(values), max(values)
     if may_be_log and low > 0 and high / low >= LOG_FROM:
-        return _Axis(low / 1.1, high * 1.1, HEIGHT - BOTTOM, TOP, is_log=True)
+        return Axis(low / 1.1, high * 1.1, HEIGHT - BOTTOM, TOP, is_log=True)
     space = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
     bottom = low - space
     round_in = size_of_unit(high) if unit == "bytes" else 1.0
-    return _Axis(0.0 if low >= 0 > bottom else bottom, high + space, HEIGHT - BOTTOM, TOP, unit=round_in)
-
-
-def _grid(x: _Axis, y: _Axis, labels: Mapping[float, str]) -> str:
-    parts = []
-    left = x.first_pixel
-    for value, label in labels.items():
-        height = y(value)
-        parts.append(f'<line class="grid" x1="{left:.1f}" x2="{WIDTH - RIGHT}" y1="{height:.1f}" y2="{height:.1f}"/>')
-        parts.append(f'<text class="y" x="{left - 7:.1f}" y="{height + 4:.1f}">{escape(label)}</text>')
-    for step in x.ticks(5):
-        if step == int(step):
-            parts.append(f'<text class="x" x="{x(step):.1f}" y="{HEIGHT - 8}">{escape(whole(step))}</text>')
-    return "".join(parts)
+    return Axis(0.0 if low >= 0 > bottom else bottom, high + space, HEIGHT - BOTTOM, TOP, unit=round_in)

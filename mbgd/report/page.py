@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from mbgd.files.atomic import write_atomically
+from mbgd.report.axes import CHART_STYLE, NUM_COLOURS
 from mbgd.report.chart import Series, draw
 from mbgd.report.history import History, read_history
 from mbgd.report.panels import Panel, panels, time_split
 from mbgd.text.escaping import in_html as escape
 from mbgd.text.numbers import short
 
-NUM_COLOURS = 8
 NO_NETWORK = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
@@ -46,7 +46,7 @@ def render(runs: Sequence[History]) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{NO_NETWORK}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title>\n<style>\n{here.with_name('page.css').read_text()}</style></head>\n<body>\n"
+        f"<title>{escape(title)}</title>\n<style>\n{CHART_STYLE}{here.with_name('page.css').read_text()}</style></head>\n<body>\n"
         + "\n".join(part for part in body if part)
         + f'\n<div id="tip"></div>\n<script type="application/json" id="charts">{_json(data)}</script>\n'
         f"<script>\n{here.with_name('page.js').read_text()}</script>\n</body></html>\n"

@@ -4,7 +4,6 @@ It sends the lines of the run's `metrics.jsonl` as they come, until it reads fro
 standard input closes without a word, the training process is dead. What it prints is shown by the training process.
 """
 
-import fcntl
 import json
 import os
 import select
@@ -16,6 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from mbgd.files.file_lock import locked
 from mbgd.files.reading import open_regular
 from mbgd.files.run_files import METRICS
 from mbgd.text.escaping import plain
@@ -44,9 +44,11 @@ def main(name: str, folder: Path, start: int) -> None:
     """start: 1, and more where earlier processes of this run have failed."""
     with suppress(OSError):
         os.nice(NICENESS)  # training goes first
-    lock = (folder / name / "lock").open("w")
-    with suppress(OSError):
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the process of a training that was killed may still be sending
+    with locked(folder / name / "lock"):  # the process of a training that was killed may still be sending
+        _follow(name, folder, start)
+
+
+def _follow(name: str, folder: Path, start: int) -> None:
     sink: Sink = import_module(SINKS[name]).open_sink(folder, start)
     with open_regular(folder / METRICS) as file:
         ending = None

@@ -154,7 +154,7 @@ class _Judge:
     def after(self, done: Done) -> None:
         gradient, right = done.gradient, self._right
         if self._comparison.precision is Precision.fp16 and not _is_finite(gradient):
-            self._comparison.found.append(findings.overflow(done.step))
+            self._comparison.found.append(findings.overflow(step=done.step + 1))
             return
         row = Row(
             done.step,
@@ -172,18 +172,18 @@ class _Judge:
         self._comparison.found += [one for one in self._look_at(done, row) if one not in self._comparison.found]
 
     def _look_at(self, done: Done, row: Row) -> Iterator[Finding]:
-        plan, step = self._plan, done.step
-        if not _once(done.positions, plan.minibatch(step)):
-            yield findings.wrong_positions(step)
+        step = done.step + 1
+        if not _once(done.positions, self._plan.minibatch(done.step)):
+            yield findings.wrong_positions(step=step)
         for rank, (theirs, mine) in enumerate(zip(done.digests, self._digests, strict=True)):
             if theirs != mine:
-                yield findings.other_examples(rank, step)
+                yield findings.other_examples(rank=rank, step=step)
         if not row.replicas_alike:
-            yield findings.replicas(step)
+            yield findings.replicas(step=step)
         if not row.error <= self._comparison.allowed:
             yield from self._known_mistakes(done.gradient)
         if row.update_error > 1.0:
-            yield findings.wrong_update(step, row.update_error)
+            yield findings.wrong_update(step=step, error=row.update_error)
 
     def _known_mistakes(self, gradient: Gradient) -> Iterator[Finding]:
         """What a wrong gradient equals."""
@@ -197,7 +197,7 @@ class _Judge:
         factor = dot / length if length else 0.0
         scaled = {name: g * factor for name, g in right.items()}
         if factor and abs(factor - 1) > ALMOST and _error(gradient, scaled) < ALMOST * error:
-            yield findings.scaled(factor)
+            yield findings.scaled(factor=factor)
 
     def _update_error(self, done: Done) -> float:
         """How far the optimizer's change is from that of one alone with the same gradient, in units of what rounding

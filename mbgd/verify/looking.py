@@ -19,6 +19,7 @@ from mbgd.batches.loader import Examples
 from mbgd.batches.plan import MicroBatch
 from mbgd.batches.randomness import key_generators
 from mbgd.batches.reading import Indices, read
+from mbgd.checks.finite import shown
 from mbgd.config import Precision
 from mbgd.task.objective import PerExample
 from mbgd.task.precision import parameter_dtype
@@ -56,20 +57,19 @@ class Looking:
         if not _same(first, again):
             self.is_random = True
             number = int((first - again).abs().argmax())
-            return [findings.unkeyed([first[number].item(), again[number].item()])]
+            return [findings.unkeyed(first=first[number].item(), again=again[number].item())]
         found = list(self._look_for_keyed(first))
         found += self._look_for_coupling(first)
         found += self._look_at_derivatives()
         if operations := self._nondeterministic():
-            found.append(findings.nondeterministic(operations))
+            found.append(findings.nondeterministic(operations=operations))
         return found
 
     def _look_for_keyed(self, losses: Tensor) -> Iterator[Finding]:
         if not _same(losses, self._each(self._few, 2)):
             self.is_random = True
-            yield findings.keyed(
-                [name for name, module in _modules(self._task, _DropoutNd) if getattr(module, "p", 0) > 0]
-            )
+            names = [name for name, module in _modules(self._task, _DropoutNd) if getattr(module, "p", 0) > 0]
+            yield findings.keyed(where=f" ({shown(names)})" if names else "")
 
     def _look_for_coupling(self, together: Tensor) -> Iterator[Finding]:
         """The first example in other company, then each alone."""
@@ -79,7 +79,7 @@ class Looking:
         norms = [name for name, module in _modules(self._task, _BatchNorm) if module.training]
         if norms:
             if not _same(together[:1], in_company) or self._gradients_differ():
-                yield findings.batch_norm(norms)
+                yield findings.batch_norm(names=norms)
             with _in_evaluation(self._task, _BatchNorm):  # whether that is all
                 found = list(self._coupling(self._each(self._few, 1)))
             yield from found
@@ -94,26 +94,29 @@ class Looking:
             is_fixed = _same(batch, self._each(self._few, 2))
             repeated = self._each(np.repeat(self._few[:1], len(self._few)), 1)
             if is_fixed and not _same(repeated, repeated[:1]):
-                yield findings.seeded(repeated.tolist())
+                yield findings.seeded(least=min(repeated.tolist()), greatest=max(repeated.tolist()))
                 is_fixed = False
             try:
                 alone = torch.cat([self._each(self._few[n : n + 1], 1) for n in range(len(self._few))])
             except Exception as error:  # whatever a model raises that cannot take one example
-                yield findings.not_alone(f"{type(error).__name__}: {error}")
+                yield findings.not_alone(reason=f"{type(error).__name__}: {error}")
                 is_fixed = False
         if is_fixed and not _same(batch, alone):
             if (batch.max() - batch.min()).abs() <= SAME * batch.abs().max() and not _same(alone, alone[:1]):
-                yield findings.reduced(None, len(batch))
+                yield findings.reduced(
+                    size=len(batch), losses="all examples have one and the same loss, although alone they have not"
+                )
                 return
             ratio = batch / alone
             if ratio.isfinite().all() and _same(ratio, ratio.mean().expand_as(ratio)):
-                yield findings.reduced(ratio.mean().item(), len(batch))
+                losses = f"each example's loss is {ratio.mean().item():.4g} times its loss alone"
+                yield findings.reduced(size=len(batch), losses=losses)
                 return
             is_coupled = True
         if is_coupled:
             other = alone if is_fixed else in_company
             before = batch if is_fixed else together
-            yield findings.coupled(other[0].item(), before[0].item())
+            yield findings.coupled(alone=other[0].item(), together=before[0].item())
         elif self._gradients_differ():
             yield findings.coupled_gradients()
 
@@ -133,12 +136,12 @@ class Looking:
         silent = [name for name, g in gradients.items() if g is None or not g.any()]
         cut_off = [name for name in silent if abs(self._derivative(trained[name])[0]) > self._noise()]
         if cut_off:
-            yield findings.detached(cut_off)
+            yield findings.detached(names=cut_off)
         if idle := [name for name in silent if gradients[name] is None and name not in cut_off]:
-            yield findings.unused(idle)
+            yield findings.unused(names=idle)
         partly = [name for name, g in gradients.items() if name not in silent and not self._agrees(trained[name], g)]
         if partly:
-            yield findings.partly_detached(partly)
+            yield findings.partly_detached(names=partly)
 
     def _agrees(self, parameter: Tensor, gradient: Tensor | None) -> bool:
         """Whether the gradient is what finite differences measure, twice the length of the step apart."""
@@ -220,9 +223,9 @@ def losses_here(trainer: Trainer, indices: Indices) -> dict[str, Any]:
 def look_at_trainer(trainer: Trainer) -> Iterator[Finding]:
     """What the trainer itself knows."""
     if names := trainer.setup.trained.not_held:
-        yield findings.not_held(names)
+        yield findings.not_held(names=names)
     if names := list(trainer.setup.findings.moving_buffers):
-        yield findings.moving(names)
+        yield findings.moving(names=names)
     hooked = [
         name
         for name, p in trainer.setup.trained.by_name.items()
@@ -233,9 +236,9 @@ def look_at_trainer(trainer: Trainer) -> Iterator[Finding]:
         )
     ]
     if hooked:
-        yield findings.hooks(hooked)
+        yield findings.hooks(names=hooked)
     if trainer.setup.settings.precision in (Precision.bf16, Precision.fp16):
-        yield findings.autocast(trainer.setup.settings.precision.value)
+        yield findings.autocast(precision=trainer.setup.settings.precision.value)
 
 
 def compare_workers(of_workers: Sequence[Mapping[str, Any]]) -> list[Finding]:
@@ -244,11 +247,11 @@ def compare_workers(of_workers: Sequence[Mapping[str, Any]]) -> list[Finding]:
     mine = torch.tensor(main["losses"], dtype=torch.float64)
     for rank, other in enumerate(others, start=1):
         if other["examples"] != main["examples"]:
-            return [findings.other_examples(rank, 0)]
+            return [findings.other_examples(rank=rank, step=1)]
         theirs = torch.tensor(other["losses"], dtype=torch.float64)
         if not _same(mine, theirs):
             number = int((mine - theirs).abs().nan_to_num().argmax())
-            return [findings.of_worker(rank, mine[number].item(), theirs[number].item())]
+            return [findings.of_worker(rank=rank, mine=mine[number].item(), theirs=theirs[number].item())]
     return []
 
 

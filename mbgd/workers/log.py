@@ -1,12 +1,17 @@
 """What a worker prints, warns of and dies of, also in a file of its own: `logs/worker-3.log`.
 
-Output is optional: where nobody reads it any more, or the disk is full, training goes on without it.
+Output is optional: where nobody reads it any more, or the disk is full, training goes on without it. `logging` cannot
+do this: prints, warnings and tracebacks go to `sys.stdout` and `sys.stderr` themselves, and one that fails in Python's
+last flush is the process's exit code. Nor can torchrun's `--tee`: it names its files before the run has a folder, and
+one worker has no torchrun.
 """
 
 import os
 import socket
 import sys
 import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -14,74 +19,68 @@ from typing import Any, TextIO
 DESCRIPTORS = {"stdout": 1, "stderr": 2}
 
 
-class _LogFile:
-    """A text file that may fail, which is said once; what it cannot take is lost."""
+class _MayFail(ABC):
+    """A text stream that may fail, which is told once; what it cannot take is lost."""
 
-    def __init__(self, file: TextIO) -> None:
-        self._file = file
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
         self._has_failed = False
 
-    @property
-    def name(self) -> str:
-        return self._file.name
-
     def write(self, text: str) -> int:
-        try:
-            self._file.write(text)
-        except (OSError, ValueError) as error:
-            self._say(error)
+        self._try(self._stream.write, text)
         return len(text)
 
     def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, action: Callable[..., object], *arguments: str) -> None:
         try:
-            self._file.flush()
+            action(*arguments)
+        except BlockingIOError:
+            pass  # a pipe that takes no more just now
         except (OSError, ValueError) as error:
-            self._say(error)
+            if not self._has_failed:
+                self._has_failed = True
+                self._fail(error)
 
-    def _say(self, error: OSError | ValueError) -> None:
-        if not self._has_failed:
-            self._has_failed = True
-            message = f"warning: the log {self._file.name} cannot be written to ({error}). Training goes on."
-            print(message, file=sys.stderr, flush=True)
+    @abstractmethod
+    def _fail(self, error: OSError | ValueError) -> None:
+        """What to do at the first failure."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
-class Tee:
+class LogFile(_MayFail):
+    """The log: it is tried again, as a disk may have room later."""
+
+    def _fail(self, error: OSError | ValueError) -> None:
+        _warn(f"the log {self.name} cannot be written to ({error})", sys.stderr)
+
+
+class Tee(_MayFail):
     """Standard output or error, which also goes into a file, but for what a terminal redraws (progress bars).
 
     A stream that fails (its reader has ended, its terminal is gone, its disk is full) is given up, and the other says
-    so. What a file or a non-blocking pipe cannot take just now is lost.
+    so.
     """
 
-    def __init__(self, stream: TextIO, name: str, file: _LogFile | None = None) -> None:
+    def __init__(self, stream: TextIO, name: str, file: LogFile | None = None) -> None:
         """name: stdout or stderr."""
-        self._stream, self._name, self.file = stream, name, file
-        self._is_given_up = False
+        super().__init__(stream)
+        self._name, self.file = name, file
 
     def write(self, text: str) -> int:
         if self.file is not None and "\x1b" not in text and "\r" not in text:
             self.file.write(text)
-        try:
-            self._stream.write(text)
-        except BlockingIOError:
-            pass
-        except (OSError, ValueError) as error:
-            self._give_up(error)
-        return len(text)
+        return super().write(text)
 
     def flush(self) -> None:
         if self.file is not None:
             self.file.flush()
-        try:
-            self._stream.flush()
-        except BlockingIOError:
-            pass
-        except (OSError, ValueError) as error:
-            self._give_up(error)
+        super().flush()
 
-    def _give_up(self, error: OSError | ValueError) -> None:
-        if self._is_given_up:
-            return
-        self._is_given_up = True
+    def _fail(self, error: OSError | ValueError) -> None:
         # From here on it takes everything: what is still in buffers, what C libraries and child processes print, and
         # the last flush, whose failure would be this process's exit code.
         with suppress(OSError, ValueError):
@@ -89,14 +88,7 @@ class Tee:
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
         other = sys.stderr if self._name == "stdout" else sys.stdout
-        print(
-            f"warning: {self._name} cannot be written to ({error}); nothing more goes there. Training goes on.",
-            file=other,
-            flush=True,
-        )
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+        _warn(f"{self._name} cannot be written to ({error}); nothing more goes there", other)
 
 
 def guard_output() -> None:
@@ -118,13 +110,13 @@ def start_log(path: Path, rank: int, num_workers: int) -> None:
 
     What C libraries write by themselves (NCCL_DEBUG) is not in it.
     """
-    file: _LogFile | None = None
+    file: LogFile | None = None
     now = time.strftime("%Y-%m-%d %H:%M:%S")
     try:
         path.parent.mkdir(exist_ok=True)
-        file = _LogFile(path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1))
+        file = LogFile(path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1))
     except OSError as error:
-        print(f"warning: the log {path} cannot be opened ({error}). Training goes on.", file=sys.stderr, flush=True)
+        _warn(f"the log {path} cannot be opened ({error})", sys.stderr)
     else:
         file.write(f"--- {now} worker {rank} of {num_workers}, process {os.getpid()} on {socket.gethostname()}\n")
     for name in DESCRIPTORS:
@@ -137,14 +129,23 @@ def start_log(path: Path, rank: int, num_workers: int) -> None:
 
 def write_to_log(text: str) -> None:
     """Details that only the log is to hold; standard error where there is no log."""
-    print(text, file=getattr(sys.stderr, "file", None) or sys.stderr, flush=True)
+    print(text, file=_log() or sys.stderr, flush=True)
 
 
 def write_to_log_alone(text: str) -> str:
     """What the log is to hold and nobody needs to see; the log's path, nothing where there is none."""
-    file = getattr(sys.stderr, "file", None)
+    file = _log()
     if file is None:
         return ""
     file.write(text + "\n")
     file.flush()
     return str(file.name)
+
+
+def _log() -> LogFile | None:
+    file: LogFile | None = getattr(sys.stderr, "file", None)
+    return file
+
+
+def _warn(problem: str, stream: TextIO) -> None:
+    print(f"warning: {problem}. Training goes on.", file=stream, flush=True)

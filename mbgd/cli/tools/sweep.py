@@ -6,11 +6,12 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from mbgd.cli.tools.sweep_plot import plot
 from mbgd.config import Direction
 from mbgd.runs.sweeps import LOG, Job, Ranking, read_ranking
 from mbgd.text.escaping import plain
 
-DESCRIPTION = "show what the jobs of a sweep came to: a table, sweep.csv and sweep.png in its folder"
+DESCRIPTION = "show what the jobs of a sweep came to: a table, sweep.csv and sweep.svg in its folder"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +27,7 @@ def main(parsed: argparse.Namespace) -> int:
 
 
 def show(folder: Path, metric: str | None = None, direction: str | None = None, target: float | None = None) -> Ranking:
-    """Print the table, write sweep.csv and sweep.png; UsageError where no job has the metric."""
+    """Print the table, write sweep.csv and sweep.svg; UsageError where no job has the metric."""
     ranking = read_ranking(folder, metric, direction, target)
     rows = table(ranking)
     _print(rows, ranking)
@@ -34,10 +35,8 @@ def show(folder: Path, metric: str | None = None, direction: str | None = None, 
         csv.writer(file).writerows(full_table(ranking))
     print(f"table       {folder / 'sweep.csv'}")
     if any(math.isfinite(ranking.value(job)) for job in ranking.jobs) and ranking.keys:
-        from mbgd.cli.tools.sweep_plot import plot  # matplotlib takes a second to import
-
-        plot(ranking, folder / "sweep.png")
-        print(f"plot        {folder / 'sweep.png'}")
+        plot(ranking, folder / "sweep.svg")
+        print(f"plot        {folder / 'sweep.svg'}")
     return ranking
 
 

@@ -1,120 +1,203 @@
-"""The picture of a sweep: the metric against each swept key, and what it took to reach the target."""
+"""The picture of a sweep: the metric against each swept key, and what it took to reach the target; as SVG."""
 
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
-
+from mbgd.files.atomic import write_atomically
+from mbgd.report.axes import CHARACTER, CHART_STYLE, NUM_COLOURS, Axis, grid
 from mbgd.runs.sweeps import Job, Ranking
+from mbgd.text.escaping import in_html as escape
 from mbgd.text.escaping import plain
+from mbgd.text.numbers import short
 
-COLOURS = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#222255"]
-"""Paul Tol's bright scheme, which readers with any colour vision tell apart, and a dark blue."""
+WIDTH, HEIGHT = 520, 290
+"""Of one panel, without its title and legend."""
+LEFT, RIGHT, TOP, BOTTOM = 64, 24, 14, 52
+TITLE_HEIGHT, ROW_HEIGHT = 34, 19
+SYMBOL = 26
+"""Width of a legend's line or mark."""
 
-MOST_CURVES = len(COLOURS)
+MOST_CURVES = NUM_COLOURS
 """With more combinations of the other keys than this, points are drawn instead of curves."""
-
+MOST_LABELS = 8
+"""With more values of a numeric key than this, round numbers are labelled instead of the values."""
 FAR_OFF = 100.0
-"""A value that is so many times the median would squeeze all others into a line: it is marked instead."""
+"""A value that is more than this many times the median would squeeze all others into a line: it is marked instead."""
+
+MARK, STROKE = (SYMBOL - 7) / 2, f"M0,0H{SYMBOL - 7}"
+CROSS = "M-4-4L4,4M-4,4L4-4"
+STYLE = """svg { font-family: system-ui, sans-serif; }
+svg .title { fill: var(--ink); font-weight: 600; font-size: 13px; }
+svg .cross { stroke: var(--bad); stroke-width: 1.8; fill: none; }
+svg .ideal { stroke: var(--soft); }
+"""
 
 Measure = Callable[[Job], float | None]
+Curves = dict[str, list[tuple[float, float]]]
+
+
+@dataclass(frozen=True)
+class _Panel:
+    title: str
+    legend: list[list[str]]
+    """SVG of the entries in each of its rows."""
+    plot: str
+
+    @property
+    def head_height(self) -> int:
+        return TITLE_HEIGHT + ROW_HEIGHT * len(self.legend)
+
+    def draw(self, left: int, top: int, head_height: int) -> str:
+        """head_height: of the tallest head beside this one."""
+        rows = "".join(
+            f'<g transform="translate({LEFT},{TITLE_HEIGHT + ROW_HEIGHT * number + 6})">{"".join(entries)}</g>'
+            for number, entries in enumerate(self.legend)
+        )
+        return (
+            f'<g transform="translate({left},{top})"><text class="title" x="{LEFT}" y="24">{escape(self.title)}</text>'
+            f'{rows}<g transform="translate(0,{head_height})">{self.plot}</g></g>'
+        )
 
 
 def plot(ranking: Ranking, path: Path) -> None:
-    """Write the picture as PNG."""
-    panels: list[tuple[str, str, Measure]] = [(key, ranking.metric, ranking.value) for key in ranking.keys]
+    """Write the picture."""
+    panels = [_panel(ranking, key, ranking.metric, ranking.value) for key in ranking.keys]
     if "batch.size" in ranking.keys and ranking.target is not None:
         goal = f"{ranking.metric} of {ranking.target:g}"
         panels += [
-            ("batch.size", f"steps to {goal}", ranking.steps),
-            ("batch.size", f"examples to {goal}", ranking.examples),
+            _panel(ranking, "batch.size", f"steps to {goal}", ranking.steps),
+            _panel(ranking, "batch.size", f"examples to {goal}", ranking.examples),
         ]
-    columns = min(len(panels), 3) if len(panels) != 4 else 2
-    rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(5.2 * columns, 3.9 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axes, (key, label, measure) in zip(grid, panels, strict=False):
-        _panel(axes, ranking, key, label, measure)
-    for axes in grid[len(panels) :]:
-        axes.set_visible(False)
-    figure.savefig(path, dpi=110)
+    num_columns = min(len(panels), 3) if len(panels) != 4 else 2
+    parts, top = [], 0
+    for first in range(0, len(panels), num_columns):
+        row = panels[first : first + num_columns]
+        head_height = max(panel.head_height for panel in row)
+        parts += [panel.draw(column * WIDTH, top, head_height) for column, panel in enumerate(row)]
+        top += head_height + HEIGHT
+    size = f'width="{num_columns * WIDTH}" height="{top}"'
+    svg = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {num_columns * WIDTH} {top}">\n'
+        f'<style>\n{CHART_STYLE}{STYLE}</style>\n<rect {size} fill="var(--card)"/>\n' + "\n".join(parts) + "\n</svg>\n"
+    )
+    write_atomically(path, svg.encode())
 
 
-def _panel(axes: Axes, ranking: Ranking, key: str, label: str, measure: Measure) -> None:
+def _panel(ranking: Ranking, key: str, label: str, measure: Measure) -> _Panel:
     jobs = sorted((job for job in ranking.jobs if key in job.record.swept), key=lambda job: job.record.number)
     places = _Places([job.record.swept[key] for job in jobs])
-    curves: dict[str, list[tuple[float, float]]] = {}
-    off: list[float] = []
-    values = [value for job in jobs if (value := measure(job)) is not None and math.isfinite(value)]
     is_count = measure != ranking.value
-    usual = statistics.median(abs(value) for value in values) if values and not is_count else 0.0
+    curves, off = _curves(ranking, key, measure, [(places.of(job.record.swept[key]), job) for job in jobs])
+    points = [point for curve in curves.values() for point in curve]
+    y = _y_axis([value for _, value in points], is_count=is_count)
+    y_labels = {value: short(value) for value in y.ticks(5)} if points else {}
+    x = places.axis(max(LEFT, CHARACTER * max(map(len, y_labels.values()), default=0) + 14), WIDTH - RIGHT)
+    middle = (x.first_pixel + x.last_pixel) / 2
+    key_label = f'<text class="x" x="{middle:.1f}" y="{HEIGHT - 12}">{escape(_cut(key, WIDTH - LEFT))}</text>'
+    drawn, entries = _draw_curves(curves, x, y, label, are_joined=not places.named)
+    if measure == ranking.steps and points and not places.named:
+        drawn += _ideal(points, x, y)
+        entries.append(_entry(f'<path class="curve dashed ideal" d="{STROKE}"/>', "steps ∝ 1/batch.size"))
+    if off:
+        drawn += "".join(f'<path class="cross" transform="translate({x(one):.1f},{TOP})" d="{CROSS}"/>' for one in off)
+        cross = f'<path class="cross" transform="translate({MARK},0)" d="{CROSS}"/>'
+        entries.append(_entry(cross, "failed, or not reached" if is_count else "failed, or far off"))
+    title = _cut(f"{label} (log)" if y.is_log else label, 0.9 * (WIDTH - LEFT))
+    return _Panel(title, _rows(entries), grid(x, y, places.labels(x), y_labels) + key_label + drawn)
+
+
+def _curves(
+    ranking: Ranking, key: str, measure: Measure, jobs: Sequence[tuple[float, Job]]
+) -> tuple[Curves, list[float]]:
+    """(points by the values of the other keys, places of the jobs that have none); jobs: with their places."""
+    values = [value for _, job in jobs if (value := measure(job)) is not None and math.isfinite(value)]
+    usual = statistics.median(abs(value) for value in values) if values and measure == ranking.value else 0.0
     highest = FAR_OFF * usual or math.inf
-    for job in jobs:
-        x, y = places.of(job.record.swept[key]), measure(job)
+    curves: Curves = {}
+    off = []
+    for x, job in jobs:
+        y = measure(job)
         others = " ".join(f"{k}={v}" for k, v in job.record.swept.items() if k in ranking.keys and k != key)
         curve = curves.setdefault(others, [])  # also without points, so that colours are the same in each panel
         if y is None or not abs(y) <= highest or math.isinf(y):
             off.append(x)
         else:
             curve.append((x, y))
-    is_curves = len(curves) <= MOST_CURVES
+    return curves, off
+
+
+def _draw_curves(
+    curves: Curves, x: Axis, y: Axis, label: str, *, are_joined: bool
+) -> tuple[str, list[tuple[str, float]]]:
+    """(SVG of the lines and points, entries of the legend)."""
+    is_one_colour = len(curves) > MOST_CURVES
+    parts, entries = [], []
     for number, (name, points) in enumerate(curves.items()):
-        if points:
-            colour = COLOURS[number if is_curves else 0]
-            style = "o-" if is_curves and not places.named else "o"
-            xs, ys = zip(*sorted(points), strict=True)
-            axes.plot(xs, ys, style, color=colour, label=_literally(name), markersize=5, alpha=0.9)
-    _scale(axes, [y for points in curves.values() for _, y in points], is_count=is_count)
-    places.label(axes)
-    axes.set_xlabel(_literally(key))
-    axes.set_ylabel(_literally(label))
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    handles = [line for line in axes.get_lines() if line.get_label() and is_curves]
-    if label.startswith("steps") and values:
-        handles.append(_perfect_scaling(axes, curves))
-    if off:
-        # At the upper edge, whatever the scale.
-        axes.plot(off, [1.0] * len(off), "x", color="red", transform=axes.get_xaxis_transform(), clip_on=False)
-        why = "failed, or not reached" if is_count else "failed, or far off"
-        handles.append(Line2D([], [], marker="x", color="red", linestyle="", label=why))
-    if any(not str(handle.get_label()).startswith("_") for handle in handles):
-        axes.legend(handles=handles, fontsize="small", framealpha=0.7, edgecolor="none")
+        if not points:
+            continue
+        colour = f"var(--c{0 if is_one_colour else number})"
+        line = f'<path class="curve" stroke="{colour}" d="%s"/>' if are_joined and not is_one_colour else ""
+        if line:
+            parts.append(line % _path(sorted(points), x, y))
+        for place, value in points:
+            told = escape(f"{name} {label} {short(value)}".strip())
+            circle = f'cx="{x(place):.1f}" cy="{y(value):.1f}" r="3.5" fill="{colour}" opacity=".9"'
+            parts.append(f"<circle {circle}><title>{told}</title></circle>")
+        if name and not is_one_colour:
+            entries.append(_entry(f'{line.replace("%s", STROKE)}<circle cx="{MARK}" r="3.5" fill="{colour}"/>', name))
+    return "".join(parts), entries
 
 
-def _scale(axes: Axes, values: Sequence[float], *, is_count: bool) -> None:
-    """A logarithmic axis where values differ by factors, with plain numbers."""
-    if not values or min(values) <= 0 or (max(values) < 10 * min(values) and not is_count):
-        return
-    axes.set_yscale("log")
-    if max(values) < 1000 * min(values):
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-        axes.yaxis.set_minor_locator(NullLocator())
+def _y_axis(values: Sequence[float], *, is_count: bool) -> Axis:
+    """Logarithmic where values differ by factors."""
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    if low > 0 and (is_count or high >= 10 * low):
+        factor = (high / low) ** 0.06 if high > low else 1.5
+        return Axis(low / factor, high * factor, HEIGHT - BOTTOM, TOP, is_log=True)
+    space = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
+    return Axis(low - space, high + space, HEIGHT - BOTTOM, TOP)
 
 
-def _perfect_scaling(axes: Axes, curves: dict[str, list[tuple[float, float]]]) -> Line2D:
-    """Half the steps for twice the minibatch, from the best job of the smallest."""
-    points = [point for curve in curves.values() for point in curve]
-    sizes = [size for size, _ in points]
-    smallest, largest = min(sizes), max(sizes)
+def _ideal(points: Sequence[tuple[float, float]], x: Axis, y: Axis) -> str:
+    """Half the steps for twice the minibatch, from the best job of the smallest, as far as the picture goes."""
+    smallest, largest = min(size for size, _ in points), max(size for size, _ in points)
     steps = min(steps for size, steps in points if size == smallest)
-    limits = axes.get_ylim()
-    line_steps = [steps, steps * smallest / largest]
-    [line] = axes.plot([smallest, largest], line_steps, "--", color="grey", label="steps ∝ 1/batch.size")
-    axes.set_ylim(limits)
-    return line
+    sizes = [smallest * (largest / smallest) ** (number / 100) for number in range(101)]
+    line = [(size, steps * smallest / size) for size in sizes if steps * smallest / size >= y.low]
+    return f'<path class="curve dashed ideal" d="{_path(line, x, y)}"/>'
 
 
-def _literally(text: str) -> str:
-    """Text that matplotlib does not take for a formula."""
-    return plain(text).replace("$", r"\$")
+def _path(points: Sequence[tuple[float, float]], x: Axis, y: Axis) -> str:
+    return "M" + "L".join(f"{x(one):.1f},{y(other):.1f}" for one, other in points)
+
+
+def _entry(symbol: str, label: str) -> tuple[str, float]:
+    """(SVG of a legend's entry at the place 0, its width)."""
+    label = _cut(label, WIDTH - LEFT - RIGHT - SYMBOL)
+    return f'{symbol}<text x="{SYMBOL}" y="4">{escape(label)}</text>', SYMBOL + CHARACTER * len(label) + 14
+
+
+def _rows(entries: Sequence[tuple[str, float]]) -> list[list[str]]:
+    """As many entries in a row as there is room for."""
+    rows: list[list[str]] = []
+    place = math.inf
+    for entry, width in entries:
+        if place + width > WIDTH - LEFT:
+            rows.append([])
+            place = 0.0
+        rows[-1].append(f'<g transform="translate({place:.1f},0)">{entry}</g>')
+        place += width
+    return rows
+
+
+def _cut(text: str, pixels: float) -> str:
+    """The text, or its beginning where there is no room for all of it."""
+    text, room = plain(text), max(1, int(pixels / CHARACTER))
+    return text if len(text) <= room else text[: room - 1] + "…"
 
 
 class _Places:
@@ -130,18 +213,30 @@ class _Places:
         number = _number(text)
         return float(self._texts.index(text)) if self.named or number is None else number
 
-    def label(self, axes: Axes) -> None:
+    def axis(self, left: float, right: float) -> Axis:
         if self.named:
-            axes.set_xticks(range(len(self._texts)), [_literally(text) for text in self._texts])
-            axes.margins(x=0.2)
-            return
+            return Axis(-0.5, len(self._texts) - 0.5, left, right)
+        low, high = self._numbers[0], self._numbers[-1]
         if is_geometric(self._numbers):
-            axes.set_xscale("log")
-        if len(self._numbers) <= 8:
-            axes.xaxis.set_major_locator(NullLocator())
-            axes.xaxis.set_minor_locator(NullLocator())
-            axes.set_xticks(self._numbers, [f"{number:g}" for number in self._numbers])
-            axes.xaxis.set_minor_formatter(NullFormatter())
+            factor = (high / low) ** 0.05
+            return Axis(low / factor, high * factor, left, right, is_log=True)
+        space = 0.05 * (high - low) or abs(high) / 2 or 1.0
+        return Axis(low - space, high + space, left, right)
+
+    def labels(self, axis: Axis) -> Mapping[float, str]:
+        if self.named:
+            room = (axis.last_pixel - axis.first_pixel) / len(self._texts) - CHARACTER
+            return {float(number): _cut(text, room) for number, text in enumerate(self._texts)}
+        if len(self._numbers) > MOST_LABELS:
+            return {value: short(value) for value in axis.ticks(5)}
+        shown: dict[float, str] = {}
+        end = -math.inf
+        for number in self._numbers:
+            half = CHARACTER * len(f"{number:g}") / 2
+            if axis(number) - half >= end:  # otherwise it would cover the one before
+                shown[number] = f"{number:g}"
+                end = axis(number) + half + CHARACTER
+        return shown
 
 
 def is_geometric(values: Sequence[float]) -> bool:
