@@ -1,8 +1,8 @@
-"""Adding up one float32 tensor over the CPU workers of this host: `python benchmarks/allreduce.py`.
+"""Sum of one float32 tensor over the CPU workers of this host: `python benchmarks/allreduce.py`.
 
-Shared memory is what averaging=shared_memory does with the gradients, gloo is torch.distributed.all_reduce, and copy is
-the machine's own limit: each process copies as many bytes from one place of its own memory to another. All three in
-turn, round by round, in the same processes. A time is from a barrier to the end of the slowest worker.
+`shared memory` is averaging=shared_memory's sum of the gradients, `gloo` is torch.distributed.all_reduce, and `copy` is
+the machine's limit: each process copies that many bytes within its own memory. Interleaved rounds in the same
+processes. A time is from a barrier to the end of the slowest worker.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""What tracking costs: `python benchmarks/tracking.py`.
+"""The cost of tracking: `python benchmarks/tracking.py`.
 
-The same training with a tracker that does nothing, and with JSON lines, the terminal's progress bar (on a terminal of
-its own) and W&B offline, all logging every 50 steps; in turn, round by round in one process, so that a noisy machine
-slows both alike. W&B's process is started before the rounds. What starting costs the first step is measured apart.
+The same training with a tracker that does nothing, and with JSON lines, the terminal's progress bar (on its own
+terminal) and W&B offline, all logging every 50 steps; interleaved rounds in one process, so that a noisy machine slows
+all equally. W&B's process starts before the rounds; its effect on the first step is measured separately.
 Ratio < 1: tracking makes training slower.
 """
 
