@@ -26,7 +26,7 @@ from machine import as_worker, publish
 SIZES = (4_000, 40_000, 400_000, 4_000_000, 25_000_000, 100_000_000, 400_000_000)
 NAMES = ("shared memory", "gloo", "copy")
 ROUND_BYTES = 50_000_000
-"""Small tensors are added up so many times a round that they come to this, at most 200 times."""
+"""Bytes summed per round: small tensors are summed repeatedly up to this total, at most 200 times."""
 
 
 def measure(rank: int, num_workers: int, port: int, num_bytes: int, rounds: int, results: list[list[float]]) -> None:

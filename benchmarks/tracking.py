@@ -38,7 +38,7 @@ tracking:
           init_timeout_seconds: 30, finish_seconds: 20}
 """
 LENGTHEN = 5
-"""A round has so many times the steps of benchmarks/step.py, so that lines are logged."""
+"""A round has this multiple of the steps in benchmarks/step.py, so that lines are logged."""
 
 
 @contextlib.contextmanager
@@ -57,7 +57,7 @@ def terminal() -> Iterator[None]:
 
 
 def seconds(work: Work, tracker: mbgd.tracking.Tracker) -> float:
-    """Of a training of so many steps, without building it."""
+    """Seconds of one training run, without building the trainer."""
     model = make_model(work)
     trainer = mbgd.Trainer(
         model,
