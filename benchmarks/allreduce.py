@@ -1,8 +1,8 @@
-"""Adding up one float32 tensor over the CPU workers of this host: `python benchmarks/allreduce.py`.
+"""Sum of one float32 tensor over the CPU workers of this host: `python benchmarks/allreduce.py`.
 
-Shared memory is what averaging=shared_memory does with the gradients, gloo is torch.distributed.all_reduce, and copy is
-the machine's own limit: each process copies as many bytes from one place of its own memory to another. All three in
-turn, round by round, in the same processes. A time is from a barrier to the end of the slowest worker.
+`shared memory` is averaging=shared_memory's sum of the gradients, `gloo` is torch.distributed.all_reduce, and `copy` is
+the machine's limit: each process copies that many bytes within its own memory. Interleaved rounds in the same
+processes. A time is from a barrier to the end of the slowest worker.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from machine import as_worker, publish
 SIZES = (4_000, 40_000, 400_000, 4_000_000, 25_000_000, 100_000_000, 400_000_000)
 NAMES = ("shared memory", "gloo", "copy")
 ROUND_BYTES = 50_000_000
-"""Small tensors are added up so many times a round that they come to this, at most 200 times."""
+"""Bytes summed per round: small tensors are summed repeatedly up to this total, at most 200 times."""
 
 
 def measure(rank: int, num_workers: int, port: int, num_bytes: int, rounds: int, results: list[list[float]]) -> None:

@@ -1,8 +1,8 @@
-"""What the same bits cost: averaging=reproducible against ddp on the same plan: `python benchmarks/averaging.py`.
+"""The cost of averaging=reproducible against ddp on the same plan: `python benchmarks/averaging.py`.
 
-DDP goes over gloo, reproducible averaging through shared memory. Two workers train the same minibatches, cut into the
-same micro-batches, in turn, round by round, in the same processes. Memory is the peak of fresh processes, less that of
-DDP, in sizes of the model's gradient. Bytes are what one worker sends per step between hosts, counted from the plan.
+DDP uses gloo, reproducible averaging uses shared memory. Two workers train the same minibatches, cut into the same
+micro-batches, in interleaved rounds in the same processes. Memory is the peak of fresh processes minus DDP's peak, in
+multiples of the gradient's size. Bytes are those that one worker sends per step between hosts, computed from the plan.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""One step of distributed training with nothing but torch: what benchmarks/startup.py compares train.py's start with.
+"""One step of distributed training in plain torch: the baseline of benchmarks/startup.py.
 
 torchrun --standalone --nproc-per-node 2 benchmarks/bare.py
 """

@@ -1,8 +1,9 @@
-"""The bits of a number of configurations: `python benchmarks/bits.py`, before and after a change that must keep them.
+"""Hashes of many configurations' results: `python benchmarks/bits.py`, before and after a change that must keep bits.
 
-One line each: hashes of the parameters after the last step, of every logged value, and of what a checkpoint holds. All
-averagings, with dropout, BatchNorm and ragged tokens, in every precision, with the noise scale measured; and the
-command itself, killed and resumed. Two commits compute the same on one machine if and only if their lines are the same.
+One line per configuration: hashes of the parameters after the last step, of every logged value, and of a checkpoint's
+contents. All averagings, with dropout, BatchNorm and ragged tokens, in every precision, with the noise scale measured;
+and the command itself, killed and resumed. On one machine, two commits compute the same if and only if their lines are
+equal.
 """
 
 import argparse

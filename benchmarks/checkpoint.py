@@ -1,8 +1,8 @@
-"""How long training stands still for a checkpoint, and how long going on takes: `python benchmarks/checkpoint.py`.
+"""How long a checkpoint blocks training, and how long restoring takes: `python benchmarks/checkpoint.py`.
 
 The same state (parameters and momentum) is saved and restored by mbgd, by torch.save and torch.load, and by
-torch.distributed.checkpoint's async_save and load, in turn, round by round, in one process and on one file system.
-"Stall" is the time for which the training thread stands still; "save" is the time until all is written (mbgd: and
+torch.distributed.checkpoint's async_save and load, in interleaved rounds in one process and on one file system.
+"Stall" is the time for which the training thread is blocked; "save" is the time until everything is written (mbgd: also
 flushed to the disk and hashed); "restore" is from the files to the parameters and the optimizer's state (mbgd: with
 every hash verified). "read" is the time to read the same files into fresh memory, for comparison.
 """

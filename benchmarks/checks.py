@@ -1,8 +1,7 @@
-"""What looking costs: `python benchmarks/checks.py [--before COMMIT]`.
+"""The cost of checking the state: `python benchmarks/checks.py [--before COMMIT]`.
 
-Steps of this tree against those of another commit, in turn, process by process, so that a noisy machine slows both
-alike; and the time of one comparison of the workers' copies of the state against that of the steps between two of them
-at the default interval, an epoch.
+Steps of this tree against those of another commit, in alternating processes, so that a noisy machine slows both
+equally; and the time of one comparison of the replicas, relative to the steps of the default interval, an epoch.
 """
 
 import argparse

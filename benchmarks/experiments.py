@@ -1,6 +1,6 @@
-"""Whether conf/experiment/ reaches what its files say: `python benchmarks/experiments.py`, on two workers.
+"""Checks that the experiments in conf/experiment/ reach their stated results: `python benchmarks/experiments.py`.
 
-large_batch runs a second time with the minibatch that it is compared with.
+On two workers; large_batch also runs with the small minibatch of its comparison.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""A small model whose hardware flips one bit, once, where and when it is told to."""
+"""A small model with simulated faulty hardware: one bit flips, once, at a given place and time."""
 
 import random
 from typing import Any

@@ -1,10 +1,10 @@
-"""What a GPU makes of a step: `python benchmarks/gpu.py`, in under 4 minutes on one card.
+"""Steps on GPUs: `python benchmarks/gpu.py`, under 4 minutes on one card.
 
-A step of mbgd against a hand-written loop on the same work, in turn, round by round, in the same processes (DDP over
-nccl on every GPU of this host, where there are several); reproducible against ddp; how long training stands still for
-a snapshot; and what of a step is waiting for examples. Ratio > 1: the trainer is faster.
+A step of mbgd against a hand-written loop on the same work, in interleaved rounds in the same processes (DDP over nccl
+on every GPU of this host, if there are several); reproducible against ddp; how long a snapshot blocks training; and the
+share of a step spent waiting for examples. Ratio > 1: the trainer is faster.
 
-Without a GPU the same code runs at toy sizes on the CPU, to show that it runs; its numbers are not kept.
+Without a GPU the same code runs at toy sizes on the CPU, to show that it runs; the numbers are not written.
 """
 
 import os

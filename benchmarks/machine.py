@@ -1,4 +1,4 @@
-"""The workers of a benchmark, what its result says of the machine, and where the results go."""
+"""The workers of a benchmark, a description of the machine, and the place of the results."""
 
 import os
 import platform

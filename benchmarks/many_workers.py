@@ -1,7 +1,7 @@
-"""A step on many workers of one host, also on more than it has cores: `python benchmarks/many_workers.py`.
+"""A step on many workers of one host, also with more workers than cores: `python benchmarks/many_workers.py`.
 
-A model of 33 parameters computes little. With more workers than cores, a step still takes as long as all of them
-compute, one after the other; the barrier alone shows what waiting for each other costs.
+A model of 33 parameters computes little. With more workers than cores, a step takes as long as all workers'
+computation in sequence; the barrier alone shows the cost of synchronization.
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""Time and memory before the first index of a shuffled epoch is known: `python benchmarks/order.py`.
+"""Time and memory to the first index of a shuffled epoch: `python benchmarks/order.py`.
 
-`mbgd.batches.order.Order` against `torch.utils.data.DistributedSampler`, which shuffles the whole epoch before it
-gives its first index, in every worker. The sampler runs in a process of its own, so that its peak is its own.
+`mbgd.batches.order.Order` against `torch.utils.data.DistributedSampler`, which shuffles the whole epoch before
+its first index, in every worker. The sampler runs in a separate process, so that the memory peak is its own.
 """
 
 import argparse

@@ -1,7 +1,8 @@
-"""One trainer on one piece of work, as its documentation teaches: what benchmarks/peers.py starts under torchrun.
+"""One trainer on one workload, used as its documentation teaches; benchmarks/peers.py starts it under torchrun.
 
-python benchmarks/peer.py TRAINER WORK FILE; the main worker writes into FILE when each optimizer step was done, in
-seconds since the epoch. Everybody gets the same model, tensors, fused AdamW and minibatch; one thread per worker.
+python benchmarks/peer.py TRAINER WORK FILE; the main worker writes the time of each optimizer step's end into
+FILE, in seconds since the epoch. Every trainer has the same model, tensors, fused AdamW and minibatch, and
+one thread per worker.
 """
 
 import json

@@ -1,9 +1,9 @@
-"""mbgd and other trainers on the same work: `python benchmarks/peers.py`.
+"""mbgd and other trainers on the same workloads: `python benchmarks/peers.py`.
 
-`pip install -r benchmarks/peers-requirements.txt` first, in an environment of its own. Each training is a fresh start
-under torchrun; trainers take turns, round by round, so that a noisy machine slows all alike. Speed is that of the
-steps after the first quarter; the start is from the command to the end of the first optimizer step. Ratios are medians
-over rounds of the other trainer's time to mbgd's: > 1: mbgd is faster. benchmarks/peer.py holds each trainer's code.
+`pip install -r benchmarks/peers-requirements.txt` first, in a separate environment. Each training is a fresh start
+under torchrun, in interleaved rounds, so that a noisy machine slows all equally. Speed is measured over the steps
+after the first quarter; startup is from the command to the end of the first optimizer step. Ratios are medians over
+rounds of the other trainer's time divided by mbgd's; > 1: mbgd is faster. benchmarks/peer.py holds each trainer's code.
 """
 
 import argparse

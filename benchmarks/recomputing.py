@@ -1,4 +1,4 @@
-"""`check.recompute_every_steps`: is every flipped bit named, is nobody accused wrongly, and what does it cost?
+"""`check.recompute_every_steps`: detected bit flips, wrong accusations, and cost.
 
 `python benchmarks/recomputing.py`. Three workers; a bit is flipped in one worker's gradient, activation or parameter
 at a random step, for each seed.

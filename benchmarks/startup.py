@@ -1,8 +1,8 @@
 """From the command to the end of a run of one step, against a bare script: `python benchmarks/startup.py`.
 
-Both start under torchrun, load the digits, and make one step of the same model; train.py also checks the
-configuration and the model, logs, evaluates nothing, and leaves its run's folder. Rounds in turn, so that a noisy
-machine slows both alike.
+Both start under torchrun, load the digits, and make one step of the same model; train.py also checks the configuration
+and the model, logs, and writes its run's folder, without an evaluation. Interleaved rounds, so that a noisy machine
+slows both equally.
 """
 
 import argparse

@@ -1,13 +1,13 @@
-"""The trainer's steps against a hand-written loop on the same work: `python benchmarks/step.py`.
+"""The trainer's steps against a hand-written loop on the same workloads: `python benchmarks/step.py`.
 
-The hand-written loop is what a practised person writes: DistributedDataParallel (none on one worker), tensors in
-memory sliced by index, mean loss, torch's optimizer as torch makes it; one thread per worker. The trainer's optimizers
-are those of conf/optimizer, which are fused; one row gives the hand-written loop a fused one as well. On 2 workers the
-hand-written loop averages over gloo, the trainer by averaging=auto: through shared memory. Both train in turn, round by
-round, in the same processes, so that a noisy machine slows both alike. Ratio > 1: the trainer is faster.
+The hand-written loop is what an experienced user writes: DistributedDataParallel (none on one worker), tensors in
+memory sliced by index, mean loss, torch's default optimizer; one thread per worker. The trainer's optimizers are those
+of conf/optimizer, which are fused; in one row the hand-written loop's optimizer is fused too. On 2 workers the
+hand-written loop averages over gloo, the trainer by averaging=auto: shared memory. Interleaved rounds in the same
+processes, so that a noisy machine slows both equally. Ratio > 1: the trainer is faster.
 
-On 2 workers the hand-written loop also takes a turn without DDP, each worker for itself: no exchange, and so the most
-that the machine gives to two processes.
+On 2 workers the hand-written loop also runs without DDP and without any exchange: the machine's limit for two
+processes.
 """
 
 import argparse

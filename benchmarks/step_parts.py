@@ -1,8 +1,8 @@
-"""What a step of the digits MLP spends its time on, by hand and in the trainer: `python benchmarks/step_parts.py`.
+"""A step of the digits MLP by parts, in a hand-written loop and in the trainer: `python benchmarks/step_parts.py`.
 
-The hand-written loop has one worker and nothing to exchange. Both use a fused optimizer and the trainer's own
-stopwatch, whose parts a run logs as time/…; `rest` is what lies between two steps, and the beginning and the end of
-training. Medians of rounds in turn.
+The hand-written loop has one worker and no exchange. Both use a fused optimizer and the trainer's clock, whose parts a
+run logs as time/…; `rest` is the time between steps and at the start and end of training. Medians of interleaved
+rounds.
 """
 
 import argparse

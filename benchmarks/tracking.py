@@ -1,8 +1,8 @@
-"""What tracking costs: `python benchmarks/tracking.py`.
+"""The cost of tracking: `python benchmarks/tracking.py`.
 
-The same training with a tracker that does nothing, and with JSON lines, the terminal's progress bar (on a terminal of
-its own) and W&B offline, all logging every 50 steps; in turn, round by round in one process, so that a noisy machine
-slows both alike. W&B's process is started before the rounds. What starting costs the first step is measured apart.
+The same training with a tracker that does nothing, and with JSON lines, the terminal's progress bar (on its own
+terminal) and W&B offline, all logging every 50 steps; interleaved rounds in one process, so that a noisy machine slows
+all equally. W&B's process starts before the rounds; its effect on the first step is measured separately.
 Ratio < 1: tracking makes training slower.
 """
 
@@ -38,7 +38,7 @@ tracking:
           init_timeout_seconds: 30, finish_seconds: 20}
 """
 LENGTHEN = 5
-"""A round has so many times the steps of benchmarks/step.py, so that lines are logged."""
+"""A round has this multiple of the steps in benchmarks/step.py, so that lines are logged."""
 
 
 @contextlib.contextmanager
@@ -57,7 +57,7 @@ def terminal() -> Iterator[None]:
 
 
 def seconds(work: Work, tracker: mbgd.tracking.Tracker) -> float:
-    """Of a training of so many steps, without building it."""
+    """Seconds of one training run, without building the trainer."""
     model = make_model(work)
     trainer = mbgd.Trainer(
         model,

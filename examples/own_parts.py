@@ -1,4 +1,4 @@
-"""Parts of a user's own: a model, a dataset and an objective, none of which mbgd knows.
+"""Your own parts: a model, a dataset and an objective that are not in mbgd.
 
     PYTHONPATH=examples torchrun --standalone --nproc-per-node 2 train.py \\
         model=own model._target_=own_parts.Net +model.width=32 \\
@@ -30,7 +30,7 @@ class Net(nn.Module):
 
 
 class Spirals(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Points on two spirals, and on which of the two each lies."""
+    """Points on two spirals, with the spiral as label."""
 
     def __init__(self, num_examples: int) -> None:
         self.num_examples = num_examples

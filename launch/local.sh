@@ -4,7 +4,7 @@
 #   launch/local.sh batch.size=512 model=cnn data=fashion_mnist
 #   WORKERS=4 launch/local.sh averaging=ddp
 #
-# WORKERS  number of workers; default: the number of GPUs, or 2 where there is none
+# WORKERS  number of workers; default: the number of GPUs, or 2 without GPUs
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 WORKERS="${WORKERS:-auto}"

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Train on several hosts: the same command on each of them. All arguments go to `mbgd train` of this clone.
+# Train on several hosts: run the same command on each. All arguments go to `mbgd train` of this clone.
 #
 #   HOSTS=1:2 MAIN_HOST=10.0.0.1 RUN_ID=mine launch/multinode.sh run.dir=/shared/runs/mine averaging=reproducible
 #
-# A host that is lost makes the others start again from the newest checkpoint, with as many hosts as there are, down to
-# MIN; one that comes (back) is taken in, up to MAX. The loss of MAIN_HOST ends the run; the same command goes on.
+# If a host is lost, the others restart from the newest checkpoint with the remaining hosts, down to MIN; a host that
+# (re)joins is accepted, up to MAX. The loss of MAIN_HOST ends the run; the same command resumes it.
 #
-# HOSTS      MIN:MAX hosts, or their number
-# MAIN_HOST  the host that keeps the list of workers, as all can reach it; with :PORT if 29400 is taken
-# RUN_ID     a name that only the hosts of this run share
-# WORKERS    workers of this host; default: the number of its GPUs, or 2 where there is none
-# RESTARTS   how often workers may be started again; default: 3
-# INTERFACE  the network interface between the hosts; default: the one that leads to MAIN_HOST
+# HOSTS      MIN:MAX hosts, or a fixed number
+# MAIN_HOST  the rendezvous host, by an address that all hosts can reach; add :PORT if 29400 is in use
+# RUN_ID     a name for this run, the same on all its hosts
+# WORKERS    workers of this host; default: the number of its GPUs, or 2 without GPUs
+# RESTARTS   how often workers may restart; default: 3
+# INTERFACE  the network interface between the hosts; default: the one that routes to MAIN_HOST
 # KEY_FILE   a file with a secret, the same on all hosts and closed to others (chmod 600): openssl rand -hex 32
 #
 # The network between the hosts must be private: docs/clusters.md.
@@ -28,8 +28,8 @@ if ! [[ "$WORKERS" =~ ^([1-9][0-9]{0,5}|auto|gpus)$ ]]; then
     echo "error: WORKERS=$WORKERS; it must be a whole number >= 1: how many processes train on this host" >&2
     exit 2
 fi
-# gloo and nccl guess an interface, and torchrun an address and whether this is MAIN_HOST; often wrong ones on hosts
-# with several.
+# gloo and nccl guess an interface, torchrun guesses an address and whether this is MAIN_HOST; with several interfaces
+# the guesses are often wrong.
 if command -v ip >/dev/null; then
     main_address="$(getent ahostsv4 "${MAIN_HOST%%:*}" | awk 'NR == 1 { print $1 }')"
     on_main_host="$(ip -o addr show to "$main_address" | awk 'NR == 1 { print $2 }')"

@@ -19,7 +19,9 @@ from pathlib import Path
 import pytest
 
 import mbgd
+from mbgd.config import Precision
 from mbgd.errors import Preempted
+from mbgd.runs.wording import describe_precision
 from mbgd.tracking import Ending, Outcome, Trackers, told_of_its_end
 from mbgd.tracking.code_version import code_version
 from mbgd.tracking.console import PlainLines
@@ -92,8 +94,17 @@ def test_the_folder_says_what_the_run_was_and_how_it_ended(tmp_path: Path) -> No
     assert record["ending"] == {"outcome": "finished", "message": ""}
     assert record["first_step"] == 7
     assert record["plan"]["minibatch"] == "64 = 1 worker × 1 micro-batch × 64"
+    assert re.fullmatch(r"[\d,]+ in fp32", record["plan"]["parameters"])
     assert record["environment"]["torch"].startswith("2.")
     assert "preempted" in (tmp_path / "run/report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("precision", "words"),
+    [("fp64", "fp64"), ("fp32", "fp32"), ("bf16", "fp32, forward in bf16"), ("fp16", "fp32, forward in fp16")],
+)
+def test_the_plan_tells_the_parameters_precision_from_the_forwards(precision: str, words: str) -> None:
+    assert describe_precision(Precision(precision)) == words
 
 
 def test_the_version_of_the_code(tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""How minibatch gradient descent updates the weights for each example, on real numbers."""
+"""Shows one step of minibatch gradient descent, example by example, with real numbers."""

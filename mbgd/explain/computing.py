@@ -1,4 +1,4 @@
-"""A configuration → an Explanation: one step of its optimizer in float64, taken apart."""
+"""From a configuration to an Explanation: one optimizer step in float64, in all its parts."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -23,10 +23,10 @@ LOSSES = 2.0, -2.0
 
 
 class Explained:
-    """One minibatch of the configuration, and what explain computes of it."""
+    """The configuration's first minibatch, and all that explain computes from it."""
 
     def __init__(self, config: Config, num_workers: int, seconds: float) -> None:
-        """seconds: at most for the measurement of the variance."""
+        """seconds: limit for measuring the variance."""
         if config.batch.size > MOST_EXAMPLES:
             raise UsageError(
                 f"batch.size={config.batch.size}; explain shows each example, {MOST_EXAMPLES} at most. Use "
@@ -83,7 +83,7 @@ class Explained:
         )
 
     def _leave_out_noise(self) -> None:
-        """Evaluation mode where an example's loss would depend on draws or on other examples."""
+        """Use evaluation mode if an example's loss would depend on random draws or on other examples."""
         names = {
             type(module).__name__
             for module in self._task.modules()
@@ -115,7 +115,7 @@ class Explained:
         }
 
     def _each(self, gradient: Mapping[str, Tensor], chosen: list[Chosen]) -> tuple[list[Example], float]:
-        """Each example alone; and the largest relative difference of their mean from `gradient`."""
+        """Each example alone; and the relative difference between their mean gradient and `gradient`."""
         length = _norm(gradient)
         found, total, weights = [], {name: torch.zeros_like(g) for name, g in gradient.items()}, 0.0
         for number, (of_sum, loss, weight) in zip(
@@ -134,11 +134,11 @@ class Explained:
         return found, off / length if length else off
 
     def _method(self, per_example: list[Example], chosen: list[Chosen]) -> str:
-        """torch.func's way to the same gradients where the model allows it; UsageError if it finds others."""
+        """Compute the same gradients by torch.func if the model allows it; UsageError if they differ."""
         weights = torch.tensor([one.weight or 1.0 for one in per_example], dtype=torch.float64)
         try:
             found = by_vmap(self._task, self.examples.batch, self.size, chosen) / weights[:, None]
-        except Exception as error:  # whatever in a model vmap cannot take
+        except Exception as error:  # vmap raises many types for models that it does not support
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             self._notes.append(f"torch.func.vmap cannot take this model ({reason}), so examples were taken in a loop.")
             return "a loop over the examples, each forward and backward alone"
@@ -151,7 +151,7 @@ class Explained:
         return "torch.func: vmap of grad, and each example alone by backward: the same"
 
     def _shares(self, chosen: list[Chosen]) -> list[Share]:
-        """What each worker would add up: one backward of the sum of its own examples' losses."""
+        """Each worker's sum: one backward of the sum of its own examples' losses."""
         shares = []
         for worker in range(self._num_workers):
             start, stop = (cut(self.size, self._num_workers, n) for n in (worker, worker + 1))

@@ -1,4 +1,4 @@
-"""Five weights and two examples whose gradients are given: the smallest case in which everything can be seen."""
+"""Five weights and two examples with given gradients: a case small enough to check by hand."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from mbgd.data.in_memory import InMemory
 from mbgd.task.objective import PerExample
 
 GRADIENTS = (1.5, -2.0, 1.1, 0.4, -0.9), (1.2, 2.3, -1.1, -0.8, -0.7)
-"""Of the two examples' losses by the five weights; their mean is (1.35, 0.15, 0, −0.2, −0.8)."""
+"""Gradients of the two losses with respect to the five weights; their mean is (1.35, 0.15, 0, −0.2, −0.8)."""
 
 LOSSES = 2.0, -2.0
 
@@ -31,7 +31,7 @@ OVERRIDES = (
 
 
 class FiveWeights(nn.Module):
-    """Σ w_j x_j, with weights that begin at 0."""
+    """Σ w_j x_j, with weights initialized to 0."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,6 +46,6 @@ def two_examples() -> InMemory:
 
 
 def linear_loss(model: nn.Module, batch: Any) -> PerExample:
-    """L = w · x + c: its gradient by w is x."""
+    """L = w · x + c, whose gradient with respect to w is x."""
     inputs, constants = batch
     return PerExample(model(inputs) + constants)

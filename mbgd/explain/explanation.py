@@ -1,4 +1,4 @@
-"""Everything that explain tells, as plain values."""
+"""Everything that explain shows, as plain values."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,14 +11,14 @@ class Example:
     number: int
     """In the dataset."""
     loss: float
-    """The mean over its places, where it has several."""
+    """The weighted mean over its elements, if it has several."""
     weight: float
     gradient: list[float]
-    """Of its loss by the shown weights."""
+    """Of its loss with respect to the shown weights."""
     norm: float
-    """Of its loss' gradient by all weights."""
+    """Of its loss's gradient with respect to all weights."""
     cosine: float
-    """Of the angle between its gradient and the mean gradient: 1 pulls the same way, below 0 against it."""
+    """Between its gradient and the mean gradient: 1 is the same direction, below 0 pulls against it."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Weight:
     name: str
     before: float
     mean: float
-    """Of the examples' gradients, each with its weight."""
+    """The weighted mean of the examples' gradients."""
     backward: float
     """Gradient of the mean loss, by one backward."""
     after: float
@@ -43,18 +43,18 @@ class Share:
     """Its examples, counted from 1."""
     weight: float
     sums: list[float]
-    """Of w ∇L over its examples, by the shown weights."""
+    """Σ w ∇L over its examples, for the shown weights."""
 
 
 @dataclass(frozen=True)
 class Opposite:
-    """The first two examples, whose losses are shifted by constants to 2 and −2."""
+    """The first two examples, with losses shifted by constants to 2 and −2."""
 
     mean_loss: float
     gradient: list[float]
-    """Of that mean loss by the shown weights."""
+    """Of that mean loss with respect to the shown weights."""
     norm: float
-    """By all weights."""
+    """With respect to all weights."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,12 @@ class Explanation:
     about: dict[str, str]
     notes: list[str]
     method: str
-    """By which the examples' gradients were found."""
+    """How the examples' gradients were computed."""
     examples: list[Example]
     weights: list[Weight]
     mean_loss: float
     difference: float
-    """Largest between the mean of the examples' gradients and backward's, over all weights, relative to the latter."""
+    """Between the mean of the examples' gradients and backward's gradient, over all weights, relative to the latter."""
     shares: list[Share]
     total: list[float]
     """The all-reduce: Σ of the shares."""

@@ -1,4 +1,4 @@
-"""The gradients of single examples: of a few chosen weights, or of all, one example at a time."""
+"""Gradients of single examples: for a few chosen weights, or for all weights one example at a time."""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +14,7 @@ from mbgd.task.task import Task, plain_name
 
 NUM_CHOSEN = 5
 MOST_VALUES_AT_ONCE = 2**22
-"""Of the chosen weights' parameters, times examples, in one call of vmap."""
+"""Most values (size of the chosen weights' parameters × examples) in one call of vmap."""
 
 
 class Chosen(NamedTuple):
@@ -37,7 +37,7 @@ class Chosen(NamedTuple):
 
 
 def choose(gradient: Mapping[str, Tensor], number: int = NUM_CHOSEN) -> list[Chosen]:
-    """Weights from parameters all over the model, those of the largest gradient in each."""
+    """Weights from parameters spread over the model; in each parameter those with the largest gradient."""
     names = [name for name, g in gradient.items() if g.any()] or list(gradient)
     spread = [names[cut(len(names), number, part)] for part in range(number)]
     chosen = []
@@ -54,7 +54,7 @@ def values_at(tensors: Mapping[str, Tensor], chosen: Sequence[Chosen]) -> list[f
 
 
 def sums(terms: PerExample) -> tuple[Tensor, Tensor]:
-    """(Σ w L, Σ w) of each example over its places, both of shape (N,)."""
+    """(Σ w L, Σ w) of each example over its elements, both of shape (N,)."""
     losses = terms.losses
     weights = torch.ones_like(losses) if terms.weights is None else terms.weights.to(losses.dtype)
     losses = torch.where(weights != 0, losses, 0.0) * weights
@@ -64,7 +64,7 @@ def sums(terms: PerExample) -> tuple[Tensor, Tensor]:
 
 
 def part(batch: Any, start: int, stop: int) -> Any:
-    """Examples [start, stop) of a batch of tensors, and of tuples, lists and mappings of them."""
+    """Examples [start, stop) of a batch: a tensor, or tuples, lists and mappings of tensors."""
     if isinstance(batch, Tensor):
         return batch[start:stop]
     if isinstance(batch, Mapping):
@@ -77,7 +77,7 @@ def part(batch: Any, start: int, stop: int) -> Any:
 
 
 def by_vmap(task: Task, batch: Any, size: int, chosen: Sequence[Chosen]) -> Tensor:
-    """Gradients of Σ w L of each example by the chosen weights, shape (size, chosen); raises what the model does."""
+    """Gradients of each example's Σ w L for the chosen weights, shape (size, chosen); raises the model's errors."""
     held = {plain_name(name): (name, parameter.detach()) for name, parameter in task.named_parameters()}
     names = list(dict.fromkeys(one.name for one in chosen))
     of_name = {name: [n for n, one in enumerate(chosen) if one.name == name] for name in names}
@@ -102,7 +102,7 @@ def by_vmap(task: Task, batch: Any, size: int, chosen: Sequence[Chosen]) -> Tens
 
 
 def one_at_a_time(task: Task, batch: Any, size: int) -> Iterator[tuple[dict[str, Tensor], float, float]]:
-    """For each example the gradient of Σ w L by all parameters, Σ w L and Σ w; only one is held at a time."""
+    """For each example the gradient of Σ w L for all parameters, Σ w L and Σ w; only one is in memory at a time."""
     held = {plain_name(name): p for name, p in task.named_parameters() if p.requires_grad}
     for number in range(size):
         losses, weights = sums(task(part(batch, number, number + 1), 1))

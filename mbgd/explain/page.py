@@ -15,7 +15,7 @@ from mbgd.text.numbers import short
 
 NO_NETWORK = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 MOST_EXAMPLES = 24
-"""Shown one by one."""
+"""Examples that are shown individually."""
 
 
 def write_page(it: Explanation, pictures: Sequence[Picture], path: Path) -> None:

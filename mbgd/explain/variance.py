@@ -1,4 +1,4 @@
-"""How the variance of a minibatch's mean gradient falls with its size k: measured, against 1/k."""
+"""The variance of a minibatch's mean gradient against its size k, measured and compared with 1/k."""
 
 import time
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from torch import Tensor
 
 SIZES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
 NUM_MINIBATCHES = 64
-"""Of each size; fewer where there is no time, but never fewer than the next."""
+"""Of each size; fewer if time runs out, but at least LEAST_MINIBATCHES."""
 LEAST_MINIBATCHES = 4
 
 
@@ -27,17 +27,17 @@ class Point:
 class Variance:
     points: list[Point]
     of_one: float
-    """The variance of one example's gradient, by all points: their line is of_one / k."""
+    """The variance of one example's gradient, estimated from all points; the line is of_one / k."""
     gradient_squared: float
-    """|E g|², the squared norm of the gradient of the mean loss, without the part that noise adds."""
+    """|E g|², the squared norm of the mean loss's gradient, with the noise's contribution subtracted."""
     noise_scale: float
-    """The k at which noise and gradient are equally long: of_one / gradient_squared (McCandlish et al. 2018)."""
+    """The k at which variance and squared gradient are equal: of_one / gradient_squared (McCandlish et al. 2018)."""
     is_whole: bool
     """Whether there was time for every size."""
 
 
 def measure(gradient: Callable[[Tensor], Tensor], num_examples: int, seconds: float) -> Variance:
-    """gradient: example numbers → the gradient of their mean loss, flat. Draws examples with replacement."""
+    """gradient: example numbers → the flat gradient of their mean loss. Draws examples with replacement."""
     generator = torch.Generator().manual_seed(0)
     points: list[Point] = []
     start = time.monotonic()
@@ -50,7 +50,7 @@ def measure(gradient: Callable[[Tensor], Tensor], num_examples: int, seconds: fl
             one = gradient(torch.randint(num_examples, (size,), generator=generator)).double()
             mean = torch.zeros_like(one) if done == 0 else mean
             total = torch.zeros_like(one) if not len(total) else total
-            done += 1  # Welford's sums, which do not cancel
+            done += 1  # Welford's algorithm avoids cancellation
             off = one - mean
             mean += off / done
             squares += float(off @ (one - mean))

@@ -1,4 +1,4 @@
-"""An explanation on the terminal: tables of 80 columns. The same numbers as on the page."""
+"""An explanation as terminal tables of 80 columns, with the page's numbers."""
 
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -9,7 +9,7 @@ from mbgd.text.escaping import plain
 from mbgd.text.numbers import short
 
 Rows = list[tuple[str, Sequence[float], float | None]]
-"""Label, a value for each shown weight, and one more."""
+"""Label, a value for each shown weight, and an extra value."""
 
 WIDTH, LABEL = 80, 15
 MOST_ROWS = 12
@@ -21,7 +21,7 @@ def describe(it: Explanation, pictures: Sequence[Picture]) -> str:
 
 
 def number(value: float) -> str:
-    """Four digits that count, at most ten characters; what is only rounding, as 0."""
+    """Four significant digits, at most ten characters; rounding noise as 0."""
     return f"{0.0 if abs(value) < 1e-13 else value:.4g}"
 
 

@@ -1,11 +1,13 @@
-"""The plan of a run and what it came to, in words."""
+"""A run's plan and its result, in words."""
 
 from pathlib import Path
 
 import torch
 
 from mbgd.batches.plan import Plan
+from mbgd.config import Precision
 from mbgd.task import threads
+from mbgd.task.precision import parameter_dtype
 from mbgd.text.escaping import plain
 from mbgd.tracking.wording import describe
 from mbgd.trainer import Result, Trainer
@@ -25,7 +27,7 @@ def plan_lines(trainer: Trainer) -> dict[str, str]:
         "minibatch": describe_cut(plan),
         "examples": f"{plan.num_examples:,} for training, {num_evaluation_examples:,} for evaluation",
         "steps": f"{trainer.setup.num_steps:,}, {plan.steps_per_epoch:,} an epoch",
-        "parameters": f"{parameters:,}, {trainer.setup.settings.precision.value}",
+        "parameters": f"{parameters:,} in {describe_precision(trainer.setup.settings.precision)}",
         "averaging": trainer.train_step.averaging.describe(),
         "noise scale": trainer.train_step.noise_scale.describe(),
         "device": f"{workers.device.type}, {count(torch.get_num_threads(), 'thread')} per worker"
@@ -33,12 +35,19 @@ def plan_lines(trainer: Trainer) -> dict[str, str]:
     }
 
 
+def describe_precision(precision: Precision) -> str:
+    """For example: fp32, forward in bf16."""
+    if parameter_dtype(precision) is torch.float32 and precision is not Precision.fp32:
+        return f"{Precision.fp32.value}, forward in {precision.value}"
+    return precision.value
+
+
 def describe_folder(folder: Path) -> str:
     return f"{'folder':<11} {plain(folder)}"
 
 
 def describe_end(result: Result, folder: Path) -> str:
-    """What a run came to, in a few lines."""
+    """A run's result, in a few lines."""
     last = {name: value for name, value in result.metrics.items() if name.startswith("eval/")}
     lines = {
         "result": describe(last or {k: v for k, v in result.metrics.items() if k == "train/loss"}),

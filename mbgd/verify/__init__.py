@@ -1,1 +1,1 @@
-"""Shows, on the user's own model and data, that the average is right, and where it is not, why."""
+"""Checks on the user's own model and data that the average is right, and finds the reason if it is not."""

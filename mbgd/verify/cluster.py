@@ -1,4 +1,4 @@
-"""Before a cluster is trusted with a run: what each worker is, how fast it computes and exchanges, and its clock."""
+"""A check of the cluster before a run: each worker's versions, speed of computation and all-reduce, and clock."""
 
 import platform
 import socket
@@ -14,7 +14,7 @@ from mbgd.runs.conditions import processor
 from mbgd.workers.group import Workers
 
 STRAGGLER = 1.3
-"""A worker that takes more than so many times the median is named."""
+"""A worker slower than the median by more than this factor is named."""
 
 MATRIX, MATRIX_ON_GPU = 384, 4096
 MOST_REPEATS = 50
@@ -23,9 +23,9 @@ NUM_CLOCK_LOOKS = 5
 
 
 def look(workers: Workers, num_bytes: int, seconds: float) -> dict[str, Any]:
-    """What there is to tell of the workers, the same on all of them. Takes about so many seconds at most.
+    """Facts about the workers and warnings, the same on every worker.
 
-    num_bytes: of the model's gradients, which are exchanged in every step.
+    num_bytes: of the model's gradients, the size of the measured all-reduce. seconds: about the most that it may take.
     """
     mine = {
         "host": socket.gethostname(),
@@ -45,7 +45,7 @@ def look(workers: Workers, num_bytes: int, seconds: float) -> dict[str, Any]:
 
 
 def warnings(of_workers: list[dict[str, Any]]) -> list[str]:
-    """What is unlike on some workers: slow ones, other versions, clocks apart."""
+    """Differences between workers: slow ones, other versions, clocks that differ."""
     found = []
     rates = [one["matmul_flops"] for one in of_workers]
     median = statistics.median(rates)
@@ -67,7 +67,7 @@ def warnings(of_workers: list[dict[str, Any]]) -> list[str]:
 
 
 def _matmul_flops(workers: Workers, seconds: float) -> float:
-    """Floating-point operations per second in a product of matrices: the best of some."""
+    """Floating-point operations per second of a matrix product; the best of several measurements."""
     size = MATRIX_ON_GPU if workers.device.type == "cuda" else MATRIX
     a = torch.ones(size, size, device=workers.device)
     best = _best_of(lambda: torch.mm(a, a), workers, MOST_REPEATS, seconds)
@@ -94,7 +94,7 @@ def _wait(workers: Workers) -> None:
 
 
 def _all_reduce(workers: Workers, num_bytes: int, seconds: float) -> dict[str, float] | None:
-    """Time and bus bandwidth of adding up as much as the model's gradients over all workers."""
+    """Time and bus bandwidth of an all-reduce of the gradients' size; None with one worker."""
     if workers.num_workers == 1:
         return None
     values = torch.zeros(max(1, num_bytes // 4), device=workers.device)
@@ -102,7 +102,7 @@ def _all_reduce(workers: Workers, num_bytes: int, seconds: float) -> dict[str, f
     start = time.perf_counter()
     workers.sum_(values)
     _wait(workers)
-    # All must make the same number of exchanges.
+    # Every worker must make the same number of exchanges.
     once = workers.max_(torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=workers.device)).item()
     repeats = max(1, min(MOST_REPEATS, int(seconds / max(once, 1e-6))))
     took = []
@@ -118,7 +118,7 @@ def _all_reduce(workers: Workers, num_bytes: int, seconds: float) -> dict[str, f
 
 
 def _clock_skews(workers: Workers) -> list[float]:
-    """How far each worker's clock is from the main one's, in seconds, as far as a message takes no time."""
+    """Each worker's clock minus the main worker's, in seconds; accurate up to the time of a message."""
     skews = [0.0]
     for rank in range(1, workers.num_workers):
         skews.append(_skew(workers, rank))
@@ -126,7 +126,7 @@ def _clock_skews(workers: Workers) -> list[float]:
 
 
 def _skew(workers: Workers, rank: int) -> float:
-    """Known on the main worker: the middle of the fastest of some round trips against the other's clock."""
+    """The other clock against the middle of the fastest of several round trips; valid on the main worker only."""
     looks = []
     time_there = torch.zeros(1, dtype=torch.float64, device=workers.device)
     for _ in range(NUM_CLOCK_LOOKS):

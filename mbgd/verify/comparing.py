@@ -24,14 +24,14 @@ EXACT = 1e-12
 """Relative error in float64 up to which a gradient is exact."""
 
 PARTLY_FLOAT32 = 1e-6
-"""The same for a model that computes in float32 inside, whatever its parameters' precision."""
+"""The same for a model that computes partly in float32, whatever its parameters' precision."""
 
 EPSILONS = {Precision.fp64: 2.0**-52, Precision.fp32: 2.0**-23, Precision.bf16: 2.0**-7, Precision.fp16: 2.0**-10}
 MOST_EPSILONS, MOST_TIMES = 16, 8
-"""Rounding that is allowed: so many units in the last place, or times what one worker's own rounding is."""
+"""Allowed error: MOST_EPSILONS units in the last place, or MOST_TIMES one worker's rounding error."""
 
 ALMOST = 1e-2
-"""Relative difference up to which a wrong gradient is taken for a known wrong one."""
+"""Relative difference up to which a wrong gradient counts as a known mistake."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,14 @@ class Row:
     loss_difference: float
     num_examples: int
     error: float
-    """Against the right gradient in float64."""
+    """Of the trainer's gradient, against the right one in float64."""
     one_worker_error: float
-    """Of one worker in the same precision, in one backward."""
+    """Of a single worker's one backward in the same precision."""
     mean_of_means_error: float
     update_error: float
     replicas_alike: bool
     parameters: dict[str, tuple[float, float]]
-    """(error, error of the mean of means) of each."""
+    """By name: (error, error of the mean of means)."""
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Comparison:
     rows: list[Row] = field(default_factory=list)
     found: list[Finding] = field(default_factory=list)
     is_random: bool = False
-    """The model draws random numbers: only the same micro-batches draw alike, and in the same precision."""
+    """The model draws random numbers: draws are the same only for the same micro-batches and precision."""
 
     @property
     def error(self) -> float:
@@ -87,9 +87,9 @@ class Comparison:
 def compare(
     config: Config, workers: Workers, num_steps: int, precision: Precision, known: Comparison | None = None
 ) -> Comparison:
-    """Take the steps on all workers, and compare on the main one; elsewhere the comparison is empty.
+    """Make the steps on all workers and compare on the main one; on others the comparison is empty.
 
-    known: what was found in another precision; without it, model, objective and data are probed for reasons.
+    known: the result in another precision; without it, model, objective and data are probed for reasons.
     """
     subject = Subject(config, workers, precision)
     num_bytes = sum(p.nbytes for p in subject.parameters.values())
@@ -114,7 +114,7 @@ def compare(
 
 
 class _Judge:
-    """Compares on the main worker; it holds one reference in float64 and, for other precisions, one in that."""
+    """Compares on the main worker, with a reference in float64 and one in the compared precision."""
 
     def __init__(self, config: Config, subject: Subject, comparison: Comparison, num_steps: int) -> None:
         self._subject, self._comparison = subject, comparison
@@ -136,7 +136,7 @@ class _Judge:
         self._comparison.is_random = look.is_random
 
     def before(self) -> None:
-        """Before a step: take over parameters and buffers, and compute what the step should come to."""
+        """Before a step: copy parameters and buffers, and compute the right gradient."""
         with self._undisturbed():
             self._load()
             whole, whole_same = next(self._whole), next(self._whole_same)
@@ -186,7 +186,7 @@ class _Judge:
             yield findings.wrong_update(step=step, error=row.update_error)
 
     def _known_mistakes(self, gradient: Gradient) -> Iterator[Finding]:
-        """What a wrong gradient equals."""
+        """Known mistakes that this wrong gradient equals."""
         right, means = self._right, self._cut.mean_of_means
         error = _error(gradient, right)
         if _error(gradient, means) < ALMOST * error and _error(means, right) > 0.5 * error:
@@ -200,8 +200,8 @@ class _Judge:
             yield findings.scaled(factor=factor)
 
     def _update_error(self, done: Done) -> float:
-        """How far the optimizer's change is from that of one alone with the same gradient, in units of what rounding
-        allows; more than 1 is wrong."""
+        """Difference to a single-process optimizer step with the same gradient, in units of the allowed rounding; more
+        than 1 is wrong."""
         before = {name: p.detach().clone() for name, p in self._same.trained.by_name.items()}
         after = self._same.update(done.step, done.gradient)
         worst = 0.0
@@ -217,7 +217,7 @@ class _Judge:
             reference.load(self._subject.parameters, self._subject.buffers)
 
     def _undisturbed(self) -> ExitStack:
-        """The subject's random state stays as it is."""
+        """Keep the subject's random state."""
         stack = ExitStack()
         stack.enter_context(random_state_kept(self._subject.trainer.setup.workers.device))
         return stack
@@ -233,7 +233,7 @@ def _error(gradient: Mapping[str, Tensor], right: Gradient) -> float:
 
 
 def _of(name: str, gradient: Mapping[str, Tensor], right: Gradient) -> float:
-    """A parameter's error, relative to its own gradient, or to a thousandth of the whole one where it has none."""
+    """A parameter's error, relative to its own gradient, but at least to a thousandth of the whole one."""
     own = right[name].norm().item()
     return _ratio(math.sqrt(_difference(gradient.get(name), right[name])), max(own, 1e-3 * _norm(right)))
 
@@ -259,7 +259,7 @@ def _once(positions: list[list[tuple[int, int]]], minibatch: Minibatch) -> bool:
 
 
 def same_bits(config: Config, workers: Workers, num_steps: int) -> bool | None:
-    """Whether all workers and one alone end with the same bits; None without averaging=reproducible."""
+    """Whether all workers and a single one end with the same bits; None without averaging=reproducible."""
     if config.averaging.name is not AveragingName.reproducible:
         return None
     hashes = []

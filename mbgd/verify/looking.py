@@ -1,6 +1,6 @@
-"""Looks for reasons why an average cannot be right: computes a few examples alone, together and in other company.
+"""Looks for reasons why an average is wrong: computes a few examples alone, together and with other examples.
 
-All in float64 and on one worker, but for `losses_here`, which all workers compute.
+All in float64 and on one worker, except `losses_here`, which all workers compute.
 """
 
 import warnings
@@ -31,16 +31,16 @@ from mbgd.verify.reference import Reference
 
 NUM_EXAMPLES = 8
 SAME = 1e-5
-"""Relative difference up to which losses count as the same; models may compute in float32 inside."""
+"""Relative difference up to which losses count as equal; models may compute partly in float32."""
 
 STEP = 1e-6
-"""Of finite differences, as a share of a parameter's norm."""
+"""Step of finite differences, relative to the parameter's norm."""
 
 DERIVATIVE_TOLERANCE = 1e-3
 
 
 class Looking:
-    """The probes, on a reference that has the subject's parameters."""
+    """The probes, on a reference with the subject's parameters."""
 
     def __init__(self, reference: Reference, indices: Indices) -> None:
         """indices: the examples of the first minibatch."""
@@ -72,7 +72,7 @@ class Looking:
             yield findings.keyed(where=f" ({shown(names)})" if names else "")
 
     def _look_for_coupling(self, together: Tensor) -> Iterator[Finding]:
-        """The first example in other company, then each alone."""
+        """The first example with other examples, then each example alone."""
         if len(self._few) < 2:
             return
         in_company = self._each(np.repeat(self._few[:1], len(self._few)), 1)[:1]
@@ -80,7 +80,7 @@ class Looking:
         if norms:
             if not _same(together[:1], in_company) or self._gradients_differ():
                 yield findings.batch_norm(names=norms)
-            with _in_evaluation(self._task, _BatchNorm):  # whether that is all
+            with _in_evaluation(self._task, _BatchNorm):  # is BatchNorm the only cause?
                 found = list(self._coupling(self._each(self._few, 1)))
             yield from found
             return
@@ -98,7 +98,7 @@ class Looking:
                 is_fixed = False
             try:
                 alone = torch.cat([self._each(self._few[n : n + 1], 1) for n in range(len(self._few))])
-            except Exception as error:  # whatever a model raises that cannot take one example
+            except Exception as error:  # a model that needs several examples may raise anything
                 yield findings.not_alone(reason=f"{type(error).__name__}: {error}")
                 is_fixed = False
         if is_fixed and not _same(batch, alone):
@@ -121,7 +121,7 @@ class Looking:
             yield findings.coupled_gradients()
 
     def _gradients_differ(self) -> bool:
-        """Whether the gradient of the first example's loss depends on its company."""
+        """Whether the gradient of the first example's loss depends on the other examples."""
         pairs = []
         for indices in (self._few, np.repeat(self._few[:1], len(self._few))):
             loss = _of_each(self._terms(indices, 1))[0]
@@ -130,7 +130,7 @@ class Looking:
         return any(_distance(a, b) > SAME * scale for a, b in zip(*pairs, strict=True))
 
     def _look_at_derivatives(self) -> Iterator[Finding]:
-        """Gradients against finite differences, parameter by parameter where they do not agree as a whole."""
+        """Compares each parameter's gradient with finite differences."""
         trained = {name: p for name, p in self._reference.trained.by_name.items() if p.requires_grad}
         gradients = dict(zip(trained, self._gradient(_of_each(self._terms(self._few, 1)).sum()), strict=True))
         silent = [name for name, g in gradients.items() if g is None or not g.any()]
@@ -144,7 +144,7 @@ class Looking:
             yield findings.partly_detached(names=partly)
 
     def _agrees(self, parameter: Tensor, gradient: Tensor | None) -> bool:
-        """Whether the gradient is what finite differences measure, twice the length of the step apart."""
+        """Whether the gradient equals central finite differences, for one of two step lengths."""
         assert gradient is not None
         for scale in (1.0, 0.1):
             measured, direction = self._derivative(parameter, scale)
@@ -154,11 +154,11 @@ class Looking:
         return False
 
     def _noise(self, scale: float = 1.0) -> float:
-        """The rounding of a finite difference's quotient."""
+        """Rounding error of the difference quotient."""
         return 1e-14 / (STEP * scale) * max(1.0, self._size)
 
     def _derivative(self, parameter: Tensor, scale: float = 1.0) -> tuple[float, Tensor]:
-        """(derivative of the losses' sum in a direction, the direction)."""
+        """(derivative of the summed loss along a random direction, the direction)."""
         generator = torch.Generator().manual_seed(0)
         direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
         direction *= 1.0 / direction.norm().clamp(min=1e-300)
@@ -202,7 +202,7 @@ class Looking:
 
 
 def read_examples(trainer: Trainer, indices: Indices, precision: Precision) -> Examples:
-    """Examples by number, as evaluations read them."""
+    """Examples by number, read as in evaluations."""
     device, dtype = trainer.setup.workers.device, parameter_dtype(precision)
     data = trainer.setup.data.train
     (batch,) = read(data, [indices], num_workers=0, device=device, dtype=dtype, seed=trainer.setup.settings.seed)
@@ -210,7 +210,7 @@ def read_examples(trainer: Trainer, indices: Indices, precision: Precision) -> E
 
 
 def losses_here(trainer: Trainer, indices: Indices) -> dict[str, Any]:
-    """The first examples' losses by the trainer's own model on this worker, which others should give, too."""
+    """The first examples' losses on this worker's model; every worker should have the same."""
     examples = read_examples(trainer, indices[:NUM_EXAMPLES], trainer.setup.settings.precision)
     trainer.setup.buffers.put_back()
     key_generators(trainer.setup.workers.device, trainer.setup.settings.seed)
@@ -221,7 +221,7 @@ def losses_here(trainer: Trainer, indices: Indices) -> dict[str, Any]:
 
 
 def look_at_trainer(trainer: Trainer) -> Iterator[Finding]:
-    """What the trainer itself knows."""
+    """Findings that the trainer already knows."""
     if names := trainer.setup.trained.not_held:
         yield findings.not_held(names=names)
     if names := list(trainer.setup.findings.moving_buffers):
@@ -242,7 +242,7 @@ def look_at_trainer(trainer: Trainer) -> Iterator[Finding]:
 
 
 def compare_workers(of_workers: Sequence[Mapping[str, Any]]) -> list[Finding]:
-    """What `losses_here` gave by rank."""
+    """Findings from the results of `losses_here`, by rank."""
     main, *others = of_workers
     mine = torch.tensor(main["losses"], dtype=torch.float64)
     for rank, other in enumerate(others, start=1):
@@ -256,7 +256,7 @@ def compare_workers(of_workers: Sequence[Mapping[str, Any]]) -> list[Finding]:
 
 
 def _of_each(terms: PerExample) -> Tensor:
-    """One number for each example: Σ w L over its places; float64."""
+    """One float64 per example: Σ w L over its elements."""
     losses = terms.losses.double()
     if terms.weights is not None:
         losses = torch.where(terms.weights != 0, losses, 0.0) * terms.weights.double()
@@ -284,7 +284,7 @@ def _modules(task: nn.Module, kind: type[nn.Module]) -> list[tuple[str, nn.Modul
 
 @contextmanager
 def _in_evaluation(task: nn.Module, kind: type[nn.Module]) -> Iterator[None]:
-    """Modules of this kind behave as in evaluations inside."""
+    """Inside, modules of this kind are in evaluation mode."""
     switched = [module for _, module in _modules(task, kind) if module.training]
     for module in switched:
         module.training = False

@@ -1,4 +1,4 @@
-"""The same model on one worker alone, in plain torch: forward, backward, optimizer. No averaging takes part."""
+"""The same model on a single worker in plain torch: forward, backward, optimizer, without any averaging."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -19,21 +19,21 @@ from mbgd.verify.subject import Gradient
 from mbgd.workers.group import Workers
 
 FP16_SCALE = 2.0**12
-"""Of the loss, so that small gradients do not vanish."""
+"""Loss scale, so that small gradients do not underflow."""
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A step's gradient from the plan's micro-batches, each forward keyed and cut as the workers do it."""
+    """A step's gradient from the plan's micro-batches, with the workers' cut and random keys."""
 
     loss: float
     gradient: Gradient
     mean_of_means: Gradient
-    """What the mean of the workers' own means would have been, for comparison."""
+    """The mean of the workers' means, for comparison."""
 
 
 class Reference:
-    """The configuration's model, objective, data and optimizer once more, in another precision."""
+    """A second instance of the configuration's model, objective, data and optimizer, in a given precision."""
 
     def __init__(self, config: Config, device: torch.device, precision: Precision) -> None:
         averaging = replace(config.averaging, name=AveragingName.ddp)
@@ -46,7 +46,7 @@ class Reference:
         self.data = replace(self.trainer.setup.data, num_workers=0)
 
     def load(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
-        """Take over values from the trainer that is verified."""
+        """Copy the values of the verified trainer."""
         with torch.no_grad():
             for name, parameter in self.trained.by_name.items():
                 parameter.copy_(parameters[name])
@@ -60,14 +60,14 @@ class Reference:
         return self.trainer.setup.loader.shards(0, num_steps)
 
     def shards_of(self, plan: Plan, rank: int, num_steps: int, precision: Precision) -> Iterator[Shard]:
-        """What worker `rank` should read, read here."""
+        """The shards that worker `rank` should read, read here."""
         workers = Workers(rank=rank, num_workers=plan.num_workers, device=self._device)
         dtype = parameter_dtype(precision)
         loader = Loader(self.data, plan, self._config.seed, workers, dtype=dtype, own_copies=True)
         return loader.shards(0, num_steps)
 
     def losses(self, examples: Examples, *key: int) -> PerExample:
-        """One forward from the buffers as they were loaded, with the generators keyed."""
+        """One forward from the loaded buffers, with keyed generators."""
         self._buffers.put_back()
         key_generators(self._device, self._config.seed, *key)
         with autocast(self._precision, self._device):
@@ -75,7 +75,7 @@ class Reference:
             return terms
 
     def whole(self, shard: Shard) -> tuple[float, Gradient]:
-        """(mean loss, its gradient) by one backward of the whole minibatch."""
+        """(mean loss, its gradient), by one backward of the whole minibatch."""
         (examples,) = shard.micro_batches
         with self.without_hooks():
             weighted, weight = self._sums(self.losses(examples, shard.step, 0))
@@ -125,7 +125,7 @@ class Reference:
         return {name: parameter.detach() for name, parameter in self.trained.by_name.items()}
 
     def _sums(self, terms: PerExample) -> tuple[Tensor, Tensor]:
-        """(Σ w_i L_i, Σ w_i); a loss of weight 0 counts as 0, whatever it is."""
+        """(Σ w_i L_i, Σ w_i); a loss of weight 0 counts as 0, even if it is not finite."""
         losses = terms.losses.double()
         if terms.weights is None:
             return losses.sum(), losses.new_tensor(float(losses.numel()))
@@ -150,7 +150,7 @@ class Reference:
 
 
 class _HooksOff:
-    """Users' hooks on parameters do not see the reference's backward."""
+    """Removes users' hooks on parameters during the reference's backward."""
 
     def __init__(self, hooks: GradientHooks) -> None:
         self._hooks = hooks
@@ -163,5 +163,5 @@ class _HooksOff:
 
 
 def digests(shard: Shard) -> list[str]:
-    """As `Done.digests` of one worker."""
+    """Like `Done.digests`, for one worker."""
     return [content(one.batch) for one in shard.micro_batches if not one.micro_batch.is_stand_in]

@@ -1,4 +1,4 @@
-"""A recorded run once more, from its newest checkpoint before a step: whether the same bits come out, and where not."""
+"""Replays a recorded run from its newest checkpoint before a step, and compares the bits."""
 
 import platform
 from collections.abc import Iterator, Mapping
@@ -27,22 +27,22 @@ WEIGHTS, OF_TRAINING = "eval/weights_sha256", "train/"
 
 @dataclass(frozen=True)
 class Replay:
-    """What came of it, the same on every worker."""
+    """The result, the same on every worker."""
 
     from_step: int
     to_step: int
     num_compared: int
     """Recorded values that were compared."""
     first_difference: str | None
-    """The first step that came out otherwise, with the values."""
+    """The first step that differs, with the values."""
     conditions: list[str]
-    """What is recorded of the run and is otherwise here."""
+    """Recorded conditions of the run that differ here."""
     weights_sha256: str
-    """After the last step that was made."""
+    """After the last replayed step."""
 
 
 def replay(folder: Path, step: int, workers: Workers) -> Replay:
-    """Take the run's steps again up to `step`; UsageError where the folder does not allow it. Nothing is written."""
+    """Repeat the run's steps up to `step`; UsageError if the folder does not allow it. Writes nothing."""
     try:
         config = typed(from_values(read_config(folder)))
     except (FileNotFoundError, Unreadable) as error:
@@ -78,7 +78,7 @@ def replay(folder: Path, step: int, workers: Workers) -> Replay:
 
 
 def _recorded(folder: Path) -> dict[int, dict[str, Any]]:
-    """What was logged of each step and can be repeated."""
+    """The logged values of each step that a replay can repeat."""
     lines, bad = read_history(folder)
     if bad:
         raise UsageError(f"{plain(folder)}: {describe_bad(bad)}; a damaged history is not compared.")
@@ -91,7 +91,7 @@ def _recorded(folder: Path) -> dict[int, dict[str, Any]]:
 
 
 def _newest_before(folder: Path, step: int) -> Snapshot | None:
-    """The run's state before `step` was made; None: the beginning."""
+    """The newest state before `step`; None: start from the beginning."""
     for path in checkpoint.complete(folder / "checkpoints"):
         if checkpoint.step_of(path) < step and checkpoint.verify(path, whole_run=True) is None:
             snapshot, _ = checkpoint.read(path)
@@ -100,7 +100,7 @@ def _newest_before(folder: Path, step: int) -> Snapshot | None:
 
 
 def _steps(trainer: Trainer, step: int) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Make the steps; after each its number, counted from 1, and what would be logged of it."""
+    """Make the steps; yield each one's number, counted from 1, and the values to log."""
     shards = trainer.log.clock.laps(trainer.setup.loader.shards(trainer.state.step, step))
     for shard in shards:
         done = trainer.train_step(shard)
@@ -113,7 +113,7 @@ def _steps(trainer: Trainer, step: int) -> Iterator[tuple[int, Mapping[str, Any]
 
 
 def _otherwise(folder: Path, trainer: Trainer) -> list[str]:
-    """Versions and conditions that are recorded of the run and are others here."""
+    """Recorded versions and conditions that differ here."""
     try:
         summary = read_summary(folder)
     except (FileNotFoundError, Unreadable):

@@ -1,4 +1,4 @@
-"""The workers of a tool: under torchrun its own, otherwise processes that this one starts; they need no port."""
+"""A tool's workers: torchrun's, or else processes that this one starts, without a port."""
 
 import os
 import subprocess
@@ -25,9 +25,9 @@ def is_a_worker() -> bool:
 
 
 def start(arguments: Sequence[str], num_workers: int) -> int:
-    """Run `python -m mbgd ARGUMENTS` as so many workers of this host; the main one's exit code.
+    """Run `python -m mbgd ARGUMENTS` on `num_workers` workers of this host; returns the main worker's exit code.
 
-    The main worker's output is this process'. What others say is shown only where it tells what the main one does not.
+    The main worker's output is this process's. Output of another worker is shown only if it failed differently.
     """
     store, threads = make_store(), max(1, (os.cpu_count() or 1) // num_workers)
     with ExitStack() as stack:
@@ -62,7 +62,7 @@ def _place(rank: int, num_workers: int, store: str) -> dict[str, str]:
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> list[int]:
-    """Exit codes by rank; once one has failed, the others are given a while to end too."""
+    """Exit codes by rank. Once a worker has failed, the others get SECONDS_TO_FOLLOW to end."""
     deadline = None
     while True:
         codes = [process.poll() for process in processes]
@@ -78,7 +78,7 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> list[int]:
 
 
 def _show(said: Sequence[IO[bytes]], codes: Sequence[int]) -> None:
-    """The main worker's errors, and those of another that failed where the main one says something else, or nothing."""
+    """Print the main worker's errors, and those of others that failed with another exit code and message."""
     shown: set[str] = set()
     for rank, (file, code) in enumerate(zip(said, codes, strict=True)):
         file.seek(0)

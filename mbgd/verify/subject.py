@@ -1,4 +1,4 @@
-"""The trainer that is verified, on this worker: what it does in each step is taken down, nothing is changed."""
+"""The verified trainer on this worker: records each step without changing it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,12 +16,12 @@ from mbgd.trainer import Trainer
 from mbgd.workers.group import Workers
 
 Gradient = dict[str, Tensor]
-"""By the parameter's name, float64; a parameter that takes no part has none."""
+"""By the parameter's name, float64; an unused parameter has none."""
 
 
 @dataclass(frozen=True)
 class Done:
-    """What one step of all workers came to."""
+    """The result of one step of all workers."""
 
     step: int
     """Counted from 0."""
@@ -29,14 +29,14 @@ class Done:
     gradient: Gradient
     """Of the mean loss, before hooks and clipping; empty off the main worker."""
     positions: list[list[tuple[int, int]]]
-    """For each worker the stretches of the epoch that it computed."""
+    """For each worker, the ranges of the epoch's positions that it computed."""
     digests: list[list[str]]
-    """For each worker one for each of its micro-batches: of the examples that it read."""
+    """For each worker, hashes of the examples that it read, one per micro-batch."""
     replicas_alike: bool
 
 
 class Subject:
-    """Takes steps with the user's trainer."""
+    """Makes steps with the user's trainer."""
 
     def __init__(self, config: Config, workers: Workers, precision: Precision) -> None:
         self.trainer: Trainer = build_trainer(replace(config, precision=precision, log_every_steps=1), workers)
@@ -45,7 +45,7 @@ class Subject:
         self._gradient: Gradient = {}
 
     def about(self) -> dict[str, Any]:
-        """What is verified, for people."""
+        """A description of the verified trainer, for people."""
         trainer, plan = self.trainer, self.trainer.setup.plan
         objective = trainer.setup.task.given_objective
         cut = plan.num_micro_batches(min(plan.minibatch_size, plan.num_examples))

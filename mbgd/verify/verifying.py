@@ -1,4 +1,4 @@
-"""verify from a configuration to its result, on each worker."""
+"""From a configuration to verify's result, on each worker."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,9 +13,9 @@ from mbgd.workers.group import Workers
 
 
 def verify(config: Config, workers: Workers, num_steps: int, seconds: float) -> dict[str, Any]:
-    """Everything that is told, as plain values; whole on the main worker alone.
+    """The whole result as plain values; complete only on the main worker.
 
-    seconds: at most for measuring the workers. UsageError where the trainer refuses the configuration.
+    seconds: limit for measuring the workers. UsageError if the trainer refuses the configuration.
     """
     if config.steps == 0:
         raise UsageError("steps=0 trains nothing, so there is nothing to compare; leave it out.")

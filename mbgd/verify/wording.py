@@ -76,7 +76,7 @@ def _comparison(comparison: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _parameters(comparison: Mapping[str, Any]) -> Iterator[str]:
-    """The worst of the last step."""
+    """The parameters with the largest errors in the last step."""
     errors = comparison["steps"][-1]["parameters"] if comparison["steps"] else {}
     worst = sorted(errors, key=lambda name: -errors[name][0])[:MOST_PARAMETERS]
     rows = [("parameter", "gradient", "mean of means")]
@@ -87,7 +87,7 @@ def _parameters(comparison: Mapping[str, Any]) -> Iterator[str]:
 
 
 def table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Columns as wide as they must be, the first to the left, numbers to the right."""
+    """Columns of minimal width; the first is left-aligned, numbers are right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = [

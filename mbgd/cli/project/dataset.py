@@ -1,4 +1,4 @@
-"""A dataset of one's own: any with a length and examples by their number."""
+"""Your own dataset: any class with `__len__` and `__getitem__`."""
 
 import math
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Spirals(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
-    """Points on two spirals, and on which of the two each lies; `offset` moves them along, for an evaluation set."""
+    """Points on two spirals, with the spiral as label; `offset` shifts the points along it, for an evaluation set."""
 
     def __init__(self, num_examples: int, offset: float = 0.0) -> None:
         self.num_examples, self.offset = num_examples, offset

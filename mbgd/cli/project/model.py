@@ -1,4 +1,4 @@
-"""A model of one's own."""
+"""Your own model."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""An objective of one's own."""
+"""Your own objective."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn

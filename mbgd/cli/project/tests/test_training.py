@@ -1,4 +1,4 @@
-"""That training is right on this project's own parts: the same bits on one worker and on two, and a loss that falls."""
+"""Training on this project's own parts: a correct average, the same bits on one worker and on two, a falling loss."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ def train(folder: Path, *overrides: str) -> dict[str, object]:
 
 
 def test_the_average_is_right_on_these_parts() -> None:
-    """Every step of three workers is plain torch's on one; the last lines say what was found where it is not."""
+    """Every step of three workers equals plain torch on one; if not, the last lines give the reasons found."""
     command = [sys.executable, "-m", "mbgd", "verify", "experiment=first", "--steps", "2"]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
