@@ -1,4 +1,4 @@
-"""The plan of a run and what it came to, in words."""
+"""The plan and the result of a run, in words."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def describe_folder(folder: Path) -> str:
 
 
 def describe_end(result: Result, folder: Path) -> str:
-    """What a run came to, in a few lines."""
+    """The result of a run, in a few lines."""
     last = {name: value for name, value in result.metrics.items() if name.startswith("eval/")}
     lines = {
         "result": describe(last or {k: v for k, v in result.metrics.items() if k == "train/loss"}),
