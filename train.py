@@ -1,4 +1,4 @@
-"""Train what the configuration in conf/ describes: `python train.py`, the same as `mbgd train` of an installed mbgd."""
+"""Train the configuration in conf/: `python train.py` is the same as `mbgd train` of an installed mbgd."""
 
 import sys
 

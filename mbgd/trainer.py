@@ -31,10 +31,10 @@ from mbgd.workers.preemption import NoStop, Stop
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to."""
+    """The result of a run."""
 
     metrics: dict[str, float]
-    """The last value of each, by names such as train/loss and eval/accuracy."""
+    """The last value of each metric, by names such as train/loss and eval/accuracy."""
     steps: int
     examples_seen: int
     examples_per_second: float
@@ -43,11 +43,11 @@ class Result:
 
 
 class Trainer:
-    """Trains a model on this worker as one of `workers`.
+    """Trains a model, on this worker as one of `workers`.
 
     The model is moved to the worker's device and the precision's dtype; `optimizer` must have been made from its
-    parameters and, where the objective is a module, from the objective's. Raises UsageError, on every worker alike and
-    before training, where the settings, the optimizer or the objective break a rule, or the workers do not run the same
+    parameters and, if the objective is a module, from the objective's. Raises UsageError, the same on every worker and
+    before training, if the settings, the optimizer or the objective break a rule, or if the workers do not run the same
     program.
     """
 
@@ -79,10 +79,10 @@ class Trainer:
         stop: Stop | None = None,
         profiler: Profiler | None = None,
     ) -> Result:
-        """Train from `state.step` up to the last step, evaluate, and return what the run came to.
+        """Train from `state.step` up to the last step, evaluate, and return the result.
 
-        checkpoints: what this worker keeps. Once `stop` says so, raises Preempted if the state is saved and NotSaved if
-        it could not be, the same on every worker.
+        checkpoints: those that this worker keeps. When `stop` says so, raises Preempted if the state is saved, and
+        NotSaved if it could not be, the same on every worker.
         """
         tracker, checkpoints, stop = tracker or NoTracker(), checkpoints or NoCheckpoints(), stop or NoStop()
         state, setup, first_step = self.state, self.setup, self.state.step
@@ -132,7 +132,7 @@ class Trainer:
         self.check()
         step, workers = self.state.step, self.setup.workers
         problem = save_last(checkpoints, workers, step, evaluation, self.snapshot)
-        workers.barrier()  # whoever left first would make torchrun end the others while they write
+        workers.barrier()  # torchrun ends the others as soon as one leaves, and they may still write
         raise NotSaved(step, problem) if problem else Preempted(step)
 
     def _result(self, first_step: int) -> Result:
@@ -146,16 +146,16 @@ class Trainer:
         )
 
     def check(self) -> None:
-        """Raise, on every worker alike, where the state is not finite or not the same on all workers."""
+        """Raise, the same on every worker, if the state is not finite or differs between workers."""
         self.train_step.alarm.check_state(self.state.step)
         self._replicas.compare_parts(self.state.step, self._compared)
 
     def snapshot(self) -> Snapshot:
-        """The whole state of the run, in memory of its own; UsageError where it is not finite."""
+        """The whole state of the run, in memory of its own; UsageError if it is not finite."""
         return self._parts.snapshot(self.state.step)
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Go on from a snapshot; UsageError, with nothing changed, where it does not fit model, optimizer and data."""
+        """Resume from a snapshot; UsageError, with nothing changed, if it does not fit model, optimizer and data."""
         self._parts.restore(snapshot)
         self.log.last_logged = snapshot.step
 
@@ -166,7 +166,7 @@ class Trainer:
         return {f"eval/{name}": value for name, value in self.evaluator(self.train_step.averaging.sum).items()}
 
     def weights_sha256(self) -> str:
-        """Hash of the parameters of model and objective: equal if and only if they are, bit for bit."""
+        """Hash of the parameters of model and objective: equal if and only if the parameters are equal, bit for bit."""
         return weights_sha256(self.setup.task)
 
     def _compares_after(self, num_steps: int) -> bool:

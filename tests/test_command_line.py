@@ -104,7 +104,7 @@ def test_a_second_run_does_not_write_over_the_first(tmp_path: Path) -> None:
     assert train(tmp_path, "steps=1", "run.dir=out").returncode == 0
     before = (tmp_path / "out/summary.json").read_bytes()
     for overrides, message in (
-        (["steps=2"], "took another course"),  # the learning rate follows a cosine over all steps
+        (["steps=2"], "belongs to a run with other settings"),  # the learning rate follows a cosine over all steps
         (["steps=1", "seed=1"], "seed: 0 before, 1 now"),
         (["steps=1", "resume=never"], "already holds a run"),
     ):

@@ -161,8 +161,8 @@ LOST = "the state after step 3 is in no checkpoint on disk"
     [
         (9, 3, False, "Preempted: stopped by a signal after step 3"),
         (9, None, True, "finished"),
-        (3, 3, False, f"NotSaved: stopped by a signal after step 3, but {LOST}; the newest there is of step 2"),
-        (1, 3, False, f"NotSaved: stopped by a signal after step 3, but {LOST}; none of this run is there"),
+        (3, 3, False, f"NotSaved: stopped by a signal after step 3, but {LOST}; the newest one is of step 2"),
+        (1, 3, False, f"NotSaved: stopped by a signal after step 3, but {LOST}; there is none of this run"),
         (3, 3, True, "UsageError: a checkpoint could not be written"),
         (3, None, True, "UsageError: a checkpoint could not be written"),
         (1, None, False, "finished"),
@@ -179,7 +179,7 @@ def test_every_worker_knows_the_outcome(
 def test_a_run_whose_last_state_is_not_saved_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(mbgd.Workers(), str(tmp_path / "checkpoints"), 3, None, False) == "finished"
     out = capsys.readouterr().out
-    assert f"warning: {LOST}; the newest there is of step 2. The run's results are written all the same." in out
+    assert f"warning: {LOST}; the newest one is of step 2. The run's results are written all the same." in out
 
 
 def test_a_state_that_no_checkpoint_can_hold_is_refused_after_the_first_step(tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_stopped_but_not_saved_is_no_success(tmp_path: Path) -> None:
     finally:
         process.kill()
     assert process.returncode == 1, out
-    assert "is in no checkpoint on disk; none of this run is there" in out
+    assert "is in no checkpoint on disk; there is none of this run" in out
     assert "goes on from there" not in out
     assert "Traceback" not in out
     assert "Traceback" in (run / "logs/worker-0.log").read_text()

@@ -222,13 +222,13 @@ def test_a_link_is_not_followed(
     assert weights(tmp_path / "run") == undisturbed
     assert [one.name for one in other.iterdir()] == ["step-000000005"]
     assert memory.is_symlink()
-    assert ("is no folder of this user's" in capsys.readouterr().out) == (every != "null")
+    assert ("is not a folder of this user" in capsys.readouterr().out) == (every != "null")
 
 
 def test_a_pipe_hangs_nobody(tmp_path: Path, memory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     os.mkfifo(memory)
     assert newest(tmp_path) is None
-    assert "is no folder" in capsys.readouterr().out
+    assert "is not a folder" in capsys.readouterr().out
     memory.unlink()
     memory.mkdir(mode=0o700)
     (memory / "step-000000009").mkdir()

@@ -229,8 +229,8 @@ def no_optimizer(parameters: Any) -> int:
     [
         ("torch.optim.LBFGS", [], ["closure", "computes the loss several times"]),
         (f"{HERE}.NeedsClosure", [], ["closure"]),
-        ("torch.optim.SparseAdam", [], ["sparse gradients alone"]),
-        ("torch.optim.Muon", [], ["takes matrices alone", "layers.0.bias, layers.2.bias"]),
+        ("torch.optim.SparseAdam", [], ["takes only sparse gradients"]),
+        ("torch.optim.Muon", [], ["takes only matrices", "layers.0.bias, layers.2.bias"]),
         (f"{HERE}.WithoutRate", [], ["has lr=None"]),
         (f"{HERE}.no_optimizer", [], ["is a int; it must be a torch.optim.Optimizer"]),
         ("torch.optim.SGD", ["+optimizer.lr=nan"], ["lr=nan"]),

@@ -275,7 +275,7 @@ def test_weights_beside_losses_of_16_bits_are_refused() -> None:
         return mbgd.PerExample(losses.bfloat16(), torch.full_like(losses, 0.3))
 
     model = Linear().double()
-    with pytest.raises(mbgd.UsageError, match=r"losses in torch.bfloat16 beside weights"):
+    with pytest.raises(mbgd.UsageError, match=r"losses in torch.bfloat16 and weights"):
         trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), halves)
 
 

@@ -242,7 +242,7 @@ def test_a_sink_that_always_fails_is_given_up(tmp_path: Path, capsys: pytest.Cap
         follower.log(step, {})
         time.sleep(0.02)
     follower.close(Ending(Outcome.finished))
-    assert "wandb failed; the metrics are whole in" in capsys.readouterr().out
+    assert "wandb failed; all metrics are in" in capsys.readouterr().out
     assert (tmp_path / "wandb/output.log").read_text().count("FileNotFoundError: ") == 3
 
 

@@ -1,1 +1,1 @@
-"""Hydra's launcher for sweeps over runs of several workers. Found by Hydra because of the folder's name."""
+"""Hydra's launcher for sweeps over runs of several workers. Hydra finds it by the folder's name."""

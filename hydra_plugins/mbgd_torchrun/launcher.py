@@ -1,4 +1,4 @@
-"""Starts a sweep's jobs from one process, each with its own workers, and tells the sweeper what they came to."""
+"""Starts a sweep's jobs from one process, each with its own workers, and gives the sweeper their results."""
 
 import dataclasses
 import os
@@ -22,24 +22,24 @@ from mbgd.errors import FAILED, UsageError
 from mbgd.runs import sweeps
 
 SECONDS_TO_SHUT_DOWN = 10
-"""How long torchrun gives workers to save and end."""
+"""How long torchrun waits for workers to save and end."""
 
 LINES_SHOWN = 15
-"""Of the end of a failed job's log."""
+"""Lines shown from the end of a failed job's log."""
 
 OF_THE_SWEEP = re.compile(r"[+~]*hydra[./](launcher|sweeper|sweep|mode)\b")
-"""Overrides of Hydra's that are for the sweep, not for its jobs."""
+"""Hydra's overrides that are for the sweep, not for its jobs."""
 
 
 class JobFailed(CompactHydraException):
-    """A job that gives the sweeper no value."""
+    """The job has no value for the sweeper."""
 
     exit_code = FAILED
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job to be run."""
+    """A job to run."""
 
     record: sweeps.Record
     config: DictConfig
@@ -51,7 +51,7 @@ class Job:
 
 
 class TorchrunLauncher(Launcher):
-    """Starts each job in processes of its own, with the command that has started this one."""
+    """Starts each job in processes of its own, with the command that started this one."""
 
     def __init__(self, nproc_per_node: int, max_parallel: int, timeout_seconds: float | None) -> None:
         for name, value in (("nproc_per_node", nproc_per_node), ("max_parallel", max_parallel)):
@@ -75,7 +75,7 @@ class TorchrunLauncher(Launcher):
             )
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run the jobs; what each came to: the value of `sweep.metric`, or a JobFailed that says why there is none."""
+        """Run the jobs; returns each job's `sweep.metric`, or a JobFailed that says why it has none."""
         jobs = [self._job(number, overrides) for number, overrides in enumerate(job_overrides, initial_job_idx)]
         for job in jobs:
             refuse_folders(job.record.overrides)
@@ -102,7 +102,7 @@ class TorchrunLauncher(Launcher):
         if stopped:
             sweeps.to_show.clear()
             print(f"stopped by {stopped.name}; `python -m mbgd sweep {self.folder}` shows what there is", flush=True)
-            if self.config.hydra.sweeper._target_.endswith(".BasicSweeper"):  # others try other values the next time
+            if self.config.hydra.sweeper._target_.endswith(".BasicSweeper"):  # others try other values next time
                 print(f"the same command with hydra.sweep.dir={self.folder} goes on", flush=True)
             sys.exit(128 + stopped)
         sweeps.to_show[:] = [self.folder]
@@ -121,7 +121,7 @@ class TorchrunLauncher(Launcher):
         threads = max(1, num_cores() // (self.max_parallel * self.num_workers))
         environment = {
             "OMP_NUM_THREADS": str(threads),
-            "MBGD_SWEEP": job.folder.parent.name,  # by which trackers group the jobs
+            "MBGD_SWEEP": job.folder.parent.name,  # trackers group the jobs by it
             **os.environ,
             "PYTHONUNBUFFERED": "1",
         }
@@ -140,7 +140,7 @@ class TorchrunLauncher(Launcher):
         return Command([*start, *options, *job.record.overrides, *own, folder], job.folder / sweeps.LOG, environment)
 
     def _result(self, job: Job, exit_code: int) -> tuple[JobReturn, str]:
-        """What the sweeper is told of a job that has ended, and the same in words."""
+        """The result of a job that has ended, for the sweeper and in words."""
         parts = [str(key) for key in job.config if key != "hydra"]
         result = JobReturn(
             overrides=job.record.overrides,
@@ -176,7 +176,7 @@ def refuse_folders(overrides: Sequence[str]) -> None:
 
 
 def refuse_another_sweeps(job: Job) -> None:
-    """A job's folder may hold the same job, which goes on there, and nothing else."""
+    """Exit if a job's folder holds anything but the same job, which would go on there."""
     try:
         before = sweeps.Record.read(job.folder)
     except UsageError as error:
@@ -201,7 +201,7 @@ def visible_gpus() -> list[str]:
 
 
 def hand_out_gpus(gpus: Sequence[str], num_workers: int, max_parallel: int) -> list[str | None]:
-    """CUDA_VISIBLE_DEVICES for each of the jobs that run at once; None: as it is, without a GPU for each worker."""
+    """CUDA_VISIBLE_DEVICES for each job that runs at once; None: unchanged, as there is no GPU for each worker."""
     if len(gpus) < num_workers:
         return [None] * max_parallel
     if len(gpus) < num_workers * max_parallel:
@@ -214,6 +214,6 @@ def hand_out_gpus(gpus: Sequence[str], num_workers: int, max_parallel: int) -> l
 
 
 def end_of(log: Path) -> str:
-    """The last that a job's workers said."""
+    """The last lines of a job's log."""
     lines = log.read_text(errors="replace").splitlines()
     return "\n".join(f"    {line}" for line in lines[-LINES_SHOWN:])

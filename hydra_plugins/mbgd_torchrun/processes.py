@@ -1,4 +1,4 @@
-"""The processes of a sweep's jobs: so many at once, output into files, and nothing left running at the end."""
+"""The processes of a sweep's jobs: N at once, output into files, and nothing left running at the end."""
 
 import os
 import signal
@@ -25,7 +25,7 @@ MARK = "MBGD_SWEEP_JOB"
 job's process group does not reach the workers."""
 
 TIMED_OUT = 124
-"""Exit code of a job that took too long, as coreutils' timeout has it."""
+"""Exit code of a job that took too long, as in coreutils' timeout."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def run_all(
     max_parallel: int,
     timeout_seconds: float | None,
 ) -> signal.Signals | None:
-    """Run so many jobs, `max_parallel` at once; returns the signal that stopped them, None if they all ended.
+    """Run `num_jobs` jobs, `max_parallel` at once; returns the signal that stopped them, None if all have ended.
 
     start(index, slot) says how a job is started, in one of the slots 0 to max_parallel − 1; ended(index, exit code,
     seconds) is called when it is over.
@@ -91,17 +91,17 @@ def _start(index: int, slot: int, command: Command) -> _Running:
     with command.log.open("ab") as log:
         process = subprocess.Popen(
             command.arguments,
-            env={**command.environment, MARK: mark, PARENT: str(os.getpid())},  # which it does not outlive
+            env={**command.environment, MARK: mark, PARENT: str(os.getpid())},  # the job ends with this process
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # a Ctrl-C on the terminal reaches this process alone, which stops the jobs
+            start_new_session=True,  # Ctrl-C on the terminal reaches only this process, which stops the jobs
         )
     return _Running(index, slot, process, mark, time.monotonic())
 
 
 def _stop(running: Sequence[_Running]) -> None:
-    """Ask the jobs to save and end; kill what has not."""
+    """Ask the jobs to save and end; kill those that do not."""
     for job in running:
         with suppress(ProcessLookupError):
             job.process.terminate()
@@ -117,7 +117,7 @@ def _stop(running: Sequence[_Running]) -> None:
 def _kill_what_is_left(mark: str) -> None:
     """Kill every process that carries the mark: workers whose torchrun died, loader processes whose worker did."""
     deadline = time.monotonic() + SECONDS_TO_DIE
-    while (pids := marked(mark)) and time.monotonic() < deadline:  # again: the list may miss one just being started
+    while (pids := marked(mark)) and time.monotonic() < deadline:  # again: the list may miss one just starting
         for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -125,7 +125,7 @@ def _kill_what_is_left(mark: str) -> None:
 
 
 def marked(mark: str = "") -> list[int]:
-    """The processes whose environment carries the mark, or any; none where there is no /proc."""
+    """Ids of the processes whose environment has the mark, or any mark if it is empty; none without /proc."""
     entry = f"{MARK}={mark}".encode()
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
@@ -137,14 +137,14 @@ def marked(mark: str = "") -> list[int]:
 
 @contextmanager
 def _signals() -> Iterator[list[signal.Signals]]:
-    """While inside, these signals only add to the list, so that no child is ever lost between start and note."""
+    """Inside, signals are only added to the list, so that no child is lost between its start and its entry."""
     received: list[signal.Signals] = []
 
     def note(number: int, frame: FrameType | None) -> None:
         received.append(signal.Signals(number))
 
     noted = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as it is under nohup
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
         noted.append(signal.SIGHUP)
     before: dict[int, Any] = {number: signal.signal(number, note) for number in noted}
     try:

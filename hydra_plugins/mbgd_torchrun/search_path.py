@@ -1,4 +1,4 @@
-"""Lets Hydra look in conf/ of the folder that `mbgd train` was started in, before it looks in mbgd's own."""
+"""Makes Hydra look in conf/ of the folder where `mbgd train` was started, before mbgd's own."""
 
 from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
 from hydra.plugins.search_path_plugin import SearchPathPlugin

@@ -67,7 +67,7 @@ _NUMPY_MEANWHILE = np.random.MT19937(0)
 
 @contextmanager
 def random_state_kept(device: torch.device) -> Iterator[None]:
-    """Every generator of torch, numpy and `random` is afterwards in the state that it was in before."""
+    """Afterwards the default generators are as before: torch's (CPU and this device), numpy's and `random`'s."""
     of_numpy, of_python = np.random.get_state(), random.getstate()
     with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type=device.type):
         try:

@@ -1,1 +1,1 @@
-"""Configuration → objects. The only room that knows Hydra."""
+"""Configuration → objects. Only this room, cli/train.py and hydra_plugins/ import Hydra."""

@@ -1,4 +1,4 @@
-"""Configuration → objects. The only module that knows Hydra and OmegaConf."""
+"""Configuration → typed settings and objects: datasets, model, objective, optimizer, trainer."""
 
 import dataclasses
 import keyword
@@ -31,18 +31,18 @@ from mbgd.trainer import Trainer
 from mbgd.workers.group import Workers
 
 FROM_DATA = ("input_shape", "num_outputs")
-"""Arguments of a model that are taken from the training dataset where the configuration has null."""
+"""Arguments of a model that come from the training dataset if they are null in the configuration."""
 
 
 def typed(composed: DictConfig) -> Config:
-    """The configuration as typed settings; UsageError naming everything that is wrong with it at once."""
+    """The configuration as typed settings; one UsageError names all its mistakes."""
     composed = composed.copy()
     found = []
     for key in _missing_keys(OmegaConf.to_container(composed)):
         found.append(f"{key} has no value. Give it one: {key}=…")
-        OmegaConf.update(composed, key, None)  # so that what refers to it resolves, and other mistakes show too
+        OmegaConf.update(composed, key, None)  # so that references to it resolve, and other mistakes show, too
     schema = values = OmegaConf.structured(Config)
-    _make_writable(schema)  # frozen classes make read-only sections, into which nothing can be merged
+    _make_writable(schema)  # frozen classes make read-only sections, which cannot be merged into
     for path, value in _typed_values(_resolved(composed), schema):
         part = value
         for key in reversed(path):
@@ -77,11 +77,11 @@ def _resolved(composed: DictConfig) -> Any:
         reason = str(error.msg or error).splitlines()[0]
         named = re.search(r"Interpolation key '([^']+)' not found", reason)
         meant = did_you_mean(named[1], _keys(composed)) if named else ""
-        raise UsageError(f"{error.full_key} refers to what is not there: {reason}.{meant}") from error
+        raise UsageError(f"{error.full_key} refers to a key that does not exist: {reason}.{meant}") from error
 
 
 def _mistyped(path: str, reason: str, value: Any, schema: DictConfig) -> tuple[str, list[str]]:
-    """The key or value that is refused, and the valid ones where there is a choice."""
+    """The refused key or value, and the valid ones if there is a choice."""
     if choices := re.search(r"expected one of \[(.*)\]", reason):
         return str(value), choices[1].split(", ")
     return path, list(_keys(schema)) if reason.startswith("Key ") else []
@@ -95,12 +95,12 @@ def _keys(schema: DictConfig, prefix: str = "") -> Iterator[str]:
 
 
 def _shown(path: Sequence[str]) -> str:
-    """A key as users know it: `from` would be no name in Python, so the field is `from_`."""
+    """A key as users write it: `from` is a keyword in Python, so the field is `from_`."""
     return ".".join(path).removesuffix("_")
 
 
 def _rule(reason: str) -> str:
-    """What OmegaConf's `reason` means, where it tells in its own words."""
+    """The rule behind OmegaConf's `reason`, for reasons in its own terms."""
     kinds = {"Integer": int, "Float": float, "Boolean": bool}
     if found := re.search(r"could not be converted to (\w+)", reason):
         return f" It takes {WORDS[kinds[found[1]]].lower()}." if found[1] in kinds else ""
@@ -128,12 +128,12 @@ def _missing_keys(node: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _typed_values(values: Any, schema: DictConfig, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """(path, value) of each typed value; a node that the schema leaves open comes as a whole."""
+    """(path, value) of each typed value; a node that the schema leaves open is one value."""
     for key, value in values.items():
         key = f"{key}_" if keyword.iskeyword(str(key)) else key
         section = schema.get(key) if key in schema else None
         if key == "resume" and isinstance(value, str):
-            value = {"from": value}  # resume=never and the like are short for resume.from
+            value = {"from": value}  # resume=never is short for resume.from=never
         if (
             isinstance(section, DictConfig)
             and dataclasses.is_dataclass(OmegaConf.get_type(section))
@@ -145,7 +145,7 @@ def _typed_values(values: Any, schema: DictConfig, path: tuple[str, ...] = ()) -
 
 
 def _data_problems(data: dict[str, Any], unresolved: Any) -> list[str]:
-    """Keys of `data` that nobody reads, and values that cannot be."""
+    """Keys of `data` that nothing reads, and invalid values."""
     types = get_type_hints(Data)
     found = []
     if data.get("train") is None:
@@ -172,7 +172,7 @@ def resolved_yaml(composed: DictConfig) -> str:
 
 
 def run_name(run: Run, choices: Mapping[str, Any]) -> str:
-    """What the run is called where it has no name: its experiment, or its model and data, as chosen of the groups."""
+    """run.name; without it the chosen experiment, or else the chosen model and data."""
     experiment = choices.get("experiment")
     chosen = [experiment] if experiment not in (None, "null") else [choices.get("model"), choices.get("data")]
     return run.name or "-".join(str(one).replace("/", "-") for one in chosen)
@@ -219,8 +219,8 @@ def build_data(config: Config) -> Data:
 
 
 def _is_function(node: Any) -> bool:
-    """Whether the target is itself an objective, not what makes one."""
+    """Whether the target is itself an objective, not a class or factory that makes one."""
     try:
         return isinstance(node, dict) and isinstance(get_object(node["_target_"]), FunctionType)
-    except Exception:  # what is wrong with the target, `make` says
+    except Exception:  # `make` reports what is wrong with the target
         return False

@@ -1,4 +1,4 @@
-"""What stands around Hydra's `main()`: what is wrong with a command in our words."""
+"""Calls Hydra's `main()`, and explains mistakes in a command in our own words."""
 
 import re
 import shlex
@@ -13,11 +13,11 @@ from mbgd.errors import USAGE, UsageError
 from mbgd.text.suggestions import did_you_mean
 
 MOST_LINES = 5
-"""Of what Hydra says of one mistake."""
+"""Lines kept of Hydra's message about one mistake."""
 
 
 def check_arguments(arguments: Sequence[str], groups: Path = OURS) -> None:
-    """UsageError for what Hydra would not read, or not explain."""
+    """UsageError for arguments that Hydra would not read, or whose mistake it would not explain."""
     from hydra._internal.utils import get_args_parser
 
     parser = get_args_parser()
@@ -33,10 +33,9 @@ def check_arguments(arguments: Sequence[str], groups: Path = OURS) -> None:
 
 
 def call(task: Callable[[Any], None], configuration: Path, arguments: Sequence[str]) -> int:
-    """Have Hydra compose the configuration and call the task with it, here or, in a sweep, as jobs; the exit code.
+    """Let Hydra compose the configuration and call the task with it, here or, in a sweep, as jobs; the exit code.
 
-    configuration: the file that is composed, in the folder that valid names are taken from. UsageError where the
-    arguments have a mistake.
+    configuration: the file to compose; its folder has the valid names. UsageError if the arguments have a mistake.
     """
     import hydra
     from hydra._internal import utils
@@ -45,14 +44,14 @@ def call(task: Callable[[Any], None], configuration: Path, arguments: Sequence[s
 
     check_arguments(arguments, configuration.parent)
     sys.argv[1:] = arguments
-    # Hydra would print exceptions in its own words, and end the process.
+    # Otherwise Hydra prints exceptions itself and ends the process.
     utils.run_and_report = lambda func: func()
     try:
         hydra.main(version_base="1.3", config_path=str(configuration.parent), config_name=configuration.stem)(task)()
     except (HydraException, OmegaConfBaseException) as error:
         said, remedy = brief(error), hint(error, configuration)
         if remedy.startswith(RENAMED_BEGINS):
-            said = said.splitlines()[0]  # the rest is how to add the old key
+            said = said.splitlines()[0]  # the rest says how to add the old key
         told = UsageError("\n".join(filter(None, (said, remedy))))
         told.exit_code = getattr(error, "exit_code", USAGE)
         raise told from error
@@ -64,7 +63,7 @@ def call(task: Callable[[Any], None], configuration: Path, arguments: Sequence[s
 
 
 def brief(error: Exception) -> str:
-    """What Hydra says of a mistake, in few lines."""
+    """Hydra's message about a mistake, in few lines."""
     from hydra.errors import MissingConfigException
 
     if isinstance(error, MissingConfigException):
@@ -77,7 +76,7 @@ def brief(error: Exception) -> str:
 
 
 def _no_choice(argument: str, groups: Path) -> str:
-    """What is wrong with `model=` and `model=null`, of which Hydra says nothing that helps."""
+    """What is wrong with `model=` and `model=null`, which Hydra does not explain well."""
     key, _, value = argument.lstrip("+").partition("=")
     if (
         "=" not in argument
@@ -98,18 +97,18 @@ def _how_to_quote(override: str) -> str:
     if value[:1] in ("[", "{"):
         example = shlex.quote(f'{key}=["a b", c]')
         return (
-            f"Hydra cannot read the value of {key}. A list or a dict stands in quotation marks for the shell, and "
+            f"Hydra cannot read the value of {key}. Put a list or a dict in quotation marks for the shell, and "
             f"texts with spaces or accents inside it in quotation marks of their own, such as {example}"
         )
     escaped = re.sub(r'(\\*)"', r"\1\1\"", re.sub(r"(\\+)$", r"\1\1", value))
     return (
-        f"Hydra cannot read the value of {key}. One with spaces, accents, brackets, commas or quotation marks stands "
-        "in quotation marks of its own, inside those that are for the shell: " + shlex.quote(f'{key}="{escaped}"')
+        f"Hydra cannot read the value of {key}. Put one with spaces, accents, brackets, commas or quotation marks "
+        "in quotation marks of its own, inside those for the shell: " + shlex.quote(f'{key}="{escaped}"')
     )
 
 
 def check_sources(sources: Iterable[Any]) -> None:
-    """UsageError where a folder of `hydra.searchpath` is not there; Hydra would go on without it."""
+    """UsageError if a folder of `hydra.searchpath` does not exist; Hydra would go on without it."""
     from hydra._internal.sources_registry import SourcesRegistry
 
     for source in sources:
@@ -121,7 +120,7 @@ def check_sources(sources: Iterable[Any]) -> None:
 
 
 def hint(error: BaseException | None, configuration: Path) -> str:
-    """The names that may have been meant where Hydra knows no such key or choice; otherwise nothing."""
+    """Similar names, if Hydra knows no such key or choice; otherwise an empty text."""
     from hydra.errors import (
         ConfigCompositionException,
         HydraException,
@@ -144,7 +143,7 @@ def hint(error: BaseException | None, configuration: Path) -> str:
 
 
 def _keys(configuration: Path, unknown: str) -> Iterator[str]:
-    """Every key and group of the configuration, with those choices of the command line that are valid."""
+    """Every key and group of the configuration, composed with the valid choices of the command line."""
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf import OmegaConf

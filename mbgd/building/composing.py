@@ -13,14 +13,14 @@ CONFIGURATION = OURS / "train.yaml"
 
 
 def compose(overrides: Sequence[str]) -> Any:
-    """What `mbgd train OVERRIDES` would compose in this folder; UsageError where Hydra cannot."""
+    """The configuration that `mbgd train OVERRIDES` composes in this folder; UsageError if Hydra cannot."""
     from hydra import compose as composed_by_hydra
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
     if not CONFIGURATION.is_file():
-        raise UsageError(f"{CONFIGURATION} is not there; install mbgd again.")
+        raise UsageError(f"{CONFIGURATION} does not exist; install mbgd again.")
     configuration.use_folder(Path.cwd())
     with initialize_config_dir(str(CONFIGURATION.parent), version_base="1.3"):
         try:
@@ -33,7 +33,7 @@ def compose(overrides: Sequence[str]) -> Any:
 
 
 def from_values(values: Mapping[str, Any]) -> Any:
-    """The configuration that a run has recorded, in which nothing refers to anything else any more."""
+    """The configuration that a run has recorded, with all references already resolved."""
     from omegaconf import OmegaConf
 
     data = {key: value for key, value in values.get("data", {}).items() if key in get_type_hints(Data)}

@@ -1,4 +1,4 @@
-"""Where configurations come from: mbgd's own, and conf/ of the folder that a command is given in."""
+"""The folders of configurations: mbgd's own, and conf/ of the current folder."""
 
 import sys
 from collections.abc import Iterator
@@ -11,16 +11,16 @@ OURS = Path(__file__).parent.parent / "conf"
 """In a clone, a link to conf/ of the repository."""
 
 NAME = "train"
-"""The configuration that is composed unless --config-name names another."""
+"""The configuration that is composed, unless --config-name names another."""
 
 PROVIDER = "this folder"
 
 own: list[Path] = []
-"""conf/ of the folder, where it has one: Hydra looks there first. Set before Hydra is called."""
+"""conf/ of the current folder, if there is one: Hydra looks there first. Set before Hydra is called."""
 
 
 def find_own(folder: Path) -> Path | None:
-    """conf/ of this folder, unless it is mbgd's own; UsageError where it is something else than a folder."""
+    """conf/ of this folder, unless it is mbgd's own; UsageError if it is not a folder."""
     found = folder / "conf"
     if not found.exists() and not found.is_symlink():
         return None
@@ -33,7 +33,7 @@ def find_own(folder: Path) -> Path | None:
 
 
 def use_folder(folder: Path) -> None:
-    """Compose with conf/ of this folder too, and import what lies in the folder."""
+    """Also compose with conf/ of this folder, and make the folder's modules importable."""
     found = find_own(folder)
     own[:] = [] if found is None else [found]
     if str(folder) not in sys.path:
@@ -41,9 +41,9 @@ def use_folder(folder: Path) -> None:
 
 
 def which_wins(hydra: Any) -> Iterator[str]:
-    """What to tell where two folders have a configuration of the same name, and it is used.
+    """Messages for configurations in use that two folders have under the same name.
 
-    hydra: the node `hydra` of what was composed.
+    hydra: the node `hydra` of the composed configuration.
     """
     folders = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"]
     choices = [(group, one) for group, one in hydra.runtime.choices.items() if isinstance(one, str)]

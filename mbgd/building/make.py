@@ -11,9 +11,9 @@ from mbgd.text.suggestions import did_you_mean
 
 
 def make(name: str, node: Any, *arguments: Any, **keywords: Any) -> Any:
-    """Call the node's `_target_`; its mistakes are the user's to mend, so they become UsageErrors.
+    """Call the node's `_target_`; its exceptions become UsageErrors, because the target is the user's.
 
-    What it is given are plain lists and dicts, also inside of others.
+    Unless the node sets `_convert_`, Hydra converts containers to plain lists and dicts, nested ones, too.
     """
     if not isinstance(node, dict) or not isinstance(node.get("_target_"), str) or not node["_target_"]:
         raise UsageError(f"{name} has no _target_; it must name the class or function that makes it.")
@@ -23,8 +23,8 @@ def make(name: str, node: Any, *arguments: Any, **keywords: Any) -> Any:
         raise UsageError("\n".join(found))
     try:
         return instantiate(node, *arguments, **keywords)
-    except Exception as error:  # whatever a part of the user's raises
-        reason: BaseException = error  # Hydra's own message tells less than the exception at the bottom
+    except Exception as error:  # a part of the user's can raise anything
+        reason: BaseException = error  # Hydra's own message says less than the original exception
         while reason.__cause__ is not None and not isinstance(reason, UsageError):
             reason = reason.__cause__
         if isinstance(reason, UsageError):

@@ -13,10 +13,10 @@ from mbgd.task.task import Task
 
 
 def make_optimizer(node: Any, task: Task) -> tuple[torch.optim.Optimizer, list[str]]:
-    """The optimizer of the parameters of model and objective, of a kind that the trainer can drive; and what to tell.
+    """The optimizer of all parameters of model and objective, and notes for the user.
 
-    Of those that do not require a gradient, too: they may be unfrozen later. A function that takes `named_parameters`
-    gets them with their names.
+    It also gets parameters that do not require a gradient: they may be unfrozen later. A function that takes
+    `named_parameters` gets (name, parameter) pairs. UsageError if the trainer does not support the optimizer.
     """
     named, notes = task.parameters_by_name(), list[str]()
     parameters: list[Any] = list(named.values())
@@ -24,7 +24,7 @@ def make_optimizer(node: Any, task: Task) -> tuple[torch.optim.Optimizer, list[s
     node = {key: value for key, value in node.items() if key != "groups"} if isinstance(node, dict) else node
     kind = targets.find(node) if isinstance(node, dict) else None
     if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer):
-        optimizers.check(kind)  # before its keys are corrected in vain
+        optimizers.check(kind)  # first: correcting its keys would be in vain
     takes_names = targets.takes(kind, "named_parameters")
     if groups and takes_names:
         raise UsageError(
@@ -41,8 +41,8 @@ def make_optimizer(node: Any, task: Task) -> tuple[torch.optim.Optimizer, list[s
             raise
         others = optimizers.not_matrices(task.model)
         raise UsageError(
-            f"optimizer ({node['_target_']}) takes matrices alone, and {len(others)} parameters of the model are "
-            f"none: {', '.join(others[:5])}{' …' if len(others) > 5 else ''}. Use another optimizer, such as "
+            f"optimizer ({node['_target_']}) takes only matrices, and {len(others)} parameters of the model are "
+            f"not: {', '.join(others[:5])}{' …' if len(others) > 5 else ''}. Use another optimizer, such as "
             "optimizer=adamw, or one of your own that gives it the matrices and the rest to another "
             "(optimizer=own optimizer._target_=…)."
         ) from error

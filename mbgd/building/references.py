@@ -5,12 +5,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 OPEN = "\0"
-"""Stands for the beginning of an interpolation."""
+"""Marks the beginning of an interpolation."""
 
 
 def referred(configuration: Any, section: str, keys: Iterable[str]) -> set[str]:
-    """Those of the section's `keys` that interpolations anywhere in the configuration name; all, where one takes the
-    whole section or finds out a name by another interpolation.
+    """The section's `keys` that interpolations anywhere in the configuration name; all of them, if one takes the whole
+    section or computes a name by another interpolation.
 
     configuration: plain containers, with interpolations as text.
     """
@@ -22,7 +22,7 @@ def referred(configuration: Any, section: str, keys: Iterable[str]) -> set[str]:
 
 
 def _texts(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
-    """(path, text inside of interpolations) of each value that has some."""
+    """(path, text inside interpolations) of each value that has interpolations."""
     if isinstance(node, Mapping):
         for key, value in node.items():
             yield from _texts(value, (*path, str(key)))
@@ -34,7 +34,7 @@ def _texts(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], 
 
 
 def _inside(text: str) -> str:
-    """What stands within ${…}, with OPEN at the beginning of each; what stands outside is no reference."""
+    """The text inside ${…}, with OPEN at the beginning of each; text outside is not a reference."""
     depth, found = 0, ""
     for part in re.split(r"(\$\{|\})", text):
         if part == "${":
@@ -47,7 +47,7 @@ def _inside(text: str) -> str:
 
 
 def _targets(path: tuple[str, ...], inside: str) -> Iterator[tuple[str, ...]]:
-    """The first two keys of each reference; a second key of "" stands for any."""
+    """The first two keys of each reference; "" as the second key means any key."""
     for dots, name in re.findall(rf"(?<![^{OPEN}:,\s])(\.*)(\w[\w.\['\"\]]*{OPEN}?)", inside):
         keys = [key for key in re.split(r"[.\[\]'\"]+", name.rstrip(OPEN)) if key]
         start = path[: -len(dots)] if dots else ()

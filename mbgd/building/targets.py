@@ -1,4 +1,4 @@
-"""Nodes with a `_target_`: whether it takes the keys that they give, and what is wrong with values that it refuses."""
+"""Nodes with a `_target_`: which keys it does not take, and why it refuses values."""
 
 import inspect
 import pkgutil
@@ -13,11 +13,11 @@ from mbgd.text.suggestions import nearest
 
 OF_HYDRA = ("_target_", "_args_", "_convert_", "_partial_", "_recursive_")
 GROUPS_WITH_OWN = ("model", "objective", "optimizer", "schedule")
-"""Groups of the configuration whose choice `own` has no keys but `_target_`."""
+"""Groups of the configuration whose choice `own` has only the key `_target_`."""
 
 
 def find(node: Mapping[str, Any]) -> Any:
-    """The target; None where there is none, which Hydra explains."""
+    """The target; None if it cannot be found, which Hydra explains."""
     try:
         return pkgutil.resolve_name(node["_target_"])
     except Exception:  # importing a module of the user's can raise anything
@@ -33,12 +33,12 @@ def takes(target: Any, keyword: str) -> bool:
 
 
 def mistakes(name: str, node: Any, num_positional: int = 0, added: Collection[str] = ()) -> Iterator[str]:
-    """What is wrong with the keywords of each target, of the node or of nodes inside it, by the target's signature.
+    """What is wrong with the keywords of the node and of nodes inside it, by their targets' signatures.
 
-    num_positional: how many arguments it gets by position; added: keywords that it gets beside the node's.
+    num_positional: number of positional arguments; added: keywords that the target gets beside the node's.
     """
     if isinstance(node, Mapping):
-        if node.get("_recursive_", True):  # otherwise the target makes of them what it likes
+        if node.get("_recursive_", True):  # otherwise the target handles the inner nodes itself
             for key, value in node.items():
                 yield from mistakes(f"{name}.{key}", value)
         if "_target_" in node:
@@ -87,8 +87,8 @@ def _not_taken(name: str, node: Mapping[str, Any], taken: list[str], added: Coll
 
 
 def mismatches(name: str, node: Mapping[str, Any]) -> list[str]:
-    """Values of another kind than the target's annotations say; annotations need not be right, so this is to be asked
-    only once it has refused the values.
+    """Values that do not fit the target's annotations. Annotations can be wrong, so call this only after the target has
+    refused the values.
 
     node: the target and its keywords.
     """
@@ -111,7 +111,7 @@ def mismatches(name: str, node: Mapping[str, Any]) -> list[str]:
 
 
 def _fits(annotation: Any, value: Any) -> bool:
-    """Whether a plain value may be meant by an annotation; true where the annotation is not known here."""
+    """Whether a plain value may fit an annotation; true for annotations that are not known here."""
     origin, arguments = get_origin(annotation) or annotation, get_args(annotation)
     if origin in (Union, types.UnionType):
         return any(_fits(one, value) for one in arguments)
@@ -136,7 +136,7 @@ def _is_list(origin: Any) -> bool:
 
 
 def _words(annotation: Any) -> str:
-    """What an annotation asks for; tensors aside, which the configuration cannot give."""
+    """An annotation in words, without tensors, which the configuration cannot give."""
     origin, arguments = get_origin(annotation) or annotation, get_args(annotation)
     if origin in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(_words(one) for one in arguments if one not in (type(None), Tensor)))

@@ -1,1 +1,1 @@
-"""The state of a run: its parts, snapshots of it, their form on disk, and when they are written."""
+"""The state of a run: its parts, snapshots of them, the format on disk, and when checkpoints are written."""

@@ -1,8 +1,9 @@
-"""Checkpoints on disk: a folder is there whole and verified, or it is not there.
+"""Checkpoints on disk. Each is complete and verifiable, or absent.
 
-`checkpoints/step-000001200/` holds `model.safetensors`, `optimizer.safetensors` and `manifest.json` (sizes and hashes
-of all, the step, and what the run was). It is written under a temporary name, flushed to the disk file by file,
-the manifest last, and then renamed. There is no pickle in it, so that loading one runs no code.
+`checkpoints/step-000001200/` holds `model.safetensors`, `optimizer.safetensors`, `objective.safetensors` if the
+objective has state, and `manifest.json` (sizes and hashes of the files, the step, and the run's identity). It is
+written under a temporary name, flushed to the disk file by file, the manifest last, and then renamed. It contains no
+pickle, so loading one runs no code.
 """
 
 import json
@@ -42,15 +43,16 @@ def step_of(path: Path) -> int:
 
 
 def write(folder: Path, snapshot: Snapshot, identity: Mapping[str, Any], *, durable: bool = True) -> Path:
-    """Write a checkpoint under `folder`; afterwards it is there whole, if `durable` even if the power fails now.
+    """Write a complete checkpoint under `folder`; durable: it survives a power failure from then on.
 
-    What the run has logged up to then, beside `folder`, is flushed before: a checkpoint implies these lines. One of the
-    same step that verifies is left as it is: the run went on from it. OSError where the run's folder is gone.
+    The run's metrics file is flushed first, so that a checkpoint implies the lines logged before it. If there is a
+    checkpoint of the same step that verifies, it is kept: the run went on from it. OSError where the run's folder is
+    gone.
     """
     flush = files.flush if durable else _do_not_flush
     folder_lock.check(folder.parent)
     if not folder.exists():
-        folder.mkdir()  # not its parents: a run's folder that is gone stays gone
+        folder.mkdir()  # not its parents: a run's folder that was deleted is not made again
         flush(folder.parent)
     if durable and (folder.parent / METRICS).exists():
         flush(folder.parent / METRICS)
@@ -89,13 +91,13 @@ def write(folder: Path, snapshot: Snapshot, identity: Mapping[str, Any], *, dura
 
 
 def remove(path: Path) -> None:
-    doomed = path.with_name(f"{path.name}{TEMPORARY}")  # so that a half-deleted one is not taken for broken
+    doomed = path.with_name(f"{path.name}{TEMPORARY}")  # so that a half-deleted one does not count as broken
     path.rename(doomed)
     shutil.rmtree(doomed)
 
 
 def complete(folder: Path) -> list[Path]:
-    """The checkpoints under `folder`, newest first; what is in them is not looked at."""
+    """The checkpoints under `folder`, by name, newest first; their content is not checked."""
     return sorted((path for path in folder.glob("step-*") if is_named_as_one(path)), key=step_of, reverse=True)
 
 
@@ -104,9 +106,9 @@ def is_named_as_one(path: Path) -> bool:
 
 
 def newest(folder: Path, *, whole_run: bool = False) -> Path | None:
-    """The newest checkpoint that verifies. Broken ones are put aside, with a message; leftovers are removed.
+    """The newest checkpoint that verifies. Broken ones are renamed, with a message; temporary folders are removed.
 
-    For the run that holds the folder's lock. whole_run: as for `verify`.
+    Only the run that holds the folder's lock may call this. whole_run: as for `verify`.
     """
     for leftover in folder.glob(f"step-*{TEMPORARY}"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -119,7 +121,7 @@ def newest(folder: Path, *, whole_run: bool = False) -> Path | None:
 
 
 def newest_of_another(folder: Path) -> Path | None:
-    """The newest checkpoint of another run that verifies. Nothing is changed there: that run may be saving now."""
+    """The newest checkpoint of another run that verifies. This changes nothing there: that run may be saving now."""
     for path in complete(folder):
         problem = verify(path, whole_run=True)
         if problem is None:
@@ -129,7 +131,7 @@ def newest_of_another(folder: Path) -> Path | None:
 
 
 def best(folder: Path, metric: str, *, highest: bool) -> tuple[Path, float] | None:
-    """The checkpoint at whose step an evaluation gave the best `metric`, and that; of equal ones the earliest."""
+    """(checkpoint, value) with the best `metric` from an evaluation at its step; among equal values the earliest."""
     found = None
     for path in reversed(complete(folder)):
         try:
@@ -142,19 +144,19 @@ def best(folder: Path, metric: str, *, highest: bool) -> tuple[Path, float] | No
 
 
 def is_better(value: float, than: float | None, *, highest: bool) -> bool:
-    """Not a number is never better."""
+    """nan is never better."""
     if than is None:
         return not math.isnan(value)
     return value > than if highest else value < than
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a checkpoint so that it is no longer taken for one; the new path."""
+    """Rename a checkpoint so that it no longer counts as one; returns the new path."""
     return files.set_aside(path, BROKEN)
 
 
 def verify(path: Path, *, whole_run: bool = False) -> str | None:
-    """What is wrong with a checkpoint, or None. whole_run: it must have all that a trainer goes on from."""
+    """What is wrong with a checkpoint, or None. whole_run: it must hold everything that a trainer resumes from."""
     try:
         for name, wanted in _manifest(path, whole_run=whole_run)["files"].items():
             check_regular(path / name)
@@ -164,7 +166,7 @@ def verify(path: Path, *, whole_run: bool = False) -> str | None:
             if files.sha256(path / name) != wanted["sha256"]:
                 return f"{name} has other content than was written"
             with safe_open(path / name, "pt"):
-                pass  # that it is one: sizes and offsets within it make sense
+                pass  # opening it checks the sizes and offsets in its header
     except Unreadable as error:
         return f"{plain(error.path.name)}: {error.reason}"
     except (OSError, ValueError, SafetensorError) as error:
@@ -188,7 +190,7 @@ def read(path: Path) -> tuple[Snapshot, dict[str, Any]]:
 
 
 def _manifest(path: Path, *, whole_run: bool = False) -> dict[str, Any]:
-    """The manifest, checked but for the files that it names; OSError or ValueError where something is wrong."""
+    """The manifest, checked; the files that it names are not. OSError or ValueError where something is wrong."""
     if path.is_symlink() or not path.is_dir():
         raise ValueError("it is not a folder")
     content = files.parse_json(files.read(path / MANIFEST, files.MOST_JSON_BYTES))
@@ -196,7 +198,7 @@ def _manifest(path: Path, *, whole_run: bool = False) -> dict[str, Any]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What two identities do not share, by key."""
+    """The keys in which two identities differ, with both values."""
     return [
         plain(f"{key}: {before.get(key)} before, {now.get(key)} now")
         for key in sorted(before.keys() | now.keys())

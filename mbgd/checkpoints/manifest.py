@@ -1,4 +1,4 @@
-"""What a checkpoint's manifest may hold. Whoever wrote it: its hash says that it is unchanged, not that it is right."""
+"""The schema of a checkpoint's manifest. It is checked because the hash proves only that the manifest is unchanged."""
 
 from typing import Annotated, Any
 
@@ -10,7 +10,7 @@ from mbgd.files.run_files import Count, Node, Sha256, seal
 FORMAT = 1
 
 Number = float | None
-"""null is what is not finite."""
+"""null stands for a number that is not finite."""
 Finite = Annotated[float, msgspec.Meta(ge=-1.7e308, le=1.7e308)]
 
 
@@ -20,7 +20,7 @@ class File(msgspec.Struct):
 
 
 class Optimizer(msgspec.Struct):
-    """What the optimizer alone can judge is left to it."""
+    """The state is checked further by step/optimizer_state.py, which knows the optimizer."""
 
     state: Node | list[Any] = {}
     groups: list[Node] = []
@@ -31,7 +31,7 @@ class Optimizer(msgspec.Struct):
 
 
 class Values(msgspec.Struct):
-    """Parts that are not known here are their owners' to judge."""
+    """Other parts may be there; whoever wrote them checks them."""
 
     optimizer: Optimizer | None = None
     metrics: dict[str, Number] = {}
@@ -56,9 +56,9 @@ NEEDED_FILES = ("model.safetensors", "optimizer.safetensors")
 
 
 def check(manifest: Any, step: int | None, *, whole_run: bool) -> dict[str, Any]:
-    """The manifest, as it is; ValueError saying what is wrong with it.
+    """The manifest, unchanged; ValueError says what is wrong with it.
 
-    step: by its folder's name, if that says one. whole_run: it must have all that a trainer goes on from.
+    step: the one in its folder's name, if any. whole_run: it must hold everything that a trainer resumes from.
     """
     if not isinstance(manifest, dict):
         raise ValueError("the manifest is not an object")
@@ -71,10 +71,10 @@ def check(manifest: Any, step: int | None, *, whole_run: bool) -> dict[str, Any]
             raise ValueError(f"{name!r} is not the name of a file of a checkpoint")
     known = convert(manifest, Manifest)
     if step is not None and known.step != step:
-        raise ValueError(f"it holds step {known.step}, and its folder is named for step {step}")
+        raise ValueError(f"it holds step {known.step}, but its folder is named for step {step}")
     if whole_run:
         lacking = [name for name in NEEDED_FILES if name not in known.files]
         lacking += [f"values.{name}" for name in NEEDED_VALUES if manifest["values"].get(name) is None]
         if lacking:
-            raise ValueError(f"it is not of a run: it has no {' and no '.join(lacking)}")
+            raise ValueError(f"it is not the checkpoint of a run: it has no {' and no '.join(lacking)}")
     return manifest

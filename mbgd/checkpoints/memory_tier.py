@@ -1,7 +1,7 @@
-"""The tier of snapshots in a host's memory, for workers that restart there: where it lies, and what of it counts.
+"""Snapshots in a host's memory, for workers that restart there: where they are, and which of them are valid.
 
-Every user of the host can write to /dev/shm. So nothing there is read or removed unless it is a folder of this user's
-own that nobody else may enter, with nothing but folders and regular files of this user's in it.
+Every user of the host can write to /dev/shm. So nothing there is read or removed unless it is in a folder that belongs
+to this user, that nobody else may enter, and that holds only folders and regular files of this user.
 """
 
 import hashlib
@@ -18,17 +18,17 @@ from mbgd.workers.group import Workers
 
 HOST_MEMORY = Path("/dev/shm")
 OF_ONE_WORKER = ("metrics", "tracking")
-"""Values of a snapshot that need not be the same on every worker: speeds, the names that trackers give a run."""
+"""Values of a snapshot that may differ between workers: speeds, and the run ids of trackers."""
 
 
 def memory_path(run: Path) -> Path:
-    """Where the snapshots of a run lie in this host's memory."""
+    """The folder of a run's snapshots in this host's memory."""
     key = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
     return HOST_MEMORY / f"mbgd-{os.geteuid()}-{key}"
 
 
 def make(path: Path) -> str:
-    """Make the folder, or see that the one there is this user's own; what hinders, or nothing."""
+    """Make the folder, or check that the one there is this user's own; returns the problem, or an empty text."""
     try:
         path.mkdir(mode=0o700)
     except FileExistsError:
@@ -39,10 +39,9 @@ def make(path: Path) -> str:
 
 
 def problem_of(path: Path) -> str:
-    """Why a folder in the host's memory is not to be trusted, or nothing.
+    """Why a folder in the host's memory cannot be trusted, or an empty text.
 
-    A folder that passes stays what it is: where only owners may rename or remove (the sticky bit), nobody else can put
-    another in its place.
+    A folder that passes cannot be replaced by another user: with the sticky bit, only owners may rename or remove.
     """
     try:
         place = path.parent.stat()
@@ -52,7 +51,7 @@ def problem_of(path: Path) -> str:
         finally:
             os.close(descriptor)
     except OSError as error:
-        return f"{path} is no folder of this user's ({error.strerror})"
+        return f"{path} is not a folder of this user ({error.strerror})"
     if place.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not place.st_mode & stat.S_ISVTX:
         return f"anyone can put another folder in the place of {path}"
     if found.st_uid != os.geteuid():
@@ -65,7 +64,7 @@ def problem_of(path: Path) -> str:
 def newest_in_memory(run: Path, workers: Workers, identity: Mapping[str, Any]) -> Path | None:
     """The newest snapshot that every host has in its memory, the same on every worker.
 
-    identity: what the run's course depends on; a snapshot of another course does not count.
+    identity: the settings that the run's course depends on; snapshots with another identity do not count.
     """
     path, found = memory_path(run), None
     if workers.local_rank == 0:
@@ -76,7 +75,7 @@ def newest_in_memory(run: Path, workers: Workers, identity: Mapping[str, Any]) -
 
 
 def remove_memory(run: Path, workers: Workers, but: Path | None = None) -> None:
-    """Forget what this host's memory has of the run, but for one snapshot."""
+    """Remove the run's snapshots from this host's memory, except `but`."""
     path = memory_path(run)
     if workers.local_rank != 0 or not os.path.lexists(path) or problem_of(path):
         return
@@ -89,7 +88,7 @@ def remove_memory(run: Path, workers: Workers, but: Path | None = None) -> None:
 
 
 def _contents(path: Path, identity: Mapping[str, Any]) -> dict[str, str]:
-    """Name → hash of the state of every snapshot there that is whole and of this run."""
+    """Name → hash of the state, for every snapshot in the folder that is whole and of this run."""
     if not os.path.lexists(path):
         return {}
     if problem := problem_of(path):
@@ -105,7 +104,7 @@ def _contents(path: Path, identity: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _is_own(snapshot: Path) -> bool:
-    """Whether it is a folder of regular files, all this user's: no link leads out, and no pipe hangs who reads it."""
+    """Whether it is a folder of regular files, all this user's: no link leads outside, and no pipe blocks a reader."""
     try:
         inside = [entry.lstat() for entry in snapshot.iterdir()] if stat.S_ISDIR(snapshot.lstat().st_mode) else []
         all_own = {snapshot.lstat().st_uid, *(one.st_uid for one in inside)} == {os.geteuid()}
@@ -115,7 +114,7 @@ def _is_own(snapshot: Path) -> bool:
 
 
 def _hash_of_state(manifest: Mapping[str, Any]) -> str:
-    """Of what must be alike on every worker: two hosts may hold different states of one step."""
+    """Hash of the state that must be the same on every worker: two hosts may hold different states of one step."""
     values = {name: value for name, value in manifest["values"].items() if name not in OF_ONE_WORKER}
     state = {"step": manifest["step"], "files": manifest["files"], "values": values}
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()

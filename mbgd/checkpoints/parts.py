@@ -15,23 +15,23 @@ class Part(Protocol):
     """One part of the state: the model, the optimizer, a moving average."""
 
     def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
-        """Its tensors as they lie, by the checkpoint's file and then by name."""
+        """Its tensors, not copied: file in the checkpoint → name → tensor."""
 
     def values(self) -> Mapping[str, Any]:
-        """What else there is of it, by name, as JSON can hold it."""
+        """The rest of its state by name, as JSON can hold it."""
 
     def mismatches(self, snapshot: Snapshot) -> list[str]:
-        """What of a snapshot cannot be taken over, in words."""
+        """Why a snapshot cannot be restored, one text for each reason."""
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Take over what fits; nothing is shared with the snapshot afterwards."""
+        """Restore what fits, as copies: no memory is shared with the snapshot afterwards."""
 
 
 class Parts:
     """All parts of one run."""
 
     def __init__(self, parts: Sequence[Part], parameters: Mapping[str, Tensor], device: torch.device) -> None:
-        """parameters: what is trained, by name; it and the optimizer's state must be finite to be saved."""
+        """parameters: trained parameters by name; they and the optimizer's state must be finite to be saved."""
         self._parts, self._parameters = parts, parameters
         self._memory = SnapshotMemory(device)
 
@@ -48,7 +48,7 @@ class Parts:
         return self._memory.snapshot(step, tensors=tensors, values=values)
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Take over a snapshot; UsageError, with nothing changed, where it does not fit."""
+        """Restore every part; UsageError, with nothing changed, where the snapshot does not fit."""
         if found := [mismatch for part in self._parts for mismatch in part.mismatches(snapshot)]:
             raise UsageError("the checkpoint does not fit this run:\n" + "\n".join(f"  - {one}" for one in found))
         for part in self._parts:

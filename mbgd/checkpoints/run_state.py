@@ -1,4 +1,4 @@
-"""Where a run stands: the step, the last metrics, and by what trackers know it."""
+"""How far a run is: the step, the last metrics, and the trackers' run ids."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,13 +12,13 @@ from mbgd.files import strict_json
 
 
 class RunState:
-    """With the parameters and the optimizer's state, all there is to resume from."""
+    """One part of a checkpoint, beside the task, the optimizer and the noise scale."""
 
     def __init__(self, setup: Setup) -> None:
         self.step = 0
         """Optimizer steps completed."""
         self.metrics: dict[str, float] = {}
-        """The last value of each."""
+        """The last value of each metric."""
         self.tracking: dict[str, str] = {}
         """The trackers' run ids, so that a resumed run continues them."""
         self._must_match: dict[str, Any] = {
@@ -26,7 +26,7 @@ class RunState:
             "batch.size": setup.plan.minibatch_size,
             "optimizer": type(setup.optimizer).__name__,
         }
-        """What must be the same, beside the model, for the state of one run to mean anything in another."""
+        """What must be the same, beside the model, for a run to restore the state of another."""
 
     def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
         return {}

@@ -1,4 +1,4 @@
-"""When checkpoints are taken, where they are kept, and who writes them: a thread beside training."""
+"""When checkpoints are taken and where they are kept. A thread beside training writes them."""
 
 import shutil
 import threading
@@ -25,29 +25,29 @@ Take = Callable[[], Snapshot]
 
 
 class Checkpoints(Protocol):
-    """Takes snapshots of a run where they are due."""
+    """Takes snapshots of a run when they are due."""
 
     def check(self, problems: Sequence[str]) -> None:
-        """UsageError where there are problems: what of the state cannot be kept, known after the first step."""
+        """UsageError if there are problems: state that a checkpoint cannot hold, known after the first step."""
 
     def after_step(self, step: int, evaluation: Mapping[str, float], take: Take, *, is_time: bool = True) -> None:
-        """Take one if one is due after so many steps.
+        """Take one if one is due after `step` steps.
 
-        evaluation: metrics of an evaluation at this very step; empty if there was none. is_time: one may be taken
-        because of the time that has passed.
+        evaluation: metrics of an evaluation at this step; empty if there was none. is_time: a checkpoint that is due
+        by time may be taken now.
         """
 
     def due_by_time(self) -> bool:
-        """Whether so much time has passed that one is due."""
+        """Whether `checkpoint.every_seconds` have passed since the last one."""
 
     def at_end(self, step: int, evaluation: Mapping[str, float], take: Take) -> bool:
-        """Take one and wait until everything is written; whether it could be."""
+        """Take one and wait until everything is written; returns whether that succeeded."""
 
     def newest_step(self) -> int | None:
-        """Of the newest whole checkpoint on disk; None where there is none."""
+        """Step of the newest whole checkpoint on disk; None if there is none."""
 
     def settle(self, step: int, evaluation: Mapping[str, float], take: Take, *, is_on_disk: bool) -> None:
-        """What follows for this worker's host once it is known whether the disk has the last state."""
+        """Once it is known whether the disk has the last state: remove the snapshots in memory, or save it there."""
 
 
 class NoCheckpoints:
@@ -73,19 +73,19 @@ class NoCheckpoints:
 
 
 class CheckpointsElsewhere(NoCheckpoints):
-    """The main worker takes them; what cannot be kept is refused on every worker."""
+    """The main worker takes them; state that cannot be saved is refused on every worker."""
 
     def check(self, problems: Sequence[str]) -> None:
         _check(problems)
 
 
 class CheckpointFolder:
-    """The checkpoints of one run on disk: the newest few, and the best."""
+    """The checkpoints of one run on disk: the newest `keep`, and the best."""
 
     def __init__(self, path: Path, settings: Checkpoint, identity: Mapping[str, Any], *, durable: bool = True) -> None:
-        """identity: what the run's course depends on, kept in the manifest; a resumed run's must be the same.
+        """identity: the settings that the run's course depends on, kept in the manifest; they must match on resume.
 
-        durable: each is flushed to the disk.
+        durable: flush each checkpoint to the disk.
         """
         self._path, self._settings, self._identity, self._durable = path, settings, dict(identity), durable
         self._writer: threading.Thread | None = None
@@ -98,9 +98,9 @@ class CheckpointFolder:
         _check(problems)
 
     def after_step(self, step: int, evaluation: Mapping[str, float], take: Take, *, is_time: bool = True) -> None:
-        """Raises UsageError where an earlier one could not be written and `checkpoint.required` is set."""
+        """UsageError where an earlier checkpoint could not be written and `checkpoint.required` is set."""
         if self._writer is not None and not self._writer.is_alive():
-            self.wait()  # a failure is told as soon as it is known
+            self.wait()  # reports a failure as soon as it is known
         if self._is_best(evaluation) or self._is_due(step) or (is_time and self.due_by_time()):
             self._save(step, evaluation, take)
             if self._failure is not None and self._writer is None:
@@ -146,18 +146,18 @@ class CheckpointFolder:
         return checkpoint.best(self._path, self._settings.best, highest=self._highest)
 
     def _save(self, step: int, evaluation: Mapping[str, float], take: Take) -> None:
-        self.wait()  # one at a time: where the disk is slower than the schedule, training waits for it
+        self.wait()  # one at a time: if the disk is slower than the schedule, training waits for it
         self._last_step, self._last_time, self._last_is_written = step, time.monotonic(), False
         try:
             writer = threading.Thread(target=self._write, args=(take(), dict(evaluation)), name="checkpoint writer")
             writer.start()
-        except Exception as error:  # no memory for the snapshot, a state that cannot be held, no more threads
+        except Exception as error:  # no memory for the snapshot, state that cannot be saved, no more threads
             self._failure = error
         else:
             self._writer = writer
 
     def wait(self) -> bool:
-        """For what is being written; whether it could be."""
+        """Wait until the writer is done; returns whether it succeeded."""
         if self._writer is not None:
             self._writer.join()
             self._writer = None
@@ -165,11 +165,10 @@ class CheckpointFolder:
         if failure is None:
             return True
         found = self._find_best()
-        self._best = None if found is None else found[1]  # the best may be what was not written
+        self._best = None if found is None else found[1]  # the one that was not written may have been the best
         write_to_log("".join(traceback.format_exception(failure)).rstrip())
         message = (
-            f"a checkpoint could not be written to {self._path}: {_in_words(failure)}. Older checkpoints are as they "
-            "were."
+            f"a checkpoint could not be written to {self._path}: {_in_words(failure)}. Older checkpoints are unchanged."
         )
         if self._settings.required:
             raise UsageError(f"{message} Training stops because of checkpoint.required=true.")
@@ -181,7 +180,7 @@ class CheckpointFolder:
             with_evaluation = replace(snapshot, values={**snapshot.values, "evaluation": evaluation})
             checkpoint.write(self._path, with_evaluation, self._identity, durable=self._durable)
             self._last_is_written = True
-        except BaseException as error:  # whatever it is, nothing was saved; only this thread would end of it
+        except BaseException as error:  # whatever it is, nothing was saved, and an exception would end only this thread
             self._failure = error
             return
         try:
@@ -196,7 +195,8 @@ class CheckpointFolder:
 class MemoryFolder:
     """The newest two snapshots in this host's memory, for workers that restart there.
 
-    One worker of each host writes them. They outlive the workers, but not the host, and go once all is on disk.
+    One worker of each host writes them. They are kept across worker restarts, lost with the host, and deleted at the
+    end once the disk has the last state.
     """
 
     def __init__(self, path: Path, every_steps: int, identity: Mapping[str, Any]) -> None:
@@ -211,12 +211,12 @@ class MemoryFolder:
         return self._folder.at_end(step, evaluation, take)
 
     def remove(self) -> None:
-        self._folder.wait()  # or what is being written would come after
+        self._folder.wait()  # or the writer would make the folder again
         shutil.rmtree(self._path, ignore_errors=True)
 
 
 class DiskAndMemory:
-    """Both, on the worker that writes both; memory alone, on the first worker of another host."""
+    """Checkpoints on disk and in memory. On the first worker of another host `disk` is CheckpointsElsewhere."""
 
     def __init__(self, disk: Checkpoints, memory: MemoryFolder) -> None:
         self._disk, self._memory = disk, memory
@@ -248,18 +248,18 @@ class DiskAndMemory:
 def save_last(
     checkpoints: Checkpoints, workers: Workers, step: int, evaluation: Mapping[str, float], take: Take
 ) -> str:
-    """Save the last state and wait until it is written; what is wrong if it could not be, the same on every worker.
+    """Save the last state and wait until it is written; returns the problem if it could not be, else an empty text.
 
-    UsageError, on every worker too, where `checkpoint.required` is set then.
+    The same on every worker. With `checkpoint.required` a problem is a UsageError, on every worker, too.
     """
     told = ["", ""]
     try:
         if not checkpoints.at_end(step, evaluation, take):
             newest = checkpoints.newest_step()
-            there = "none of this run is there" if newest is None else f"the newest there is of step {newest}"
+            there = "there is none of this run" if newest is None else f"the newest one is of step {newest}"
             told[0] = f"the state after step {step} is in no checkpoint on disk; {there}"
             if newest == step:  # renamed, but not flushed
-                told[0] = f"the checkpoint of step {step} may not outlast a failure of the power"
+                told[0] = f"the checkpoint of step {step} could be lost in a power failure"
     except UsageError as error:
         told[1] = str(error)
     problem, refusal = (str(text) for text in workers.broadcast(told))
@@ -270,14 +270,14 @@ def save_last(
 
 
 def check(settings: Checkpoint, evaluation_names: Sequence[str]) -> None:
-    """UsageError where the best checkpoint is asked for by a metric that evaluations do not give."""
+    """UsageError if `checkpoint.best` names a metric that evaluations do not give."""
     if settings.best is not None and settings.best not in evaluation_names:
         known = f"one of {', '.join(evaluation_names)}" if evaluation_names else "null: there is no evaluation dataset"
         raise UsageError(f"checkpoint.best={settings.best}, which no evaluation gives; it must be {known}.")
 
 
 def create(settings: Checkpoint, run: Path, disk: Path, identity: Mapping[str, Any], workers: Workers) -> Checkpoints:
-    """What this worker keeps of the run in folder `run`, whose checkpoints lie in `disk`."""
+    """The checkpoints that this worker keeps for the run in folder `run`; those on disk are in `disk`."""
     kept: Checkpoints = CheckpointsElsewhere()
     if workers.is_main:
         kept = CheckpointFolder(disk, settings, identity)

@@ -1,4 +1,4 @@
-"""A run's whole state in the host's memory: what checkpoints are written from and trainers restored from."""
+"""A run's whole state in the host's memory, which checkpoints are written from and trainers are restored from."""
 
 import weakref
 from collections import defaultdict
@@ -10,27 +10,27 @@ import torch
 from torch import Tensor
 
 Tensors = Mapping[str, Mapping[str, Tensor]]
-"""By file (model, optimizer), then by name."""
+"""File (model, optimizer, objective) → name → tensor."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The whole state of a run after so many steps, in memory of its own."""
+    """The whole state of a run after `step` steps, in memory of its own."""
 
     step: int
     tensors: Tensors
     values: Mapping[str, Any] = field(default_factory=dict)
-    """What JSON can hold."""
+    """The state that is not tensors, as JSON can hold it."""
 
 
 class SnapshotMemory:
-    """Memory for snapshots that is used again once a snapshot's tensor is gone.
+    """Memory for snapshots, reused once a snapshot's tensor is garbage.
 
-    Fresh memory costs several times the copy itself, for the system hands it out zeroed, page by page.
+    Fresh memory costs several times the copy itself, because the system zeroes it page by page.
     """
 
     def __init__(self, device: torch.device) -> None:
-        """device: of the tensors; memory for a GPU's is pinned, so that it copies there without the processor."""
+        """device: where the tensors are. For a GPU the memory is pinned, so that it copies without the processor."""
         self._device, self._pinned = device, device.type == "cuda"
         self._free: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = defaultdict(list)
 
@@ -38,12 +38,12 @@ class SnapshotMemory:
         """A snapshot whose tensors are copies of `tensors`."""
         copies = {file: {name: self._copy(t) for name, t in of_file.items()} for file, of_file in tensors.items()}
         if self._pinned:
-            torch.cuda.synchronize(self._device)  # no later step writes into what is being copied
+            torch.cuda.synchronize(self._device)  # so that no later step writes to a tensor while it is copied
         return Snapshot(step, copies, values)
 
     def _copy(self, tensor: Tensor) -> Tensor:
         free = self._free[tensor.shape, tensor.dtype]
         memory = free.pop() if free else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._pinned)
-        lent = memory.detach()  # each tensor by itself: somebody may hold one, and the snapshot no longer
+        lent = memory.detach()  # each tensor by itself: one may be in use after the snapshot is gone
         weakref.finalize(lent, self._free[tensor.shape, tensor.dtype].append, memory).atexit = False
         return lent.copy_(tensor.detach(), non_blocking=True)

@@ -1,4 +1,4 @@
-"""What a checkpoint and an export hold of model and objective: parameters, buffers and extra state, by plain names."""
+"""The state of model and objective in checkpoints and exports: parameters, buffers and extra state, by plain names."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +19,7 @@ class TaskState:
         self._task, self._buffers = task, buffers
 
     def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
-        """What is trained or moves, as it lies: "model" and, where the objective has state, "objective"."""
+        """All state tensors, not copied: under "model" and, if the objective has state, under "objective"."""
         kept, _ = extra_state.split(extra_state.extra_state(self._task))
         tensors = {**self._task.parameters_by_name(), **self._buffers.tensors(), **kept}
         tensors = {name: _storable(tensor) for name, tensor in tensors.items()}
@@ -30,12 +30,12 @@ class TaskState:
         return {"model": model, "objective": objective} if objective else {"model": model}
 
     def values(self) -> Mapping[str, Any]:
-        """Extra state that is no tensor, and under which names of the tensors an export finds its own."""
+        """Extra state that is not tensors, and the names that an export needs (see `_export_names`)."""
         _, others = extra_state.split(extra_state.extra_state(self._task))
         return {"extra_state": others, "export": self._export_names()}
 
     def objective(self) -> dict[str, Tensor]:
-        """Parameters and buffers of the objective, on the CPU; empty where it has none."""
+        """Parameters, buffers and extra-state tensors of the objective, on the CPU; empty if it has none."""
         tensors = self.tensors().get("objective", {})
         return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
 
@@ -51,7 +51,7 @@ class TaskState:
         }
 
     def mismatches(self, snapshot: Snapshot) -> list[str]:
-        """What in a checkpoint's tensors does not fit."""
+        """Tensors of the checkpoint that do not fit, with both kinds."""
         now, then = _flat(self.tensors()), _flat(snapshot.tensors)
         optional = self._buffers.recomputable()
         return [
@@ -61,7 +61,7 @@ class TaskState:
         ]
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Take over a checkpoint's tensors and values that fit."""
+        """Restore the tensors and values that fit."""
         then, values = _flat(snapshot.tensors), snapshot.values
         with torch.no_grad():
             for name, tensor in {**self._task.parameters_by_name(), **self._buffers.tensors()}.items():
@@ -72,9 +72,9 @@ class TaskState:
 
 
 def exported(model: nn.Module) -> dict[str, Tensor]:
-    """What `load_state_dict` of the plain model takes: every name, tied ones too, on the CPU; no other buffers.
+    """The tensors of `model.state_dict()` by plain names, tied ones under each name, on the CPU.
 
-    Extra state that is no tensor is not in it, and complex128 is there as pairs of float64: safetensors holds neither.
+    Extra state that is not a tensor is left out, and complex128 becomes pairs of float64: safetensors holds neither.
     """
     return {
         plain_name(name): _storable(value.detach()).cpu().clone().contiguous()
@@ -84,7 +84,7 @@ def exported(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _storable(tensor: Tensor) -> Tensor:
-    """The tensor, or a view of it that safetensors can hold: it has no complex128."""
+    """The tensor; complex128, which safetensors does not have, as a view of float64 pairs."""
     return torch.view_as_real(tensor) if tensor.dtype is torch.complex128 else tensor
 
 

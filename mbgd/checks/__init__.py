@@ -1,1 +1,1 @@
-"""What is tried before training, and compared during it."""
+"""Checks before training, and checks of values and of the workers' copies during it."""

@@ -1,4 +1,4 @@
-"""What went wrong in a step whose loss, gradient, weights or buffers are not what can be trained on, in words."""
+"""Error messages for steps whose loss, gradient, weights or buffers cannot be trained on."""
 
 from collections.abc import Callable, Sequence
 
@@ -19,7 +19,7 @@ DOUBLE_WHERE = (
     "A weight of 0 does not mask it: 0 times an infinite derivative is nan. Keep such values out of the function, not "
     "only out of the sum: f(torch.where(mask, x, 1.0)) before torch.where(mask, …, 0.0); docs/what_is_accounted_for.md."
 )
-LEFT = "The step was not made; checkpoints hold what was before."
+LEFT = "The step was not made; checkpoints hold the state before it."
 
 
 def stop(
@@ -30,9 +30,9 @@ def stop(
     examples: Sequence[int],
     workers: Workers,
 ) -> UsageError:
-    """The error of a run that cannot go on, the same on every worker; called by all of them at the end of `step`.
+    """The error of a run that cannot go on, the same on every worker; all workers call this at the end of `step`.
 
-    found: the first wrong step that this worker knows, counted from 0. examples: numbers of this worker's examples
+    found: the first wrong step that this worker knows of, counted from 0. examples: numbers of this worker's examples
     whose loss is not finite.
     """
     order = list(Wrong)
@@ -44,7 +44,7 @@ def stop(
 
 
 def remedy(has_weights: bool) -> str:
-    """What to do about a gradient that is not finite although the loss is."""
+    """How to fix a gradient that is not finite although the loss is."""
     return DOUBLE_WHERE if has_weights else REMEDIES
 
 
@@ -82,7 +82,7 @@ def describe(first: int, step: int, wrong: Wrong, trained: Trained, has_weights:
 def examples_not_finite(shard: Shard, forward: Callable[[int, Examples], PerExample], indices: Indices) -> list[int]:
     """Numbers of this worker's examples whose loss is not finite; computes the micro-batches once more.
 
-    indices: of the whole minibatch's examples.
+    indices: the numbers of all examples of the minibatch.
     """
     found: list[int] = []
     for examples in shard.micro_batches:

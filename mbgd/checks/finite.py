@@ -1,7 +1,7 @@
-"""Noticing what must not go on: losses and gradients that are not finite, weights that make no mean.
+"""Notices losses and gradients that are not finite, and weights that are negative or all 0.
 
-On a CPU a value is looked at in the step where it arises. On a GPU that would wait for the device, so the number of
-the first wrong step is kept there and read where something is logged, evaluated or saved.
+On a CPU a value is checked in the step that computes it. On a GPU that would wait for the device, so the number of the
+first wrong step is kept on the device, and read at steps that log, evaluate or save.
 """
 
 import math
@@ -15,7 +15,7 @@ NEVER = 2**62
 
 
 class Wrong(Enum):
-    """What can be wrong with a step, most telling first."""
+    """What can be wrong with a step, the most informative first."""
 
     negative_weights = "a weight was negative"
     no_weight = "all weights were 0"
@@ -28,7 +28,7 @@ class Watch:
     """Remembers the first step in which something was wrong."""
 
     def __init__(self, device: torch.device, *, waits: bool | None = None) -> None:
-        """waits: whether values are looked at at once; None: on a CPU, where they are there already."""
+        """waits: whether values are read at once; None: only on a CPU, where reading does not wait."""
         self._waits = device.type == "cpu" if waits is None else waits
         self._first: dict[Wrong, Tensor] = (
             {} if self._waits else {wrong: torch.full((), NEVER, dtype=torch.int64, device=device) for wrong in Wrong}
@@ -36,14 +36,14 @@ class Watch:
         self._found: dict[Wrong, int] = {}
 
     def check_finite(self, wrong: Wrong, step: int, value: Tensor) -> None:
-        """`value`, of shape (), must be finite in step number `step`."""
+        """`value`, shape (), must be finite in step number `step`."""
         if not self._waits:
             self._keep(wrong, step, value.isfinite())
         elif not math.isfinite(value.item()):
             self._found.setdefault(wrong, step)
 
     def check_losses(self, step: int, losses: Tensor) -> None:
-        """Every loss, of any shape, must be finite."""
+        """All losses, in any shape, must be finite."""
         total = losses.detach().sum()
         if not self._waits:
             self._keep(Wrong.loss, step, total.isfinite())
@@ -51,14 +51,14 @@ class Watch:
             self._found.setdefault(Wrong.loss, step)
 
     def check_true(self, wrong: Wrong, step: int, value: Tensor) -> None:
-        """`value`, of shape () and dtype bool, must be true."""
+        """`value`, bool, shape (), must be true."""
         if not self._waits:
             self._keep(wrong, step, value)
         elif not value.item():
             self._found.setdefault(wrong, step)
 
     def check_sums(self, step: int, sums: Tensor, *, loss: bool) -> None:
-        """What `PerExample.sums` gives, added up over the minibatch, must make a mean; `loss`: a finite one."""
+        """sums: `PerExample.sums` over the minibatch. No weight may be negative, nor all be 0. loss: check it, too."""
         if self._waits:
             total, weight, _, num_negative, *_ = sums.tolist()
             rules = {Wrong.negative_weights: num_negative == 0, Wrong.no_weight: weight != 0}
@@ -73,7 +73,7 @@ class Watch:
             self._keep(Wrong.loss, step, sums[0].isfinite())
 
     def indicator(self) -> Tensor:
-        """1 where something was wrong, otherwise 0: float64, shape (1,), on the device."""
+        """1 if something was wrong, otherwise 0: float64, shape (1,), on the device."""
         if self._waits:
             return torch.tensor([float(bool(self._found))], dtype=torch.float64)
         return (torch.stack(list(self._first.values())) < NEVER).any().double().view(1)
@@ -82,7 +82,7 @@ class Watch:
         self._first[wrong] = torch.where(is_right, self._first[wrong], self._first[wrong].clamp(max=step))
 
     def found(self) -> bool:
-        """Whether something was wrong, as far as is known without waiting for a device."""
+        """Whether something was wrong, as far as the host knows without waiting for the device."""
         return bool(self._found)
 
     def read(self) -> tuple[int, Wrong] | None:
@@ -111,7 +111,7 @@ def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     floating = {n: t.detach() for n, t in tensors.items() if t.numel() and (t.is_floating_point() or t.is_complex())}
     if not floating:
         return []
-    # The largest absolute value keeps nan and infinity, and cannot overflow as a sum can.
+    # The largest absolute value is nan or infinite if any value is; unlike a sum, it cannot overflow.
     largest = torch.stack([norm.double() for norm in torch._foreach_norm(list(floating.values()), math.inf)])
     return [name for name, finite in zip(floating, largest.isfinite().tolist(), strict=True) if not finite]
 

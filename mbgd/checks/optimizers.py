@@ -1,4 +1,4 @@
-"""Which optimizers the trainer can drive: those that step once, by the gradients that the parameters have."""
+"""Which optimizers the trainer supports: those whose step() uses the gradients in `.grad` and takes no closure."""
 
 import inspect
 import math
@@ -11,7 +11,7 @@ from mbgd.errors import UsageError
 
 
 def check(optimizer: Any) -> None:
-    """UsageError unless `optimizer`, an object or a class, is one that the trainer can drive."""
+    """UsageError unless the trainer supports `optimizer`, an object or a class."""
     kind = optimizer if isinstance(optimizer, type) else type(optimizer)
     if not issubclass(kind, Optimizer):
         raise UsageError(f"optimizer is a {kind.__name__}; it must be a torch.optim.Optimizer.")
@@ -22,9 +22,7 @@ def check(optimizer: Any) -> None:
             "whose step() needs none, such as torch.optim.AdamW."
         )
     if issubclass(kind, torch.optim.SparseAdam):
-        raise UsageError(
-            "optimizer SparseAdam takes sparse gradients alone; the trainer averages dense ones. Use Adam."
-        )
+        raise UsageError("optimizer SparseAdam takes only sparse gradients; the trainer averages dense ones. Use Adam.")
     for group in optimizer.param_groups if isinstance(optimizer, Optimizer) else ():
         rate = group.get("lr")
         if rate is None or not 0 <= float(rate) < math.inf:
@@ -44,5 +42,5 @@ def needs_closure(kind: type[Optimizer]) -> bool:
 
 
 def not_matrices(model: torch.nn.Module) -> list[str]:
-    """Names of trained parameters that are not matrices, which Muon and its like do not take."""
+    """Names of trained parameters that are not matrices; optimizers such as Muon refuse them."""
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.dim() != 2]

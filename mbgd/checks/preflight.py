@@ -1,7 +1,7 @@
-"""What can be found out about a task before the first collective, on every worker alike.
+"""A trial of the task before training, with the same result on every worker and without a collective.
 
-The first examples go forward and backward through the plain model, a few times; parameters, buffers, gradients and
-random state are as before afterwards, but for what a forward has initialised.
+The first examples go forward and backward through the plain model, a few times. Afterwards parameters, buffers
+and the default generators are as before, except for what a forward has initialised; gradients are cleared.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,31 +28,31 @@ from mbgd.task.trained import GradientHooks, Trained
 
 NUM_EXAMPLES = 4
 SCALES = 2.0**-10, 2.0**10
-"""What enters the two backwards of the trial at each loss; scaling by powers of 2 is exact."""
+"""The gradient of each loss in the two backwards of the trial; scaling by powers of 2 is exact."""
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What the trial run showed."""
+    """What the trial found out."""
 
     has_weights: bool
-    """The objective gives weights, or losses per token: the minibatch's weight is not known from the plan."""
+    """The objective returns weights, or losses per token, so the plan does not know the minibatch's weight."""
     has_tokens: bool
-    """The objective gives losses per token."""
+    """The objective returns losses per token."""
     losses_per_example: int
-    """Of the first few examples."""
+    """Number of losses per example, in the first few examples."""
     metric_names: tuple[str, ...]
-    """Of training; those of an evaluation may be others."""
+    """The objective's metrics in training; an evaluation may have others."""
     moving_buffers: tuple[str, ...]
     """Names of the buffers that a forward in training mode changes."""
     unused_parameters: tuple[str, ...]
     """Names of trained parameters that got no gradient."""
     output_shape: torch.Size | None
-    """Of what the model gives for a few examples; None: not a tensor of several dimensions."""
+    """Of the model's output for a few examples; None: it is not a tensor of two or more dimensions."""
 
 
 class Trial:
-    """Runs examples of the first minibatch through a task; UsageError where the contract is broken."""
+    """Runs examples of the first minibatch through a task; UsageError where the task breaks the contract."""
 
     def __init__(
         self, task: Task, trained: Trained, buffers: Buffers, data: Data, plan: Plan, settings: Settings, device: Any
@@ -100,7 +100,7 @@ class Trial:
 
     @contextmanager
     def _clean(self) -> Iterator[None]:
-        """Puts buffers and gradients back, and keeps users' hooks out of it."""
+        """Restores buffers afterwards, clears gradients, and takes users' hooks off for the trial."""
         hooks = GradientHooks(self._trained)
         hooks.take_off()
         self._buffers.start_step()
@@ -126,7 +126,7 @@ class Trial:
             return terms
 
     def _run(self, indices: Indices, scale: float) -> tuple[PerExample, dict[str, Tensor]]:
-        """Forward and backward; the per-example losses, and the gradients of those parameters that have one."""
+        """Forward and backward; returns the per-example losses and the gradients, by the parameters' names."""
         terms = self._forward(indices)
         if not terms.losses.requires_grad:
             raise UsageError(
@@ -179,7 +179,7 @@ class Trial:
     def _initialise(self, first_minibatch: Indices) -> None:
         """A forward has changed parameters: let it initialise them from the first minibatch, as in plain torch.
 
-        UsageError where it changes them in every forward, and so in another way on every worker.
+        UsageError where every forward changes them, and so differently on every worker.
         """
         marks = self._buffers.marks()
         self._trained.start_step()
@@ -190,7 +190,7 @@ class Trial:
                 return
             raise UsageError(
                 f"the forward changes parameters in place ({shown(repeatedly)}), as Embedding(max_norm=…) does. Each "
-                "worker and micro-batch would change them in another way, so that the workers' copies differ. Bound "
+                "worker and micro-batch would change them differently, and the workers' copies would differ. Bound "
                 "them in the loss or by a parametrization instead (torch.nn.utils.parametrize); it works as it is with "
                 "one worker and one micro-batch."
             )
@@ -198,11 +198,11 @@ class Trial:
         self._buffers.put_back()
         with torch.no_grad():
             self._forward(first_minibatch)
-        self._buffers.put_back(but=flags)  # such as a flag that says that it is done
+        self._buffers.put_back(but=flags)  # such as a flag that marks the initialisation as done
         self._trained.start_step()
 
     def _check_sizes(self, first_minibatch: Indices, moving: Sequence[str]) -> None:
-        """That the model takes the smallest micro-batch, and that what it counts does not depend on the size."""
+        """UsageError where the model refuses the smallest micro-batch, or an integer buffer depends on the size."""
         if self._plan.most_forwards == 1 and self._plan.smallest_micro_batch > 1:
             return
         before = self._integers(moving)
@@ -224,8 +224,8 @@ class Trial:
         after = self._integers(moving)
         if self._plan.most_forwards > 1 and (found := [n for n in before if not torch.equal(before[n], after[n])]):
             raise UsageError(
-                f"what the forward makes of the integer buffer {shown(found)} depends on the number of examples. A "
-                "minibatch is cut into micro-batches, which would each count their own. Count minibatches (+= 1) "
+                f"the forward's new value of the integer buffer {shown(found)} depends on the number of examples. A "
+                "minibatch is cut into micro-batches, and each would count its own examples. Count minibatches (+= 1) "
                 "instead of examples, or use one worker and batch.micro_batch_size=null."
             )
 
@@ -250,7 +250,7 @@ class Trial:
     def _check_weights(self, terms: PerExample, first_minibatch: Indices, names: tuple[str, ...]) -> None:
         if terms.weights is not None and terms.losses.dtype in (torch.bfloat16, torch.float16):
             raise UsageError(
-                f"objective returned losses in {terms.losses.dtype} beside weights, which would be rounded to 16 bits. "
+                f"objective returned losses in {terms.losses.dtype} and weights, which would be rounded to 16 bits. "
                 "Compute the losses in float32, or return losses.float()."
             )
         totals = Totals(terms.sums(names), names)
@@ -263,22 +263,22 @@ class Trial:
 
 @contextmanager
 def _refused_operations() -> Iterator[None]:
-    """torch's own refusal, in words for users; averaging=reproducible has asked torch to refuse."""
+    """With averaging=reproducible torch refuses operations that are not deterministic; explain its error to users."""
     try:
         yield
     except RuntimeError as error:
         if "does not have a deterministic implementation" not in str(error):
             raise
         raise UsageError(
-            f"averaging=reproducible, but the model or the objective uses an operation of which torch has no "
-            f"deterministic version on this device: {str(error).split(' does not')[0]}. Replace the operation, or use "
+            f"averaging=reproducible, but the model or the objective uses an operation without a deterministic version "
+            f"in torch on this device: {str(error).split(' does not')[0]}. Replace the operation, or use "
             "averaging=ddp."
         ) from error
 
 
 @contextmanager
 def _output_shapes(model: nn.Module) -> Iterator[list[torch.Size]]:
-    """Collects the shapes of what the model gives."""
+    """Collects the shapes of the model's outputs."""
     shapes: list[torch.Size] = []
 
     def note(module: nn.Module, inputs: Any, output: Any) -> None:

@@ -1,9 +1,9 @@
-"""Hardware that computes wrongly is convicted: now and then one micro-batch is computed again by another worker.
+"""Finds hardware that computes wrongly: at some steps another worker computes one micro-batch again.
 
 With averaging=reproducible a micro-batch's gradient is a function of (seed, step, micro-batch) alone, to the bit,
-whoever computes it. At the steps that are checked, one micro-batch, chosen by the step, is computed again on another
-worker before gradients are averaged, and the workers compare its bits and those of their parameters. Where they
-differ, a third worker computes it too, and the run ends before the optimizer steps.
+whichever worker computes it. At the checked steps, another worker computes one micro-batch, chosen by the step, again
+before gradients are averaged, and the workers compare its bits and those of their parameters. If they differ, a third
+worker computes it too, and the run ends before the optimizer steps.
 """
 
 import socket
@@ -20,16 +20,16 @@ from mbgd.checks.replicas import checksum
 from mbgd.checks.setup import Setup
 from mbgd.errors import ComputedWrongly
 
-_CHOICE = 0x6C656166  # apart from the keys of everything else
+_CHOICE = 0x6C656166  # different from all other keys
 
 GradientsOf = Callable[[int, Examples], dict[Tensor, Tensor]]
 
 Sums = list[int]
-"""A checksum for each trained parameter: of its gradient, or of the parameter itself."""
+"""One checksum for each trained parameter: of its gradient, or of its values."""
 
 
 class _Seen(MicroBatchNorms):
-    """Takes the checksums of one micro-batch's gradients as they are handed to the averaging."""
+    """Takes the checksums of one micro-batch's gradients as the averaging gets them."""
 
     def __init__(self, parameters: Sequence[Tensor], number: int, device: torch.device) -> None:
         super().__init__(parameters)
@@ -44,14 +44,14 @@ class _Seen(MicroBatchNorms):
         super().take(number, gradients, before)
 
     def sums(self) -> Sums | None:
-        """None where this worker did not compute the micro-batch; a parameter without a gradient counts as zeros."""
+        """None if this worker did not compute the micro-batch; a parameter without a gradient has checksum 0."""
         if not self._sums:
             return None
         return [int(self._sums[p]) if p in self._sums else 0 for p in self._parameters]
 
 
 class Recomputing:
-    """Chooses, watches and compares; one for a run with `check.recompute_every_steps`."""
+    """Chooses the micro-batches, and compares their gradients; for `check.recompute_every_steps`."""
 
     def __init__(self, setup: Setup, every_steps: int, gradients_of: GradientsOf) -> None:
         self._every_steps, self._plan, self._workers = every_steps, setup.plan, setup.workers
@@ -62,15 +62,15 @@ class Recomputing:
 
     @classmethod
     def of(cls, setup: Setup, gradients_of: GradientsOf) -> "Recomputing | None":
-        """None for a run without.
+        """None if the run has no `check.recompute_every_steps`.
 
-        gradients_of(step, examples): of Σ w L, as the averaging gets them, and nothing else is changed.
+        gradients_of(step, examples): the gradients of Σ w L, as the averaging gets them; it changes no state.
         """
         every_steps = setup.settings.check.recompute_every_steps
         return None if every_steps is None else cls(setup, every_steps, gradients_of)
 
     def watch(self, step: int, norms: MicroBatchNorms | None) -> MicroBatchNorms | None:
-        """What the averaging of this step is given as its norms."""
+        """The norms for the averaging of this step: at a checked step they take checksums, otherwise `norms`."""
         self._seen = None
         if (step + 1) % self._every_steps:
             return norms
@@ -78,11 +78,11 @@ class Recomputing:
         return self._seen
 
     def leaf(self, step: int) -> int:
-        """The number of the micro-batch that is computed again."""
+        """Number of the micro-batch that is computed again."""
         return mix(self._seed, step, _CHOICE) % self._num_leaves(step)
 
     def owner(self, step: int) -> int:
-        """The worker that has computed it."""
+        """Rank of the worker whose shard has that micro-batch."""
         num_leaves, num_workers = self._num_leaves(step), self._workers.num_workers
         edges = [cut(num_leaves, num_workers, rank + 1) for rank in range(num_workers)]
         return next(rank for rank, edge in enumerate(edges) if self.leaf(step) < edge)
@@ -106,7 +106,7 @@ class Recomputing:
             self._vote(step, first, again, third)
 
     def _judges(self, step: int) -> tuple[int, int, int | None]:
-        """(owner, who computes it again, who votes); with one worker it is always the same one, with two none votes."""
+        """(owner, checker, voter), by rank. One worker is all three; with two workers there is no voter."""
         num_workers, owner = self._workers.num_workers, self.owner(step)
         if num_workers == 1:
             return owner, owner, owner
@@ -122,7 +122,7 @@ class Recomputing:
         if third is not None:
             agrees = {"again": votes[third] == again, "first": votes[third] == first}
             guilty = [owner] if agrees["again"] else [checker] if agrees["first"] else [owner, checker, third]
-        else:  # whoever does not agree with itself, or with the other once it has computed again
+        else:  # each computes once more: a worker that now agrees with the other was wrong the first time
             guilty = [rank for rank, other in ((owner, again), (checker, first)) if votes[rank] == other]
             guilty = guilty if len(guilty) == 1 else [owner, checker]
         names = [name for name, a, b in zip(self._names, first or again, again, strict=True) if a != b]
@@ -141,7 +141,7 @@ class Recomputing:
         names = [name for n, name in enumerate(self._names) if any(one[n] != of_workers[0][n] for one in of_workers)]
         raise ComputedWrongly(
             f"step {step + 1}: the workers' copies of {', '.join(names[:3])}{', …' if len(names) > 3 else ''} differ "
-            f"before the update, which they did not after the last one that was compared. "
+            f"before the update; at the last comparison they were the same. "
             f"{self._convict(guilty, by_vote=has_majority)}"
         )
 
@@ -151,16 +151,16 @@ class Recomputing:
         return [int(checksum([gradients[p]], device)) if p in gradients else 0 for p in self._parameters]
 
     def _convict(self, guilty: Sequence[int], *, by_vote: bool) -> str:
-        """Called by all workers alike."""
+        """The end of the message; every worker calls this."""
         device = self._workers.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         places = self._workers.gather_values([socket.gethostname(), f"{device} ({name})" if name != "cpu" else "cpu"])
         named = [f"worker {rank} (host {places[rank][0]}, device {places[rank][1]})" for rank in guilty]
-        judged = f"By vote it is {named[0]} that is wrong" if by_vote and len(named) == 1 else None
+        judged = f"By vote, {named[0]} is wrong" if by_vote and len(named) == 1 else None
         judged = judged or (f"{named[0]} is wrong" if len(named) == 1 else f"It is one of {', '.join(named)}")
         return (
-            f"{judged}: its processor, memory or device computes other bits than the rest. The step was not made. Take "
-            "it out of service and start again: the same command goes on from the newest checkpoint."
+            f"{judged}: its processor, memory or device computes other bits than the others. The step was not made. "
+            "Take it out of service and start again: the same command goes on from the newest checkpoint."
         )
 
     def _num_leaves(self, step: int) -> int:

@@ -1,8 +1,8 @@
-"""Workers' copies of the state are compared during the run: the net under everything that nobody thought of.
+"""Compares the workers' copies of the state during the run, to find differences that no other check expects.
 
-A checksum of the state is computed on its device, by an integer sum over its bytes, and exchanged: equal copies have
-equal sums, and a copy in which one element differs has another one, whatever the value. Which tensor differs is found
-out only where one does.
+Each worker computes a checksum of the state on its device, an integer sum over its bytes, and the workers exchange it.
+Equal copies have equal sums; a copy in which one element differs has another sum, whatever the value. If the sums
+differ, the workers find out which tensor differs.
 """
 
 import hashlib
@@ -17,11 +17,11 @@ from mbgd.errors import ReplicasDiffer
 from mbgd.workers.group import Workers
 
 AT_ONCE_BYTES = 2**16
-"""Smaller tensors are added up together: a call for each would take longer than the adding."""
+"""Smaller tensors are added up together: one call for each would take longer than the additions."""
 
 
 class _Part(Protocol):
-    """Of `checkpoints.parts.Part`, what is compared."""
+    """The members of `checkpoints.parts.Part` that are compared."""
 
     def tensors(self) -> Mapping[str, Mapping[str, Tensor]]: ...
 
@@ -34,10 +34,10 @@ class Replicas:
 
     workers: Workers
     last_alike: int | None = None
-    """Optimizer steps after which all were last found alike; None: not compared yet."""
+    """Number of optimizer steps after which all copies were last found equal; None: not compared yet."""
 
     def compare_parts(self, step: int, parts: Sequence[_Part]) -> None:
-        """As `compare`, of parts of a checkpoint."""
+        """`compare` for parts of a checkpoint."""
         files = [(file, of_file) for part in parts for file, of_file in part.tensors().items()]
         tensors = {f"{file}.{name}": tensor for file, of_file in files for name, tensor in of_file.items()}
         self.compare(step, tensors, {name: value for part in parts for name, value in part.values().items()})
@@ -45,14 +45,14 @@ class Replicas:
     def compare(self, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Raise ReplicasDiffer, on every worker alike, where the workers' state differs after `step` steps.
 
-        values: the part of the state that is no tensor, by name.
+        values: the state that is not tensors, by name.
         """
         if self.workers.num_workers == 1:
             return
         total = checksum(list(tensors.values()), self.workers.device)
         names = torch.tensor(_of_value([*tensors, *values.items()]), device=total.device)
         mine = torch.stack([total, names])
-        # The largest of each and, as ~x mirrors x, the smallest of each: they are equal only if all workers' are.
+        # ~x reverses the order, so max(~x) = ~min(x). The maximum equals the minimum only if all workers agree.
         largest, smallest = self.workers.max_(torch.cat([mine, ~mine])).chunk(2)
         if torch.equal(largest, ~smallest):
             self.last_alike = step
@@ -63,7 +63,7 @@ class Replicas:
 
 
 def checksum(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """One number, int64, shape (), that changes where one element of one tensor changes, to whatever value."""
+    """One number, int64, shape (), that changes if one element of one tensor changes, whatever its new value."""
     small: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}  # torch keeps some optimizer state on the host
     flat = []
     for tensor in tensors:
@@ -80,7 +80,7 @@ def checksum(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
 
 
 def _words(values: Tensor) -> Tensor:
-    """The bytes as 64-bit integers. An element's bytes lie in one word, so that no change of it cancels out."""
+    """The bytes as 64-bit integers. All bytes of an element are in one word, so that a change cannot cancel out."""
     flat = values.view(torch.uint8)
     if len(flat) % 8:
         flat = torch.nn.functional.pad(flat, (0, 8 - len(flat) % 8))
@@ -90,7 +90,7 @@ def _words(values: Tensor) -> Tensor:
 
 
 def _of_value(value: Any) -> int:
-    """One number, from 0 to 2^63 − 1, of what `repr` can tell apart."""
+    """A hash of `repr(value)`, from 0 to 2^63 − 1."""
     return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:8]) >> 1
 
 

@@ -1,4 +1,4 @@
-"""That all workers run the same program: compared before training, and told apart by name before anything can hang."""
+"""Compares, before training, the program that each worker runs, and names what differs before anything can hang."""
 
 import functools
 import hashlib
@@ -22,24 +22,24 @@ from mbgd.errors import UsageError
 from mbgd.workers.group import Workers
 
 MOST_DIFFERENCES = 20
-"""Told in one error; the rest is counted."""
+"""Named in one error; the rest is only counted."""
 
 MOST_WORKERS = 8
-"""Told of one difference."""
+"""Named for one difference."""
 
 NUM_LOOKS = 8
-"""At an example, for whether reading it draws from a generator of the dataset's own."""
+"""How often an example is read, to see whether reading draws from a generator of the dataset's own."""
 
 OF_THE_MAIN_WORKER = frozenset({"run", "tracking"})
-"""Sections of the configuration that the other workers have no use for."""
+"""Sections of the configuration that only the main worker uses."""
 
 
 def check_same_program(
     workers: Workers, model: nn.Module, objective: Any, optimizer: Optimizer, data: Data, settings: Settings
 ) -> None:
-    """UsageError, on every worker, where anything that the course of training depends on is not alike on all.
+    """UsageError, on every worker, where something that the course of training depends on differs between workers.
 
-    Not compared are the values of parameters and buffers, which every worker gets from the main one.
+    The values of parameters and buffers are not compared: every worker gets them from the main one.
     """
     if workers.num_workers == 1:
         return
@@ -48,20 +48,20 @@ def check_same_program(
     found = _differences(workers, dict(_program(model, objective, optimizer, data, settings)) | looks)
     for name, (length, dataset, end) in examples.items():
         if length in found:
-            found.pop(name, None)  # for that reason
+            found.pop(name, None)  # the length explains the difference
         elif name in found and not _differs(workers, dataset, end):
             del found[name]
     _refuse(found)
 
 
 def check_same_config(workers: Workers, config: Mapping[str, Any]) -> None:
-    """UsageError, on every worker, where the resolved configuration is not alike on all, places aside."""
+    """UsageError, on every worker, where the resolved configuration differs between workers, paths aside."""
     if workers.num_workers > 1:
         _refuse(_differences(workers, dict(_of_config(config))))
 
 
 def _differences(workers: Workers, mine: Mapping[str, str]) -> dict[str, list[str]]:
-    """What is not alike on all workers: values by rank, by name in the order in which they are given."""
+    """Name → values by rank, for everything that differs between workers, in the order of `mine`."""
     of_workers = workers.gather_values(dict(mine))
     names = dict.fromkeys(name for of_worker in of_workers for name in of_worker)
     by_name = {name: [of_worker.get(name, "nothing") for of_worker in of_workers] for name in names}
@@ -76,13 +76,13 @@ def _refuse(found: Mapping[str, list[str]]) -> None:
             told[MOST_DIFFERENCES:] = [f"and {len(told) - MOST_DIFFERENCES} more"]
         raise UsageError(
             f"the workers do not run the same program: {'; '.join(told)}. Start every worker with the same code, "
-            "configuration and data. Every worker needs the whole dataset: which examples it computes is the trainer's "
-            "business."
+            "configuration and data. Every worker needs the whole dataset: the trainer chooses which examples each "
+            "worker computes."
         )
 
 
 def _who_has_what(values: list[str]) -> str:
-    """values: by rank. Named are the workers that differ from the majority, or all where no two agree."""
+    """Names the workers that differ from the majority, or all if no two agree. values: by rank."""
     (commonest, count), *_ = Counter(values).most_common(1)
     named = [rank for rank, value in enumerate(values) if value != commonest or count == 1]
     parts = [f"{values[rank]} on worker {rank}" for rank in named[:MOST_WORKERS]]
@@ -157,7 +157,7 @@ def _length(name: str) -> str:
 
 
 def _examples(data: Data) -> Iterator[tuple[str, tuple[str, Any, str]]]:
-    """The examples that are looked at, by name: what their dataset's length is called, the dataset, and which end."""
+    """Name of each compared example → (name of its dataset's length, the dataset, "first" or "last")."""
     for key, name in _NAMES_OF_DATASETS.items():
         for end in ("first", "last"):
             yield f"the {end} {name} example", (_length(name), getattr(data, key), end)
@@ -178,7 +178,7 @@ def _form_and_content(dataset: Any, end: str) -> tuple[str, str]:
 
 
 def _differs(workers: Workers, dataset: Any, end: str) -> bool:
-    """Whether an example that looks different is so, not by what a generator of the dataset's own draws."""
+    """Whether an example really differs, and not only by what a generator of the dataset's own draws."""
     looks = [_form_and_content(dataset, end) for _ in range(NUM_LOOKS)]
     of_workers = workers.gather_values([sorted(set(seen)) for seen in zip(*looks, strict=True)])
     if all(len(contents) == 1 for _, contents in of_workers):
@@ -188,7 +188,7 @@ def _differs(workers: Workers, dataset: Any, end: str) -> bool:
 
 
 def _read(dataset: Any, index: int) -> Any:
-    """As training reads it, under a key that stands for nothing."""
+    """As training reads it, with the index as the key of its randomness."""
     with undisturbed():
         key_reading(index)
         if hasattr(dataset, "augmented"):
@@ -207,7 +207,7 @@ def code_of_package() -> str:
 
 
 def _of_code(*parts: Any) -> Iterator[tuple[str, str]]:
-    """A short hash of each file that makes one of these parts, torch's and mbgd's aside."""
+    """A short hash of each file that defines one of these parts, except torch's and mbgd's."""
     for name in sorted({module_of(part) for part in parts}):
         path = Path(getattr(sys.modules.get(name), "__file__", None) or "")
         if path.suffix == ".py" and path.is_file() and name.partition(".")[0] not in ("torch", "mbgd"):

@@ -1,4 +1,4 @@
-"""What a trainer works with, checked before the first step and on every worker alike."""
+"""What a trainer works with, checked before the first step, with the same result on every worker."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,7 +27,7 @@ from mbgd.workers.group import Workers
 
 @dataclass(frozen=True)
 class Setup:
-    """Model, objective, optimizer and data on this worker, cast and moved, with what the trial found out."""
+    """Model, objective, optimizer and data, cast and moved to this worker's device, and the findings of the trial."""
 
     model: nn.Module
     optimizer: Optimizer
@@ -46,7 +46,7 @@ class Setup:
 
     @cached_property
     def compared_every_steps(self) -> list[int]:
-        """Between comparisons of the workers' copies of the state, beside those before an evaluation."""
+        """The copies of the state are compared every N steps, for each N here, and before each evaluation."""
         every = [self.settings.check.replicas_every_steps]
         if isinstance(self.settings, Config):
             every += [self.settings.checkpoint.every_steps, self.settings.checkpoint.memory_every_steps]
@@ -56,7 +56,7 @@ class Setup:
 def set_up(
     model: nn.Module, objective: Objective, optimizer: Optimizer, data: Data, settings: Settings, workers: Workers
 ) -> Setup:
-    """UsageError, on every worker alike, where a rule is broken or the workers do not run the same program."""
+    """UsageError, the same on every worker, where a rule is broken or the workers do not run the same program."""
     if found := validate(settings):
         raise UsageError("\n".join(found))
     check_same_program(workers, model, objective, optimizer, data, settings)
@@ -97,12 +97,12 @@ def set_up(
 
 
 def _set_up_modes(task: Task, trained: Trained) -> list[str]:
-    """Training mode for what came wholly in evaluation mode; what to tell of it and of parameters left out."""
+    """Put modules that are wholly in evaluation mode into training mode; warnings, also of untrained parameters."""
     told = [describe_not_held(trained.not_held)] if trained.not_held else []
     for name, module in (("model", task.model), ("objective", task.objective)):
         if module is not None and set_training(module):
             told.append(
-                f"note: the {name} came in evaluation mode and is trained in training mode. Parts that are to stay "
-                "in evaluation mode, such as a frozen BatchNorm, are left so where other parts are not."
+                f"note: the {name} came in evaluation mode and is trained in training mode. To keep a part in "
+                "evaluation mode, such as a frozen BatchNorm, pass the other parts in training mode."
             )
     return told

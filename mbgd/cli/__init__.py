@@ -1,1 +1,1 @@
-"""The command `mbgd`: from its words to workers that train, and from their failures to a few lines and an exit code."""
+"""The command `mbgd`: starts workers that train, and turns their failures into a few lines and an exit code."""

@@ -1,4 +1,4 @@
-"""torch's elastic agent in this process, the same that torchrun runs: quiet, and with the workers' own exit code."""
+"""torch's elastic agent, as in torchrun, but in this process: quiet, and with the workers' own exit code."""
 
 import argparse
 import contextlib
@@ -22,14 +22,14 @@ from mbgd.errors import FAILED, USAGE
 from mbgd.workers.preemption import EXIT_CODE as PREEMPTED
 
 OF_TORCHRUN = "torch.distributed"
-"""Its loggers, which say in their own words what the workers have told."""
+"""torchrun's loggers, which would repeat the workers' errors."""
 
 NO_FILE = "<N/A>"
-"""What torch calls the error file of a worker that has told nothing."""
+"""torch's placeholder for the error file of a worker that has reported nothing."""
 
 
 class Agent(LocalElasticAgent):  # type: ignore[misc, unused-ignore]
-    """torch's agent, which says when it starts workers again, and does not where that cannot help."""
+    """torch's agent, which also prints restarts, and does not restart where that cannot help."""
 
     last: "Agent | None" = None
 
@@ -38,7 +38,7 @@ class Agent(LocalElasticAgent):  # type: ignore[misc, unused-ignore]
         Agent.last = self
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        first = self._ended()  # by themselves: the agent ends the rest
+        first = self._ended()  # these ended by themselves; the agent ends the rest
         result: RunResult = super()._monitor_workers(worker_group)
         if result.is_failed():
             _tell({rank: one for rank, one in result.failures.items() if one.pid in first} or result.failures)
@@ -51,7 +51,7 @@ class Agent(LocalElasticAgent):  # type: ignore[misc, unused-ignore]
         return result
 
     def exit_codes(self) -> list[int]:
-        """Of the workers of this host that have ended."""
+        """Exit codes of the workers of this host that have ended."""
         return list(self._ended().values())
 
     def _ended(self) -> dict[int, int]:
@@ -62,7 +62,7 @@ class Agent(LocalElasticAgent):  # type: ignore[misc, unused-ignore]
 
 def run(arguments: argparse.Namespace) -> int:
     """Start the workers as `mbgd.torchrun.prepare` describes them; the exit code for the shell."""
-    if "LOGLEVEL" not in os.environ:  # by which torch's users ask for it
+    if "LOGLEVEL" not in os.environ:  # with it torch's users ask for its log
         for name in [one for one in logging.root.manager.loggerDict if one.startswith(OF_TORCHRUN)]:
             logging.getLogger(name).disabled = True
     api.LocalElasticAgent = Agent  # type: ignore[attr-defined]
@@ -80,12 +80,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _tell(failures: Mapping[int, Any]) -> None:
-    """Of workers that could not tell themselves: killed, or ended by something else than Python."""
+    """Report workers that could not do so themselves: killed, or ended outside Python."""
     for rank, one in sorted(failures.items()):
         if one.error_file != NO_FILE or one.exitcode in (FAILED, USAGE, PREEMPTED):
             continue
         how = _name(-one.exitcode) if one.exitcode < 0 else f"exit code {one.exitcode}"
-        remedy = "; the kernel does so where memory runs out (dmesg tells)" if one.exitcode == -signal.SIGKILL else ""
+        remedy = "; the kernel does so when memory runs out (see dmesg)" if one.exitcode == -signal.SIGKILL else ""
         host = socket.gethostname()
         print(f"error on worker {rank}: process {one.pid} on host {host} ended by {how}{remedy}.", file=sys.stderr)
 
@@ -97,7 +97,7 @@ def _name(number: int) -> str:
 
 
 def _exit_code(codes: Collection[int]) -> int:
-    """One for all workers: of what they have said, rather than of what has ended the rest."""
+    """One exit code for all workers: from workers that exited themselves, not from those killed as a consequence."""
     said = [code for code in codes if code > 0]
     if said and set(said) == {PREEMPTED}:
         return PREEMPTED
@@ -110,5 +110,5 @@ def _after_signal(number: signal.Signals) -> int:
         return max(codes)
     if said := [code for code in codes if code > 0 and code != PREEMPTED]:
         return said[0]
-    print(f"error: stopped by {number.name}; the workers have saved nothing since.", file=sys.stderr)
+    print(f"error: stopped by {number.name}; the workers have not saved their state since.", file=sys.stderr)
     return 128 + number

@@ -1,4 +1,4 @@
-"""The commands of `mbgd`, of which the tools import what they need only when they are asked for."""
+"""The commands of `mbgd`. Tools import what they need only when they run."""
 
 import argparse
 import sys
@@ -16,7 +16,7 @@ TRAIN = "train what the configuration describes: mbgd train workers=2 model=cnn 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code of the command that the arguments name, those of this process unless given."""
+    """Run a command; returns its exit code. arguments: by default those of this process."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["train"]:
         from mbgd.cli.train import train

@@ -1,4 +1,4 @@
-"""`mbgd completion SHELL`: a script by which the shell completes commands, groups, choices and keys."""
+"""`mbgd completion SHELL`: prints a script with which the shell completes commands, groups, choices and keys."""
 
 import argparse
 
@@ -19,7 +19,7 @@ _mbgd() {
     elif [ "${words[1]}" = train ]; then
         COMPREPLY=($(compgen -W "$(COMP_LINE="${line#*mbgd }" mbgd train -sc query=bash 2>/dev/null)" -- "$word"))
         [[ "${COMPREPLY[*]}" == *[=./] ]] && compopt -o nospace 2>/dev/null
-        # bash completes only what stands behind its last = or :
+        # bash completes only the text after its last = or :
         local before="${word%"${word##*[=:]}"}"
         COMPREPLY=("${COMPREPLY[@]#"$before"}")
     else

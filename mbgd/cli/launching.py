@@ -1,4 +1,4 @@
-"""`workers=N` and what else of a command is for the launcher: how many processes train, and how they are started."""
+"""`workers=N` and the other arguments for the launcher: how many processes train, and how they are started."""
 
 import argparse
 import os
@@ -11,26 +11,26 @@ from dataclasses import dataclass
 from mbgd.errors import UsageError
 
 PER_HOST_WITHOUT_GPU = 2
-"""What workers=auto means there."""
+"""Number of workers for workers=auto on a host without a GPU."""
 
 OPTIONS = ("--nnodes", "--rdzv-endpoint", "--rdzv-id", "--rdzv-conf", "--local-addr", "--shutdown-timeout")
-"""torchrun's, beside --max-restarts."""
+"""torchrun's options, beside --max-restarts."""
 
 COMMAND = "MBGD_COMMAND"
-"""Environment variable with the command as the user gave it, for workers to name."""
+"""Environment variable with the command as the user gave it, for the workers' messages."""
 
 program: list[str] = []
-"""How Python was told to run this program, without the program's own arguments: jobs of a sweep are started alike."""
+"""Python's arguments that run this program, without the program's own: workers and jobs of a sweep start with them."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What of a command is for the launcher."""
+    """The arguments for the launcher."""
 
     workers: str | None
     max_restarts: int
     options: tuple[str, ...]
-    """torchrun's, with their values."""
+    """torchrun's options with their values."""
 
     @property
     def starts_processes(self) -> bool:
@@ -38,7 +38,7 @@ class Wanted:
 
 
 def split(arguments: Sequence[str]) -> tuple[Wanted, list[str]]:
-    """What of the arguments is for the launcher, and what is for Hydra; UsageError for mistakes in the former."""
+    """(arguments for the launcher, arguments for Hydra); UsageError for mistakes in the former."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for option in OPTIONS:
         parser.add_argument(option)
@@ -68,7 +68,7 @@ def split(arguments: Sequence[str]) -> tuple[Wanted, list[str]]:
 
 
 def check(workers: str) -> None:
-    """UsageError unless this says how many workers there are."""
+    """UsageError unless `workers` is a number ≥ 1, gpus or auto."""
     if workers not in ("auto", "gpus") and not re.fullmatch(r"[1-9]\d{0,5}", workers):
         raise UsageError(
             f"workers={workers}; it must be a whole number >= 1 (how many processes train on this host), gpus (one for "
@@ -77,7 +77,7 @@ def check(workers: str) -> None:
 
 
 def num_workers(workers: str | None, overrides: Sequence[str]) -> int:
-    """How many workers this host gets; UsageError where there are fewer GPUs than that."""
+    """Number of workers on this host; UsageError if there are fewer GPUs."""
     import torch  # slow to import
 
     num_gpus = torch.cuda.device_count()
@@ -109,12 +109,12 @@ def launch(wanted: Wanted, overrides: Sequence[str]) -> int:
     rendezvous = ["--rdzv-backend=c10d"] if any(one.startswith("--nnodes") for one in wanted.options) else []
     options = [*wanted.options, *rendezvous, f"--nproc-per-node={number}", f"--max-restarts={wanted.max_restarts}"]
     worker = [sys.executable, "-u", *program, *overrides]
-    # torchrun puts values in for ${…} and makes $$ one.
+    # torchrun replaces ${…} by values and $$ by $.
     return agent.run(prepare([*options, "--no-python", *(one.replace("$", "$$") for one in worker)]))
 
 
 def share_threads(number: int) -> None:
-    """Share the cores out evenly among the workers of this host, unless the user has said how many threads they get."""
+    """Divide the cores evenly among the workers of this host, unless OMP_NUM_THREADS is set."""
     from mbgd.task.threads import SHARED_OUT  # torch is slow to import
 
     if "OMP_NUM_THREADS" not in os.environ:
@@ -128,7 +128,7 @@ def num_cores() -> int:
 
 
 def as_given(wanted: Wanted, overrides: Sequence[str]) -> str:
-    """The command as a user would paste it into a shell."""
+    """The command, ready to paste into a shell."""
     is_script = bool(program) and program[0].endswith(".py")
     start = ["python", *program] if is_script else ["mbgd", "train"]
     workers = [f"workers={wanted.workers}"] if wanted.workers else []
@@ -137,12 +137,12 @@ def as_given(wanted: Wanted, overrides: Sequence[str]) -> str:
 
 
 def started_by_launcher() -> bool:
-    """Whether this process is a worker that torchrun, SLURM or this program has started."""
+    """Whether this process is a worker started by torchrun, SLURM or this program."""
     return "RANK" in os.environ
 
 
 def check_started(wanted: Wanted) -> None:
-    """UsageError where a worker's command wants another number of workers than have been started."""
+    """UsageError if a worker's command asks for another number of workers than were started."""
     size = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))
     if wanted.workers not in (None, size):
         raise UsageError(
@@ -152,7 +152,7 @@ def check_started(wanted: Wanted) -> None:
 
 
 def with_folder(command: str, folder: str) -> str:
-    """The command, which names the run's folder."""
+    """The command without resume=never, and with the run's folder added if it names none."""
     words = [one for one in shlex.split(command) if one not in ("resume=never", "resume.from=never")]
     if not any(one.startswith(("run.dir=", "run.id=")) for one in words):
         words.append(f"run.dir={folder if re.fullmatch(r'[A-Za-z0-9_./-]+', folder) else quoted(folder)}")
@@ -160,5 +160,5 @@ def with_folder(command: str, folder: str) -> str:
 
 
 def quoted(value: str) -> str:
-    """A text as Hydra's command line takes it literally: backslashes count double before a quotation mark only."""
+    """A text quoted for Hydra's command line: only backslashes before a quotation mark are doubled."""
     return "'" + re.sub(r"(\\*)'", r"\1\1\'", re.sub(r"(\\+)$", r"\1\1", value)) + "'"

@@ -1,7 +1,7 @@
 """One run from its configuration to its results, on one worker: compose → workers → build → fit → results.
 
-Apart from the command because torch takes seconds to import, for which --help, tab completion and the parent of a sweep
-need not wait.
+A module of its own because torch takes seconds to import: --help, tab completion and the parent of a sweep do not need
+it.
 """
 
 import faulthandler
@@ -36,11 +36,11 @@ from mbgd.workers.preemption import EXIT_CODE, StopOnSignal
 
 
 def run(composed: Any, choices: Mapping[str, Any]) -> None:
-    """Train what Hydra has composed from the `choices` of the configuration's groups."""
+    """Train the configuration that Hydra has composed from the `choices` of its groups."""
     config = typed(composed)
     check_installed(config.tracking)
     trackers = Trackers()
-    with told_of_its_end(trackers):  # after the last barrier: no worker waits for what the main one still uploads
+    with told_of_its_end(trackers):  # closed after the last barrier: no worker waits while the main one uploads
         done = _train(composed, config, choices, trackers)
     if done is not None and not config.tracking.quiet:
         result, folder = done
@@ -50,7 +50,7 @@ def run(composed: Any, choices: Mapping[str, Any]) -> None:
 def _train(
     composed: Any, config: Config, choices: Mapping[str, Any], trackers: Trackers
 ) -> tuple[Result, RunFolder] | None:
-    """Train on this worker; on the main one also open the trackers, and give what came of it and the locked folder."""
+    """Train on this worker; the main one also opens the trackers, and returns the result and the locked folder."""
     backend = config.backend
     with start_workers(backend.name.value, backend.timeout_seconds, device=backend.device.value) as workers:
         text = resolved_yaml(composed)
@@ -84,7 +84,7 @@ def _train(
 
 
 def run_or_explain(composed: Any, choices: Mapping[str, Any]) -> None:
-    """`run`; what ends it is told in a few lines, once for all workers, and the whole of it stands in the log."""
+    """`run`; an exception is reported in a few lines, once for all workers, and fully in the log."""
     faulthandler.enable(all_threads=True)
     try:
         run(composed, choices)
@@ -92,7 +92,7 @@ def run_or_explain(composed: Any, choices: Mapping[str, Any]) -> None:
         if os.environ.get("RANK", "0") == "0":
             print(f"{stopped}; {how_to_go_on(stopped.folder)}", flush=True)
         sys.exit(EXIT_CODE)
-    except Exception as error:  # also whatever a part of the user's raises
+    except Exception as error:  # a part of the user's can raise anything
         log = write_to_log_alone(traceback.format_exc())
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             traceback.print_exc()
@@ -101,13 +101,13 @@ def run_or_explain(composed: Any, choices: Mapping[str, Any]) -> None:
             of_user = tracebacks.of_user(error.__cause__) if error.__cause__ is not None else ""
         elif not isinstance(error, WorkersLost | ReplicasDiffer | ComputedWrongly | NotSaved):
             of_user = tracebacks.of_user(error) or tracebacks.of_ours(error)
-            said = f"training raised {type(error).__name__}{f', all of it in {plain(log)}' if log else ''}"
+            said = f"training raised {type(error).__name__}{f'; the whole traceback is in {plain(log)}' if log else ''}"
         telling.tell("\n".join(filter(None, (said, of_user))), is_consequence=isinstance(error, WorkersLost))
         sys.exit(error.exit_code if isinstance(error, UsageError) else FAILED)
 
 
 def how_to_go_on(folder: str) -> str:
-    """The command that goes on with a run that was stopped, where it is known, ready to paste."""
+    """How to go on with a stopped run: if the command is known, ready to paste."""
     command = os.environ.get(launching.COMMAND)
     if command is None:
         return f"the same command goes on from there if it names the run: run.dir={plain(folder)}"
@@ -115,7 +115,7 @@ def how_to_go_on(folder: str) -> str:
 
 
 def tell_of_another_version(folder: Path) -> None:
-    """Where a run goes on that another mbgd has begun."""
+    """Print a note if another version of mbgd began this run."""
     try:
         before = json.loads((folder / "run.json").read_bytes())["environment"]["mbgd"]
     except (OSError, ValueError, KeyError, TypeError):

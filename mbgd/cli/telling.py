@@ -1,6 +1,6 @@
-"""What a worker dies of is told once: by the first of the workers of this host that die of the same.
+"""Reports each error once: of the workers of this host that fail with the same error, the first prints it.
 
-They learn of each other through the files that torchrun has every worker write its error to, beside each other.
+They find each other's errors in the files that torchrun makes each worker write its error to.
 """
 
 import json
@@ -19,7 +19,7 @@ from typing import Any
 from mbgd.workers import log as worker_log
 
 SECONDS_FOR_THE_OTHERS = 3.0
-"""How long a worker that has failed waits for the others of its host to fail of the same."""
+"""How long a worker that has failed waits for the others of its host to fail with the same error."""
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 OURS = "mbgd"
@@ -27,9 +27,9 @@ OURS = "mbgd"
 
 
 def tell(text: str, *, is_consequence: bool = False) -> None:
-    """Print what ended this worker, unless another worker of this host tells the same.
+    """Print the error that ended this worker, unless another worker of this host prints the same.
 
-    is_consequence: that another worker was lost; told only where none of them tells what it died of.
+    is_consequence: the error is that another worker was lost; printed only if no worker reports a cause.
     """
     environment = os.environ
     rank, size = environment.get("RANK"), int(environment.get("LOCAL_WORLD_SIZE", "1"))
@@ -38,7 +38,7 @@ def tell(text: str, *, is_consequence: bool = False) -> None:
         _print(text, [] if rank is None or environment.get("WORLD_SIZE") == "1" else [int(rank)])
         return
     with suppress(OSError):
-        temporary = Path(file + ".tmp")  # nobody reads a part of it
+        temporary = Path(file + ".tmp")  # so that nobody reads an incomplete file
         temporary.write_text(json.dumps(_record(text, is_consequence=is_consequence)))
         temporary.replace(file)
     told = _wait_for_the_others(Path(file), size)
@@ -56,7 +56,7 @@ def tell(text: str, *, is_consequence: bool = False) -> None:
 
 
 def _print(text: str, ranks: list[int]) -> None:
-    """ranks: of whom it is told; none: of all."""
+    """ranks: the workers with this error; empty: all."""
     if not ranks:
         print(f"error: {text}", file=sys.stderr, flush=True)
         return
@@ -66,7 +66,7 @@ def _print(text: str, ranks: list[int]) -> None:
 
 
 def _record(text: str, *, is_consequence: bool) -> dict[str, Any]:
-    """As torchrun reads it, whose table has room for a line."""
+    """The error in torchrun's format, whose table has room for one line."""
     first = text.splitlines()[0]
     extra = {"py_callstack": first, "timestamp": str(int(time.time()))}
     ours = {"text": text, "is_consequence": is_consequence, "rank": int(os.environ["RANK"])}
@@ -74,7 +74,7 @@ def _record(text: str, *, is_consequence: bool) -> dict[str, Any]:
 
 
 def _wait_for_the_others(file: Path, size: int) -> Mapping[int, Any]:
-    """What the workers of this host have told, by rank, once all have or none is to be expected any more."""
+    """The errors of the workers of this host, by rank, once all have reported or no more reports can be expected."""
     ended: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -89,7 +89,7 @@ def _wait_for_the_others(file: Path, size: int) -> Mapping[int, Any]:
 
 
 def read(folder: Path) -> dict[int, Any]:
-    """What the workers of one start have told, by rank. folder: the one with a folder for each of them."""
+    """The errors that workers have reported, by rank. folder: it has a folder for each worker."""
     found = {}
     for path in folder.glob("*/error.json"):
         with suppress(OSError, ValueError, KeyError, TypeError):
@@ -99,5 +99,5 @@ def read(folder: Path) -> dict[int, Any]:
 
 
 def _comparable(text: str) -> str:
-    """Without what differs between processes: addresses and process ids."""
+    """The text without addresses and process ids, which differ between processes."""
     return re.sub(r"0x[0-9a-f]+|\bpid \d+|\bprocess \d+", "", text)

@@ -1,4 +1,4 @@
-"""An exception in a user's code as its author wants to see it: their own lines, and few others."""
+"""Tracebacks of exceptions in a user's code: the user's own frames, and few others."""
 
 import functools
 import importlib.util
@@ -13,15 +13,15 @@ AROUND = ("mbgd", "torch", "hydra", "omegaconf")
 
 MOST_FRAMES = 6
 MOST_LINES = 8
-"""Of an exception's message."""
+"""Lines shown of an exception's message."""
 
 MOST_CAUSES = 2
 
 
 def of_user(error: BaseException) -> str:
-    """The traceback with the user's own frames and what they called, mbgd's, torch's and Hydra's left out.
+    """The traceback with the user's own frames and those they called, without mbgd's, torch's and Hydra's.
 
-    Empty where the user's code has no part in it.
+    Empty if it has no frame of the user's code.
     """
     causes = list(_causes(error))
     shown = [one for one in causes if _frames(one) or _of_loader(one)]
@@ -37,7 +37,7 @@ def of_user(error: BaseException) -> str:
 
 
 def of_ours(error: BaseException) -> str:
-    """The end of the traceback, where the user's code has no part in it."""
+    """The end of the traceback, for exceptions without a frame of the user's code."""
     frames = traceback.extract_tb(error.__traceback__)[-MOST_FRAMES:]
     return "\n".join(["Traceback (its end):", *_lines(frames), _message(error, MOST_LINES)])
 
@@ -56,7 +56,7 @@ def _described(error: BaseException) -> str:
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    """The exception and those that led to it, as Python would show them; the outermost first."""
+    """The exception and its causes, as Python shows them, the outermost first."""
     found = [error]
     while (cause := found[-1].__cause__ or (None if found[-1].__suppress_context__ else found[-1].__context__)) and (
         cause not in found
@@ -66,7 +66,7 @@ def _causes(error: BaseException) -> list[BaseException]:
 
 
 def _frames(error: BaseException) -> list[traceback.FrameSummary]:
-    """From the user's first frame on, without those around it."""
+    """The frames from the user's first one on, without those of the packages AROUND."""
     frames = list(traceback.extract_tb(error.__traceback__))
     first = next((number for number, one in enumerate(frames) if _is_users(one.filename)), len(frames))
     kept = [one for one in frames[first:] if not _is_around(one.filename)]

@@ -1,4 +1,4 @@
-"""`mbgd train …` and `train.py …`: train what the configuration describes, here or on workers that this starts."""
+"""`mbgd train …` and `train.py …`: train the configuration here, or start workers that do."""
 
 import os
 import re
@@ -27,20 +27,20 @@ FLAGS_THAT_TELL = {
     "-sc",
     "--shell-completion",
 }
-"""Hydra's options with which nothing is trained."""
+"""Hydra's options that print something and do not train."""
 
 FLAGS_OF_SWEEPS = {"-m", "--multirun"}
 
 
 def train(arguments: Sequence[str]) -> int:
-    """The command's exit code: 0, 1 (training failed), 2 (a mistake in the command), 75 (stopped by a signal, saved).
+    """Train; exit code 0, 1 (training failed), 2 (a mistake in the command) or 75 (stopped by a signal, state saved).
 
-    arguments: overrides and options of Hydra's, `workers=`, and options of the launcher's.
+    arguments: Hydra's overrides and options, `workers=`, and the launcher's options.
     """
     plain_output.start()
-    guard_output()  # which keeps what the streams are set to
+    guard_output()  # after start(): it keeps the streams' settings
     if launching.started_by_launcher() and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training saves on it; no traceback of an import
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training sets its own: Ctrl-C prints no traceback
     try:
         return _train(arguments)
     except UsageError as error:
@@ -53,7 +53,7 @@ def train(arguments: Sequence[str]) -> int:
 
 def _train(arguments: Sequence[str]) -> int:
     launching.program[:] = sys.orig_argv[1 : len(sys.orig_argv) - len(arguments)]
-    if "COMP_LINE" in os.environ:  # what the shell wants completed
+    if "COMP_LINE" in os.environ:  # the shell asks for completions
         os.environ["COMP_LINE"] = re.sub(r"(?<=\s)workers=\S*\s", "", os.environ["COMP_LINE"])
     wanted, overrides = launching.split(arguments)
     flags = {one.split("=")[0] for one in overrides}
@@ -66,7 +66,7 @@ def _train(arguments: Sequence[str]) -> int:
             )
         launching.check_started(wanted)
     elif is_sweep and wanted.workers is not None:
-        is_number = wanted.workers.isdigit()  # then torch is not needed here
+        is_number = wanted.workers.isdigit()  # then there is no need to import torch
         number = wanted.workers if is_number else launching.num_workers(wanted.workers, overrides)
         overrides.append(f"hydra.launcher.nproc_per_node={number}")
     elif wanted.starts_processes and not tells:
@@ -82,13 +82,13 @@ def _train(arguments: Sequence[str]) -> int:
 
 
 def _run(composed: Any) -> None:
-    """One run, from what Hydra has composed."""
+    """One run of the composed configuration."""
     from hydra.core.hydra_config import HydraConfig
 
     hydra = HydraConfig.get()
     try:
         command_line.check_sources(hydra.runtime.config_sources)
-    except UsageError as error:  # of which Hydra would say something, too
+    except UsageError as error:  # Hydra would print its own message, too
         telling.tell(str(error))
         sys.exit(error.exit_code)
     if os.environ.get("RANK", "0") == "0":

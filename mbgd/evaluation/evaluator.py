@@ -1,4 +1,4 @@
-"""Exact weighted means, and metrics of the whole set, over exactly the evaluation examples, by any workers."""
+"""Exact weighted means, and metrics of the whole evaluation set, on any number of workers."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,17 +25,17 @@ from mbgd.task.precision import autocast, parameter_dtype
 
 
 class AddUp(Protocol):
-    """`Averaging.sum`."""
+    """`Averager.sum`."""
 
     def __call__(self, leaves: Sequence[tuple[int, Tensor]], *, num_leaves: int, num_values: int) -> Tensor: ...
 
 
 class Evaluator:
-    """Evaluates a task on a dataset, every example exactly once, each worker its contiguous share."""
+    """Evaluates a task on a dataset: every example exactly once, a contiguous share on each worker."""
 
     @classmethod
     def of(cls, setup: Setup) -> "Evaluator | None":
-        """None without an evaluation dataset."""
+        """None if there is no evaluation dataset."""
         if setup.data.evaluation is not None:
             return cls(setup)
         if metrics := setup.settings.evaluation.metrics:
@@ -46,7 +46,7 @@ class Evaluator:
         return None
 
     def __init__(self, setup: Setup) -> None:
-        """Tries the first and the last examples; UsageError where something is wrong with them."""
+        """Tries the first and the last examples; UsageError if something is wrong with them."""
         settings, workers, data = setup.settings, setup.workers, setup.data
         self._task, self._buffers, self._data = setup.task, setup.buffers, data
         self._workers, self._precision = workers, settings.precision
@@ -63,8 +63,8 @@ class Evaluator:
         check_targets(data.evaluation, setup.task.given_objective, setup.findings.output_shape)
         self.metric_names = self._try_out(num_examples, settings)
         self.names = [f"eval/{name}" for name in ("loss", *self.metric_names, *settings.evaluation.metrics)]
-        """Of what an evaluation gives."""
-        # One loader, whose processes serve all evaluations.
+        """Names of the metrics that an evaluation returns."""
+        # One loader: its processes are kept for all evaluations.
         self._batches = Batches(
             data.evaluation,
             [np.arange(micro_batch.start, micro_batch.stop) for micro_batch in self._shard],
@@ -98,7 +98,7 @@ class Evaluator:
         return names
 
     def __call__(self, add_up: AddUp) -> dict[str, float]:
-        """Mean loss and metrics, the same on every worker; the model is as it was afterwards.
+        """Mean loss and metrics, the same on every worker; this leaves the model's state as it was.
 
         add_up: adds up vectors over all workers.
         """
@@ -117,9 +117,9 @@ class Evaluator:
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """Evaluation mode without gradients; what forwards make of buffers and other state is undone.
+        """Evaluation mode without gradients; buffers and extra state are restored afterwards.
 
-        no_grad and not inference_mode, in which a model could not compute derivatives of its own.
+        no_grad, not inference_mode, which would keep a model from computing derivatives itself.
         """
         self._buffers.start_step()
         versions = [parameter._version for parameter in self._task.parameters()]
@@ -138,14 +138,14 @@ class Evaluator:
         if changed and self._workers.num_workers > 1:
             raise UsageError(
                 f"the forward in evaluation mode changes parameters in place ({shown(changed)}); "
-                "each worker evaluates other examples, so that the workers' copies would differ. Let the optimizer "
-                "alone change parameters."
+                "each worker evaluates other examples, so the workers' copies would differ. Let only the optimizer "
+                "change parameters."
             )
 
 
 @contextmanager
 def _told_of(position: str) -> Iterator[None]:
-    """An exception of the user's code also says when it was raised."""
+    """Add to exceptions of the user's code that these examples were tried before training."""
     try:
         yield
     except UsageError as error:

@@ -14,23 +14,23 @@ from mbgd.workers.group import Workers
 
 
 class Metric(Protocol):
-    """What torchmetrics calls so, or anything else that works alike; it gets tensors on the host."""
+    """A metric of torchmetrics, or an object with the same methods; it gets tensors on the host."""
 
     def update(self, outputs: Tensor, targets: Tensor) -> object:
-        """Take in outputs (n, …) and targets (n, …), in the order of the examples."""
+        """Add outputs (n, …) and targets (n, …), in the order of the examples."""
 
     def compute(self) -> Any:
         """One number."""
 
     def reset(self) -> object:
-        """Forget what was taken in."""
+        """Forget the examples added so far."""
 
 
 class Metrics:
     """Computed by the main worker, on the host, from every worker's predictions in the order of the examples.
 
-    A metric sees the same numbers on any number of workers, without a rule of its own for adding up states. The price
-    is that the main worker's memory holds the predictions of the whole evaluation set.
+    So a metric gets the same values on any number of workers, and needs no rule for adding up states. The price is that
+    the main worker's memory holds the predictions of the whole evaluation set.
     """
 
     def __init__(self, metrics: Mapping[str, Metric], workers: Workers) -> None:
@@ -40,7 +40,7 @@ class Metrics:
         return bool(self._metrics)
 
     def __call__(self, predictions: Sequence[Tensor]) -> dict[str, float]:
-        """By name, the same on every worker.
+        """Value of each metric by name, the same on every worker.
 
         predictions: outputs, targets, outputs, targets … of this worker's examples, on the host.
         """
@@ -51,11 +51,11 @@ class Metrics:
         problem = ""
         if self._workers.is_main:
             try:
-                # At once: metrics look at all values of an update to tell probabilities from logits.
+                # In one update: metrics tell probabilities from logits by all values of an update.
                 outputs, targets = _whole("outputs", collected[0::2]), _whole("targets", collected[1::2])
                 values = {name: _compute(name, metric, outputs, targets) for name, metric in self._metrics.items()}
             except UsageError as error:
-                problem = str(error)  # every worker must hear of it
+                problem = str(error)  # raised on every worker below
         values, problem = self._workers.broadcast((values, problem))
         if problem:
             raise UsageError(problem)
@@ -73,11 +73,11 @@ def _whole(name: str, parts: Sequence[Tensor]) -> Tensor:
 
 
 def check(metrics: Mapping[str, Metric], terms: PerExample) -> None:
-    """UsageError where a name is taken, or a metric cannot take what the objective gave for some examples."""
+    """UsageError if a name is taken, or a metric refuses the objective's predictions for some examples."""
     outputs, targets = (values.cpu() for values in terms.counted_predictions())
     for name, metric in metrics.items():
         if name in ("loss", *terms.metrics):
-            raise UsageError(f"evaluation.metrics.{name}: eval/{name} is there without it. Choose another name.")
+            raise UsageError(f"evaluation.metrics.{name}: the name eval/{name} is taken. Choose another name.")
         if not all(callable(getattr(metric, method, None)) for method in ("update", "compute", "reset")):
             raise UsageError(
                 f"evaluation.metrics.{name} is a {type(metric).__name__}; a metric has update(outputs, targets), "
@@ -86,12 +86,12 @@ def check(metrics: Mapping[str, Metric], terms: PerExample) -> None:
         _keep_alone(metric)
         if len(targets):
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of classes that these few examples do not have
+                warnings.simplefilter("ignore")  # about classes that these few examples lack
                 _compute(name, metric, outputs, targets, may_be_too_few=True)
 
 
 def _keep_alone(metric: Metric) -> None:
-    """Keep torchmetrics from adding up over workers by itself: the others would not answer."""
+    """Keep torchmetrics from adding up over workers itself: only the main worker computes metrics, so it would hang."""
     for part in metric.modules() if isinstance(metric, nn.Module) else ():
         if hasattr(part, "distributed_available_fn"):
             part.distributed_available_fn = _never  # type: ignore[assignment]
@@ -102,7 +102,7 @@ def _never() -> bool:
 
 
 def _compute(name: str, metric: Metric, outputs: Tensor, targets: Tensor, *, may_be_too_few: bool = False) -> float:
-    """The metric of these examples alone; its mistakes are the user's to mend, so they become UsageErrors."""
+    """The metric of only these examples; its exceptions become UsageErrors, because the metric is the user's."""
     doing = "take"
     try:
         metric.reset()

@@ -1,1 +1,1 @@
-"""How training goes: the clock, traces, and what is logged when."""
+"""The clock, profiler traces, and when Python collects garbage."""

@@ -1,4 +1,4 @@
-"""How long training takes and what it spends its time on, measured without waiting for the device."""
+"""How long training and each part of a step take, measured without waiting for the device."""
 
 import resource
 import sys
@@ -14,21 +14,21 @@ import torch
 T = TypeVar("T")
 
 PARTS = ("data_wait", "forward_backward", "averaging", "optimizer")
-"""Of a step; what else happens between two steps is none of them."""
+"""Parts of a step. Time between two steps is REST."""
 REST = "rest"
 
 MOST_EVENTS = 1024
-"""Events kept before the oldest are added up, those that the device has come to by then."""
+"""Beyond 2,048 kept events the oldest 1,024 are added up, if the device has completed them."""
 
 
 class Stopwatch(Protocol):
-    """Adds up what passes between one lap and the next."""
+    """Adds up the time between laps, by part."""
 
     def lap(self, part: str) -> None:
-        """What was done since the last lap was this part."""
+        """Add the time since the last lap to this part."""
 
     def seconds(self) -> dict[str, float]:
-        """Of each part, since this was last asked; waits for the device."""
+        """Seconds of each part since the last call; this waits for the device."""
 
 
 class HostStopwatch:
@@ -51,8 +51,8 @@ class HostStopwatch:
 class StreamStopwatch:
     """For work that the host queues on a CUDA stream, timed by events in the stream itself.
 
-    A part's time is the stream's: where the host runs ahead, waiting for data or for other workers counts only as far
-    as the device has nothing else to do.
+    A part's time is the stream's: if the host runs ahead, waiting for data or other workers counts only while the
+    device is idle.
     """
 
     def __init__(self) -> None:
@@ -67,7 +67,7 @@ class StreamStopwatch:
         self._laps.append((part, event))
         if len(self._laps) > 2 * MOST_EVENTS:
             _, oldest_kept = self._laps[MOST_EVENTS - 1]
-            if oldest_kept.query():  # type: ignore[no-untyped-call]  # otherwise more are kept: nothing is waited for
+            if oldest_kept.query():  # type: ignore[no-untyped-call]  # otherwise keep them: this never waits
                 self._add_up(MOST_EVENTS)
 
     def seconds(self) -> dict[str, float]:
@@ -76,7 +76,7 @@ class StreamStopwatch:
         return seconds
 
     def _add_up(self, num_laps: int) -> None:
-        """Take the oldest laps into the sums, but for the last of them, where the next one begins."""
+        """Add the oldest `num_laps` laps to the sums. The last of their events is kept: the next lap begins there."""
         laps = self._laps[:num_laps]
         laps[-1][1].synchronize()
         for (_, begin), (part, end) in pairwise(laps):
@@ -86,7 +86,7 @@ class StreamStopwatch:
 
 
 class Clock:
-    """Measures training: speed, without the time of evaluations, and how each step's time is spent."""
+    """Measures the speed of training, without evaluations, and the time of each part of a step."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -101,7 +101,7 @@ class Clock:
         self._started = self._last_read = self._now()
 
     def laps(self, shards: Iterable[T]) -> Iterator[T]:
-        """What `shards` gives; getting it is the wait for data, and what happens with it is measured by `lap`."""
+        """Yields from `shards`. Getting the next shard counts as data_wait; `lap` measures the rest of the step."""
         self.lap(REST)
         for shard in shards:
             self.lap("data_wait")
@@ -110,7 +110,7 @@ class Clock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done inside does not count as training; a GPU first finishes what it has been given before."""
+        """Time inside does not count as training; a GPU first finishes the work queued before."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         began = time.perf_counter()
@@ -118,9 +118,9 @@ class Clock:
         self._paused += time.perf_counter() - began
 
     def read(self, *, num_steps: int, num_examples: int, num_tokens: int | None) -> dict[str, float]:
-        """What is logged after so many steps, examples and, where losses are per token, tokens since the last reading.
+        """Speeds and times for the log, given the steps, examples and tokens (losses per token) since the last reading.
 
-        Speeds are those of all workers together, seconds those of a step on this worker. Waits for the device.
+        Speeds are of all workers together; seconds are per step on this worker. Waits for the device.
         """
         parts = self._stopwatch.seconds()
         now = self._now()
@@ -132,7 +132,7 @@ class Clock:
         return {**speeds, **seconds, "peak_memory_bytes": peak_memory_bytes(self._device)}
 
     def seconds(self) -> float:
-        """Of training so far."""
+        """Seconds of training so far."""
         return self._now() - self._started
 
     def _now(self) -> float:
@@ -140,7 +140,7 @@ class Clock:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most that this process has held so far: of the GPU's memory by tensors, or of the host's in all."""
+    """The peak so far: memory of tensors on the GPU, or all memory of this process on the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

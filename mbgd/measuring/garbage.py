@@ -1,6 +1,6 @@
-"""Python's garbage is collected at chosen steps, the same on all workers, and nowhere else.
+"""Collects Python's garbage at fixed steps, the same on all workers, and nowhere else.
 
-By itself Python collects wherever a threshold is passed: each worker in another step, while the others wait for it.
+By itself Python collects whenever a threshold is passed: each worker in another step, while the others wait for it.
 """
 
 import gc
@@ -14,11 +14,11 @@ ALL_EVERY_STEPS = 1000
 
 
 def collected_at_steps(shards: Iterable[T], num_steps_done: int) -> Iterator[T]:
-    """What `shards` gives, collecting garbage after some steps; nothing changes where the user has turned it off."""
+    """Yields from `shards` and collects garbage after some steps; does nothing if the user has turned it off."""
     if not gc.isenabled():
         yield from shards
         return
-    gc.freeze()  # what is there already would be gone through again and again
+    gc.freeze()  # so that collections do not visit the objects that exist already
     gc.disable()
     try:
         for step, shard in enumerate(shards, start=num_steps_done + 1):

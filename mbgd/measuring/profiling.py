@@ -19,7 +19,7 @@ _NOTHING: AbstractContextManager[object] = nullcontext()
 
 
 def part(name: str) -> AbstractContextManager[object]:
-    """Names what is done inside, in the trace of whichever torch profiler runs; otherwise it is nothing."""
+    """Names the work inside in the trace of a running torch profiler; does nothing if none runs."""
     return record_function(name) if torch._C._autograd._profiler_enabled() else _NOTHING
 
 
@@ -27,7 +27,7 @@ class Profiler(Protocol):
     """Watches a run step by step."""
 
     def steps(self, shards: Iterable[T], num_steps_done: int) -> Iterable[T]:
-        """The shards of the steps that come after so many; a step lasts until the next one's shard is asked for."""
+        """The shards of the steps after `num_steps_done`; a step lasts until the next shard is asked for."""
 
 
 class NoProfiler:
@@ -38,7 +38,7 @@ class NoProfiler:
 
 
 class TraceOfSteps:
-    """Writes a trace of those of the given steps, counted from 1, that are still to come."""
+    """Writes a trace of the given steps, counted from 1, as far as they are not done yet."""
 
     def __init__(self, path: Path, steps: range, device: torch.device, *, quiet: bool) -> None:
         self._path, self._steps, self._quiet = path, steps, quiet
@@ -51,7 +51,7 @@ class TraceOfSteps:
         first, last = max(self._steps[0], num_steps_done + 1), self._steps[-1]
         if first > last:
             self._say(f"none: steps {self._steps[0]} to {last} are done already")
-        with ExitStack() as trace:  # a run that ends or breaks off within these steps has its trace written too
+        with ExitStack() as trace:  # a run that ends or fails within these steps writes its trace, too
             for step in count(num_steps_done + 1):
                 if step == first <= last:
                     trace.enter_context(self._trace())
@@ -90,13 +90,13 @@ class TraceOfSteps:
 
 
 def check(asked: str | None, num_steps: int) -> None:
-    """UsageError where steps are to be profiled that the run does not have."""
+    """UsageError if `profile` names steps beyond the run's last."""
     if asked is not None and profiled_steps(asked)[-1] > num_steps:
         raise UsageError(f"profile={asked}, but the run ends after step {num_steps}. Name steps up to that one.")
 
 
 def create(asked: str | None, run: Path, workers: Workers, *, quiet: bool) -> Profiler:
-    """The profiler of this worker, whose trace goes into the run's folder; quiet: it does not say where."""
+    """This worker's profiler; its trace goes into the run's folder. quiet: do not print where."""
     if asked is None:
         return NoProfiler()
     path = run / "profile" / f"worker-{workers.rank}.json.gz"

@@ -1,1 +1,1 @@
-"""One run on disk: its folder, what it was made with, resuming it; and sweeps of runs."""
+"""One run on disk: its folder, the record of how it was made, resuming it; and sweeps of runs."""

@@ -1,4 +1,4 @@
-"""What the bits of a run depend on beside its configuration, recorded so that two runs can be compared fairly."""
+"""What a run's bits depend on beside its configuration, recorded so that two runs can be compared."""
 
 import platform
 from pathlib import Path
@@ -10,7 +10,7 @@ from mbgd.workers import cuda
 
 
 def conditions(plan: Plan, device: torch.device) -> dict[str, str | int]:
-    """The processor, threads and micro-batches of this run; the versions are recorded beside them."""
+    """The processor, threads and micro-batches of this run; versions are recorded separately."""
     return {
         "processor": processor(device),
         "threads_per_worker": torch.get_num_threads(),
@@ -20,7 +20,7 @@ def conditions(plan: Plan, device: torch.device) -> dict[str, str | int]:
 
 
 def processor(device: torch.device) -> str:
-    """The name of the GPU, or of the CPU with the vector instructions that torch uses on it."""
+    """The name of the GPU, or of the CPU and the vector instructions that torch uses on it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.machine()

@@ -1,4 +1,4 @@
-"""`run.json`: what a run's folder says of the run beside its configuration; and the page made from the folder."""
+"""`run.json`: the plan, environment, code and ending of a run; and the report made from its folder."""
 
 import platform
 import sys
@@ -19,7 +19,7 @@ from mbgd.trainer import Trainer
 
 
 class Record:
-    """Writes run.json at the start, how the run ended at the end, and then report.html if wanted."""
+    """Writes run.json at the start; at the end adds how the run ended, and writes report.html if wanted."""
 
     def __init__(self, folder: Path, trainer: Trainer, *, report: bool) -> None:
         self._folder, self._report = folder, report

@@ -1,4 +1,4 @@
-"""Going on with a run: which checkpoint, whether it may be, and the same answer on every worker."""
+"""Resuming a run: from which checkpoint, and whether it fits; the same decision on every worker."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ from mbgd.text.escaping import plain
 from mbgd.trainer import Trainer
 
 EVALUATION = "evaluation.json"
-"""Beside the checkpoints: what the evaluations depend on whose values they hold, and beyond which step."""
+"""Next to the checkpoints: a hash of what their evaluations depend on, for checkpoints beyond a given step."""
 
 
 class _Evaluation(msgspec.Struct):
@@ -36,18 +36,18 @@ class _Decision:
     checkpoint: Path | None = None
     is_complete: bool = False
     keeps_evaluations: bool = False
-    """Whether the evaluations' values in the checkpoint are those that this configuration gives."""
+    """Whether this configuration would give the evaluation values in the checkpoint."""
     problem: str = ""
 
 
 def resume(trainer: Trainer, folder: RunFolder, config: Config, now: Mapping[str, Any]) -> bool:
-    """Bring the trainer and the folder to where the run goes on; False if the run is complete already.
+    """Restore the trainer and prepare the folder to go on; False if the run is complete already.
 
-    now: the configuration as plain values. UsageError, on every worker, where the run there is another one.
+    now: the configuration as plain values. UsageError, on every worker, if the folder holds another run.
     """
     workers = trainer.setup.workers
     if config.resume.from_ == "never" or not folder.has_begun:
-        remove_memory(folder.path, workers)  # of a run whose folder is gone
+        remove_memory(folder.path, workers)  # snapshots of a run whose folder is gone
     in_memory = None
     if config.checkpoint.memory_every_steps is not None and config.resume.from_ != "never":
         in_memory = newest_in_memory(folder.path, workers, must_match(now))
@@ -70,7 +70,7 @@ def resume(trainer: Trainer, folder: RunFolder, config: Config, now: Mapping[str
     if not decision.keeps_evaluations:
         metrics = trainer.state.metrics  # the run evaluates anew
         trainer.state.metrics = {name: value for name, value in metrics.items() if not name.startswith("eval/")}
-    remove_memory(folder.path, workers, but=decision.checkpoint)  # the rest is of another course
+    remove_memory(folder.path, workers, but=decision.checkpoint)  # other snapshots do not belong to this course
     problem = ""
     if workers.is_main:
         problem = _reopen(folder, trainer.state.step, None if decision.keeps_evaluations else _evaluated_by(now))
@@ -84,7 +84,7 @@ def resume(trainer: Trainer, folder: RunFolder, config: Config, now: Mapping[str
 def _agree(
     trainer: Trainer, folder: RunFolder, config: Config, now: Mapping[str, Any], in_memory: Path | None
 ) -> _Decision:
-    """What the main worker decides, on every worker; UsageError on all where that is a problem."""
+    """The main worker's decision, on every worker; UsageError on all if it is a problem."""
     mine = _Decision()
     if trainer.setup.workers.is_main:
         mine = _decide(folder, config, now, trainer.setup.num_steps, in_memory)
@@ -97,12 +97,12 @@ def _agree(
 
 @dataclass(frozen=True)
 class _Found:
-    """What there is to go on from."""
+    """The state to go on from."""
 
     checkpoint: Path | None
     step: int
     identity: Mapping[str, Any] | None
-    """Of the run that has begun, if one has."""
+    """Identity of the run that has begun here, if any."""
     steps_of_complete_run: int | None
     is_another_runs: bool
 
@@ -122,10 +122,10 @@ def _decide(
     differing = checkpoint.differences(found.identity, must_match(now)) if found.identity is not None else []
     if differing and not config.resume.force:
         return _Decision(
-            problem=f"{path or folder.path} is of a run that took another course:\n"
+            problem=f"{path or folder.path} belongs to a run with other settings:\n"
             + "".join(f"  - {one}\n" for one in differing)
             + "Give another run.dir (or resume=never and an empty one) for a new run, or resume.force=true to go on "
-            "all the same."
+            "anyway."
         )
     if done is not None and done >= num_steps:
         return _Decision(is_complete=True)
@@ -140,7 +140,7 @@ def _decide(
 
 
 def _find(folder: RunFolder, config: Config, in_memory: Path | None) -> _Found:
-    """What of the run's own files cannot be read is put aside, with a message."""
+    """Look for the state to go on from. The run's own files that cannot be read are renamed, with a message."""
     path, is_another_runs = checkpoint.newest(folder.checkpoints_path, whole_run=True), False
     try:
         done = folder.steps_of_complete_run()
@@ -177,13 +177,13 @@ def _identity_of_begun(folder: RunFolder) -> dict[str, Any] | None:
         return None
     try:
         return must_match(config)
-    except Exception as error:  # whatever a key that is missing, or is something else, leads to
+    except Exception as error:  # a key is missing or has another type
         reason = f"it is not a run's configuration ({type(error).__name__}: {plain(error)})"
         raise Unreadable(folder.path / CONFIG, reason) from error
 
 
 def _named(path: Path) -> Path:
-    """The checkpoint that `resume=PATH` means: that folder, or the newest of the run there. Both are only read."""
+    """The checkpoint that `resume=PATH` names: that folder, or the newest of the run there. Both are only read."""
     if os.path.lexists(path / checkpoint.MANIFEST):
         if problem := checkpoint.verify(path, whole_run=True):
             raise UsageError(f"resume={plain(path)}: the checkpoint is broken ({problem}). Name another one.")
@@ -197,7 +197,7 @@ def _named(path: Path) -> Path:
 
 
 def _restore(trainer: Trainer, path: Path) -> None:
-    """UsageError, on every worker, where a worker cannot read the checkpoint or it does not fit."""
+    """Restore a checkpoint; UsageError, on every worker, if one cannot read it or it does not fit."""
     failure, snapshot = "", None
     try:
         snapshot, _ = checkpoint.read(path)
@@ -212,9 +212,9 @@ def _restore(trainer: Trainer, path: Path) -> None:
     try:
         trainer.restore(snapshot)
     except UsageError as error:
-        lines = str(error).split("\n")  # names of tensors and keys are the file's
+        lines = str(error).split("\n")  # the file's names of tensors and keys may need escaping
         raise UsageError("\n".join(plain(line) for line in lines)) from error
-    except Exception as error:  # state that only the optimizer can judge
+    except Exception as error:  # state that only the optimizer itself checks
         raise UsageError(
             f"the checkpoint {path} does not fit this run ({type(error).__name__}: {plain(error)}). Move it out of the "
             "folder to go on from the one before, or give another run.dir."
@@ -222,7 +222,7 @@ def _restore(trainer: Trainer, path: Path) -> None:
 
 
 def _is_evaluated_alike(folder: RunFolder, step: int, evaluated_by: str) -> bool:
-    """Whether a checkpoint of this step, of the folder's own run, holds values of such evaluations."""
+    """Whether the folder's checkpoint of this step holds values of evaluations with this hash."""
     try:
         known = read_json(folder.checkpoints_path / EVALUATION, _Evaluation)
     except (FileNotFoundError, Unreadable):
@@ -231,7 +231,7 @@ def _is_evaluated_alike(folder: RunFolder, step: int, evaluated_by: str) -> bool
 
 
 def _evaluated_by(config: Mapping[str, Any]) -> str:
-    """A hash of what evaluations depend on beside the weights."""
+    """A hash of everything that evaluations depend on beside the weights."""
     data = {name: value for name, value in config["data"].items() if name not in ("train", "shuffle", "num_workers")}
     metrics = (config.get("evaluation") or {}).get("metrics")
     depends = [data, metrics, config.get("model"), config.get("objective"), config.get("precision")]
@@ -239,7 +239,7 @@ def _evaluated_by(config: Mapping[str, Any]) -> str:
 
 
 def _reopen(folder: RunFolder, step: int, evaluated_by: str | None) -> str:
-    """What hinders, or nothing. evaluated_by: what evaluations from now on depend on, where that is another."""
+    """Reopen the folder; returns the problem, or an empty text. evaluated_by: the new hash, if evaluations changed."""
     try:
         folder.reopen(step)
         if evaluated_by is not None:
@@ -248,5 +248,5 @@ def _reopen(folder: RunFolder, step: int, evaluated_by: str | None) -> str:
             write_atomically(folder.checkpoints_path / EVALUATION, content.encode())
             flush(folder.path)
     except (OSError, UsageError) as error:
-        return f"run.dir={plain(folder.path)} cannot be written: {plain(error)}. See to the folder, and start again."
+        return f"run.dir={plain(folder.path)} cannot be written: {plain(error)}. Make it writable, and start again."
     return ""

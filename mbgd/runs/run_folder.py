@@ -1,4 +1,4 @@
-"""A run's folder: what the main worker leaves on disk."""
+"""A run's folder: the files that the main worker writes."""
 
 import glob
 import hashlib
@@ -31,14 +31,14 @@ from mbgd.trainer import Result, Trainer
 from mbgd.workers.group import Workers
 
 SECONDS_FOR_ANOTHER_RUN_TO_END = 60.0
-"""What a worker that was cut off from the others, and is replaced, may still need to notice it."""
+"""Time for a worker that lost the others, and has been replaced, to notice that and end."""
 
 
 class RunFolder:
     """`config.yaml`, `metrics.jsonl`, `summary.json`, `model.safetensors` and `logs/` of one run."""
 
     def __init__(self, path: Path, lock: FolderLock | None = None) -> None:
-        """lock: held as long as this folder is open here, so that no other run writes into it."""
+        """lock: held while this object lives, so that no other run writes into the folder."""
         self.path, self._lock = path, lock
 
     @property
@@ -62,16 +62,16 @@ class RunFolder:
         return os.path.lexists(self.path / CONFIG)
 
     def read_config(self) -> dict[str, Any] | None:
-        """The configuration of the run that has begun here, if one has; Unreadable where it is none."""
+        """The configuration of the run that has begun here, or None; Unreadable if the file is not a configuration."""
         try:
             return run_files.read_config(self.path)
         except FileNotFoundError:
             return None
 
     def steps_of_complete_run(self) -> int | None:
-        """How many steps the run here came to; None where there is none, or one that is not complete.
+        """Number of steps of the complete run here; None if there is none.
 
-        Unreadable where the results are not those that were written: the summary, or the model that it is of.
+        Unreadable if the summary, or the model whose hash it has, was changed.
         """
         try:
             summary = run_files.read_summary(self.path)
@@ -89,19 +89,19 @@ class RunFolder:
             if sha256 not in (None, files.sha256(path)):
                 raise Unreadable(path, "it has other content than was written")
             with safe_open(path, "pt"):
-                pass  # that it is one
+                pass  # opening it checks its header
         except (FileNotFoundError, SafetensorError) as error:
             raise Unreadable(path, plain(error)) from error
 
     def keep_aside(self, path: Path, reason: str) -> None:
-        """Rename what cannot be read, and say so; where it is gone already, nothing."""
+        """Rename a file that cannot be read, with a warning; do nothing if it is gone already."""
         if os.path.lexists(path):
             print(f"warning: {path} cannot be read ({reason}); it is now {_aside(path).name}", flush=True)
 
     def reopen(self, step: int) -> None:
-        """Go on after so many steps: what came later is taken out of the metrics, and the run is not complete.
+        """Prepare to go on after `step` steps: delete later lines of the metrics, and the summary.
 
-        Lines that cannot be read are kept in a file beside, with their numbers.
+        Lines that cannot be read are kept, with their numbers, in a file next to the metrics.
         """
         if self.summary_path.is_dir():
             _aside(self.summary_path)
@@ -127,7 +127,7 @@ class RunFolder:
         self._write({CONFIG: yaml.encode()})
 
     def write_results(self, result: Result, trainer: Trainer) -> None:
-        """Export the model and write the summary, which is there only once the run is complete."""
+        """Export the model and write the summary, which exists only for a complete run."""
         model, plan = trainer.setup.model, trainer.setup.plan
         content = save(exported(model))
         others = {}
@@ -152,19 +152,19 @@ class RunFolder:
         self._write({MODEL: content, SUMMARY: (json.dumps(sealed, indent=2) + "\n").encode(), **others})
 
     def _write(self, contents: Mapping[str, bytes]) -> None:
-        """UsageError where they cannot be written."""
+        """Write files by name; UsageError if one cannot be written."""
         for name, content in contents.items():
             try:
                 write_atomically(self.path / name, content)
             except OSError as error:
                 raise UsageError(
-                    f"{plain(self.path / name)} cannot be written: {error.strerror or error}. What is in the last "
-                    "checkpoint is safe: see to the folder, and the same command goes on from there."
+                    f"{plain(self.path / name)} cannot be written: {error.strerror or error}. The last checkpoint "
+                    "is safe: make the folder writable, and the same command goes on from there."
                 ) from error
 
 
 def _as_json(lines: list[BadLine]) -> bytes:
-    """A JSON object for each; bytes that are not UTF-8 as Python's surrogateescape has them, so that none is lost."""
+    """One JSON object per line; bytes that are not UTF-8 by Python's surrogateescape, so that none is lost."""
     told = [(line.number, line.reason, line.content.decode(errors="surrogateescape")) for line in lines]
     keys = ("line", "reason", "content")
     return b"".join(json.dumps(dict(zip(keys, one, strict=True))).encode() + b"\n" for one in told)
@@ -175,17 +175,16 @@ def _aside(path: Path) -> Path:
 
 
 def open_run_folder(run: Run, name: str, workers: Workers, *, may_hold_a_run: bool) -> RunFolder:
-    """The run's folder, made by the main worker and the same on every worker; UsageError on all if it can't be.
+    """The run's folder, made by the main worker; the same on every worker. UsageError on all if it cannot be made.
 
-    name: what a new folder's name contains. may_hold_a_run: a run that has begun there goes on; otherwise it is
-    left alone.
+    name: part of a new folder's name. may_hold_a_run: a run that has begun there goes on; otherwise it is refused.
     """
     path, problem = "", ""
     if workers.is_main:
         folder = _choose(run, name)
         path, problem = str(folder), _make(folder, may_hold_a_run=may_hold_a_run)
     deadline, told = time.monotonic() + SECONDS_FOR_ANOTHER_RUN_TO_END, False
-    # The others wait in an exchange, which has a limit of its own: there is one after each part of the time.
+    # The others wait in a broadcast, which has a timeout of its own, so the main worker waits in shorter intervals.
     seconds = min(SECONDS_FOR_ANOTHER_RUN_TO_END, workers.timeout_seconds / 4)
     while True:
         lock, holder = None, ""
@@ -213,10 +212,10 @@ def _choose(run: Run, name: str) -> Path:
 
 
 def id_of_restarts(environment: Mapping[str, str]) -> str:
-    """What stays the same when the run's workers are started again: SLURM's or torchrun's id; empty if nothing does.
+    """The id that stays the same when the run's workers start again, SLURM's or torchrun's; empty if there is none.
 
-    SLURM's job keeps its number when it is queued again; in an interactive allocation (no SLURM_PROCID) it says nothing
-    about a run. A job's steps are runs of their own.
+    A SLURM job keeps its number when it is queued again; in an interactive allocation (no SLURM_PROCID) the number does
+    not identify a run. Each step of a job is a run of its own.
     """
     if "SLURM_PROCID" in environment and "SLURM_JOB_ID" in environment:
         step = environment.get("SLURM_STEP_ID", "")
@@ -229,7 +228,7 @@ def id_of_restarts(environment: Mapping[str, str]) -> str:
 
 
 def _make(folder: Path, *, may_hold_a_run: bool) -> str:
-    """Make the folder; what hinders, or nothing."""
+    """Make the folder; returns the problem, or an empty text."""
     if os.path.lexists(folder / METRICS) and not may_hold_a_run:
         return (
             f"run.dir={folder} already holds a run, and resume=never. Give another run.dir, use resume=auto to go on "
@@ -239,13 +238,13 @@ def _make(folder: Path, *, may_hold_a_run: bool) -> str:
         _make_durably(folder)
         if not os.path.lexists(folder / METRICS):
             files.open_regular(folder / METRICS, "ab").close()
-    except (OSError, ValueError) as error:  # ValueError: also a name that no folder can have
+    except (OSError, ValueError) as error:  # ValueError: for example a name that no folder can have
         return _hindered(folder, error)
     return ""
 
 
 def _prepare(folder: Path) -> None:
-    """Under the lock: make what the run writes to, and try whether a file can be written."""
+    """Under the lock: make the subfolders that the run writes to, and test that a file can be written."""
     _make_durably(folder / "logs")
     for log in (folder / "logs").glob("worker-*.log"):
         files.check_regular(log)
@@ -262,7 +261,7 @@ def _hindered(folder: Path, error: OSError | ValueError) -> str:
 
 
 def _make_durably(folder: Path) -> None:
-    """Make the folder and those above, so that they outlive a power failure."""
+    """Make the folder and its parents, so that they survive a power failure."""
     if not folder.is_dir():
         _make_durably(folder.parent)
         folder.mkdir(exist_ok=True)
@@ -270,9 +269,9 @@ def _make_durably(folder: Path) -> None:
 
 
 def _lock(folder: Path, deadline: float, *, told: bool) -> tuple[FolderLock | None, str, str]:
-    """(the folder's lock, who holds it until the deadline, what hinders): one of them.
+    """(the folder's lock, who still holds it at the deadline, the problem): one of them is set.
 
-    told: that it is waited for has been said.
+    told: the message about waiting has been printed.
     """
     while True:
         try:

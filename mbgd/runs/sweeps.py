@@ -1,4 +1,4 @@
-"""A sweep on disk: a folder for each job, which is the job's run folder with a record of the job in it."""
+"""A sweep on disk: one folder for each job, the job's run folder, which also holds a record of the job."""
 
 import json
 import math
@@ -22,16 +22,16 @@ RECORD = "job.json"
 LOG = "job.log"
 
 to_show: list[Path] = []
-"""Folders of the sweeps that this process has run, whose results are to be shown at its end."""
+"""Folders of the sweeps that this process has run; it shows their results at its end."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """What the launcher knows of a job."""
+    """The launcher's record of a job."""
 
     number: int
     swept: dict[str, str]
-    """The values that this job was given by the sweep, by key."""
+    """The values that the sweep gave this job, by key."""
     overrides: list[str]
     exit_code: int | None = None
     """None: it has not ended, or was stopped."""
@@ -53,18 +53,18 @@ class Record:
 
 @dataclass(frozen=True)
 class Job:
-    """What became of a job, read from its folder."""
+    """The result of a job, read from its folder."""
 
     folder: Path
     record: Record
     config: Mapping[str, Any]
-    """Empty if it ended before its configuration was settled."""
+    """Empty if the job ended before it wrote its configuration."""
     summary: Mapping[str, Any]
     """Empty unless the run is complete."""
     history: list[Line] = field(repr=False)
     """The lines of metrics.jsonl."""
     problem: str = ""
-    """What of the folder could not be read."""
+    """Which files of the folder could not be read, and why."""
 
     @property
     def state(self) -> str:
@@ -76,7 +76,7 @@ class Job:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The last value of each, of a complete run; those that are numbers."""
+        """The last value of each metric of a complete run, if it is a number."""
         found = self.summary.get("metrics", {})
         return {name: value for name, value in found.items() if isinstance(value, int | float)}
 
@@ -88,7 +88,7 @@ class Job:
         return next(reached, None)
 
     def examples_after(self, steps: int) -> int | None:
-        """Examples seen after so many of this run's steps; None where the folder does not tell."""
+        """Examples seen after `steps` steps of this run; None if the folder does not tell."""
         epochs_of_lines = (line.metrics.get("train/epoch") for line in reversed(self.history))
         last = next((epoch for epoch in epochs_of_lines if isinstance(epoch, int | float) and epoch > 0), None)
         seen, size = self.summary.get("examples_seen"), (self.config.get("batch") or {}).get("size")
@@ -100,7 +100,7 @@ class Job:
 
 
 def read_job(folder: Path) -> Job | None:
-    """The job that was started in this folder; None if none was. What of it cannot be read is its problem."""
+    """The job that was started in this folder; None if none was. Files that cannot be read are named in `problem`."""
     record = Record.read(folder)
     if record is None:
         return None
@@ -119,7 +119,7 @@ def read_job(folder: Path) -> Job | None:
 
 
 def read_jobs(sweep: Path) -> list[Job]:
-    """The jobs of a sweep, by number; UsageError where there are none."""
+    """The jobs of a sweep, by number; UsageError if there are none."""
     found = [read_job(path.parent) for path in sweep.glob(f"**/{RECORD}")]
     jobs = sorted((job for job in found if job is not None), key=lambda job: job.record.number)
     if not jobs:
@@ -129,18 +129,18 @@ def read_jobs(sweep: Path) -> list[Job]:
 
 @dataclass(frozen=True)
 class Ranking:
-    """A sweep's jobs and the question they are ranked by."""
+    """A sweep's jobs, ranked by a metric."""
 
     jobs: list[Job]
-    """Best first; those without a value last."""
+    """Best first; jobs without a value last."""
     keys: list[str]
-    """What was swept."""
+    """The swept keys."""
     metric: str
     direction: Direction
     target: float | None
 
     def value(self, job: Job) -> float:
-        """The metric; not a number where the job has none."""
+        """The metric; nan if the job has none."""
         return job.metrics.get(self.metric, math.nan)
 
     def steps(self, job: Job) -> int | None:
@@ -154,7 +154,7 @@ class Ranking:
 
 
 def read_ranking(folder: Path, metric: str | None, direction: str | None, target: float | None) -> Ranking:
-    """The sweep in this folder, ranked; what is None is as its jobs' configurations have it."""
+    """The sweep in this folder, ranked; arguments that are None come from its jobs' configurations."""
     jobs = read_jobs(folder)
     configured = next((dict(job.config["sweep"]) for job in jobs if job.config.get("sweep")), {})
     metric = metric or configured.get("metric", "eval/loss")
@@ -178,7 +178,7 @@ def read_ranking(folder: Path, metric: str | None, direction: str | None, target
 
 
 def metric_value(folder: Path, metric: str) -> float:
-    """The metric of the job in this folder; UsageError where it has none, naming those that it has."""
+    """The metric of the job in this folder; if it has none, a UsageError names the metrics that it has."""
     job = read_job(folder)
     if job is None or not job.summary:
         raise UsageError("ended without a summary")
@@ -188,6 +188,6 @@ def metric_value(folder: Path, metric: str) -> float:
 
 
 def unknown_metric(metric: str, metrics: Mapping[str, float]) -> str:
-    """What is wrong with a metric that is not among those of a run."""
+    """The message for a metric that a run does not have."""
     names = ", ".join(plain(name) for name in sorted(metrics)) or "none"
     return f"sweep.metric={plain(metric)}, but the metrics are {names}.{did_you_mean(metric, metrics)}"

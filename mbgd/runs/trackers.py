@@ -19,7 +19,7 @@ TENSORBOARD_SECONDS = 10.0
 
 
 def check_installed(tracking: Tracking) -> None:
-    """UsageError where a package that the configuration asks for is not installed."""
+    """UsageError if a package that the configuration needs is not installed."""
     for package, is_wanted in (("wandb", _uses_wandb(tracking)), ("tensorboard", tracking.tensorboard)):
         if is_wanted and find_spec(package) is None:
             raise UsageError(
@@ -29,9 +29,9 @@ def check_installed(tracking: Tracking) -> None:
 
 
 def open_trackers(trackers: Trackers, config: Config, folder: RunFolder, trainer: Trainer) -> None:
-    """On the main worker: open the run's trackers among these; the terminal's begins with what the run is.
+    """On the main worker: open the run's trackers and add them; the terminal's prints the plan first.
 
-    One that cannot be opened is left out, with a warning.
+    A tracker that cannot be opened is left out, with a warning.
     """
     tracking, path = config.tracking, folder.path
     trackers.open("metrics.jsonl", lambda: JsonLines(folder.metrics_path))

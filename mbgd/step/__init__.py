@@ -1,1 +1,1 @@
-"""The sum of gradients → the update: the one division, clipping, the optimizer, and what is noticed on the way."""
+"""One optimizer step: examples → losses → gradients → their sum → the one division, clipping and the optimizer."""

@@ -1,4 +1,4 @@
-"""What a step came to, and who is told of it."""
+"""The result of a step, and the observers that get it."""
 
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -17,10 +17,10 @@ class Norms:
     gradient: Tensor
     """Of the mean gradient, before clipping."""
     change: tuple[Tensor, Tensor] | None
-    """Of the parameters before the update, and of what it added to them; known where it is wanted."""
+    """Norms of the parameters before the update and of the update itself; None if not asked for."""
 
     def values(self) -> dict[str, float]:
-        """What is logged of them; this waits for the device."""
+        """The norms by name, for the log; this waits for the device."""
         assert self.change is not None
         gradient, parameters, update = torch.stack([self.gradient, *self.change]).tolist()
         values = {"gradient_norm": gradient, "parameter_norm": parameters}
@@ -28,7 +28,7 @@ class Norms:
 
 
 class Done(NamedTuple):
-    """What a step came to, the same on every worker; tensors are on the device."""
+    """The result of a step, the same on every worker; tensors are on the device."""
 
     step: int
     """Counted from 0."""
@@ -36,12 +36,12 @@ class Done(NamedTuple):
     weight: int | Tensor
     """Σ w_i over the minibatch."""
     totals: Totals | None
-    """Sums of losses and metrics, in steps in which they are added up."""
+    """Sums of losses and metrics; None in steps that do not add them up."""
     norms: Norms | None
 
 
 class Observer(Protocol):
-    """Is told of every step; must do the same on every worker, so it decides from what all of them know alike."""
+    """Called after every step. It must do the same on every worker, so it decides only from values that all share."""
 
     def after_update(self, done: Done) -> None:
-        """The parameters are those after the step."""
+        """Called with the parameters already updated."""

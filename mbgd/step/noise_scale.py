@@ -1,10 +1,10 @@
-"""The gradient noise scale: how noisy a minibatch's gradient is, and so which minibatch size is worth its price.
+"""The gradient noise scale: how noisy a minibatch's gradient is, and so which minibatch size pays off.
 
 With G the gradient over all examples and Σ the covariance of one example's gradient, the mean gradient g of n examples
 has variance E|g − G|² = tr Σ / n. Where n is far below B_simple = tr Σ / |G|², twice the examples make a step almost
 twice as good; far above it they are wasted (McCandlish et al. 2018, arXiv 1812.06162, section 2.2 and appendix A.1).
 
-Both parts follow from the gradients of the micro-batches that a minibatch is made of anyway. With N of them, of weights
+Both parts follow from the gradients of the micro-batches, which are computed anyway. With N of them, of weights
 b_k, Σ b_k = B, mean gradients g_k, and Q = Σ (b_k / B) |g_k|²,
 
     (Q − |g|²) / (N − 1)      has the mean E|g − G|², and
@@ -30,9 +30,9 @@ NUM_NOISE_SUMS = 2
 
 
 def noise_sums(squared_norm: Tensor, weight: Tensor) -> Tensor:
-    """A micro-batch's part in the sums over all of a minibatch: |Σ w_i ∇L_i|² / Σ w_i, and 1 if it has weight.
+    """A micro-batch's part in the sums over the minibatch: |Σ w_i ∇L_i|² / Σ w_i, and 1 if its weight is not 0.
 
-    Both arguments and what is returned are float64; shapes (), () and (NUM_NOISE_SUMS,).
+    Arguments and result are float64; shapes (), () and (NUM_NOISE_SUMS,).
     """
     has_weight = weight > 0
     return torch.stack([torch.where(has_weight, squared_norm / weight, 0.0), has_weight.double()])
@@ -41,38 +41,38 @@ def noise_sums(squared_norm: Tensor, weight: Tensor) -> Tensor:
 def estimate(sums: Tensor, weight: float | Tensor, gradient_norm: Tensor) -> tuple[Tensor, Tensor]:
     """Unbiased estimates of (E|g − G|², |G|²) from one minibatch; not finite where fewer than two micro-batches count.
 
-    sums: of `noise_sums` over its micro-batches; weight: B; gradient_norm: |g|.
+    sums: `noise_sums` added up over its micro-batches; weight: B; gradient_norm: |g|.
     """
     mean_of_squares, num_parts = sums[0] / weight, sums[1]
     square_of_mean = gradient_norm.double().square()
-    variance = (mean_of_squares - square_of_mean).clamp(min=0.0) / (num_parts - 1)  # never < 0, but for rounding
+    variance = (mean_of_squares - square_of_mean).clamp(min=0.0) / (num_parts - 1)  # < 0 only by rounding
     return variance, (num_parts * square_of_mean - mean_of_squares) / (num_parts - 1)
 
 
 class NoiseMeter:
     """Measures the noise in some steps and smooths it over them.
 
-    One minibatch says little of |G|², which its noise may hide. So n·E|g − G|² = tr Σ and |G|² are averaged apart, with
-    weights that fall exponentially into the past, and then divided.
+    One minibatch says little about |G|², which its noise may hide. So n·E|g − G|² = tr Σ and |G|² are averaged
+    separately, with exponentially falling weights for older steps, and then divided.
     """
 
     def __init__(
         self, settings: NoiseScale, plan: Plan, parameters: Sequence[Tensor], loss_scale: Callable[[], Tensor]
     ) -> None:
-        """loss_scale(): by how much too long the gradients of micro-batches are: float64, shape ()."""
+        """loss_scale(): the factor that the micro-batches' gradients are scaled by: float64, shape ()."""
         self._every_steps, self._plan = settings.every_steps, plan
         self._parameters, self._loss_scale = parameters, loss_scale
         self._size = min(plan.minibatch_size, plan.num_examples)
         self._decay = 1.0 - 1.0 / settings.smoothing
         device = parameters[0].device
-        self._sums = torch.zeros(3, dtype=torch.float64, device=device)  # of tr Σ, of |G|², of the weights
+        self._sums = torch.zeros(3, dtype=torch.float64, device=device)  # sums of tr Σ, |G|² and the smoothing weights
         self.norms: MicroBatchNorms | None = None
-        """Of the micro-batches' gradients, in a step that is measured."""
+        """Norms of the micro-batches' gradients; None in a step that is not measured."""
         self._leaves: dict[int, Tensor] = {}
         self._total: Tensor | None = None
 
     def measures(self, step: int) -> bool:
-        """Whether step number `step`, counted from 0, is measured; its minibatch must have parts to compare."""
+        """Whether step number `step`, counted from 0, is measured; its minibatch must have 2 or more micro-batches."""
         if self._every_steps is None or (step + 1) % self._every_steps:
             return False
         return self._plan.num_micro_batches(self._plan.minibatch(step).size) > 1
@@ -97,10 +97,10 @@ class NoiseMeter:
         return leaves
 
     def take(self, total: Tensor, minibatch: Minibatch) -> None:
-        self._total = total  # the gradient's norm is still to come
+        self._total = total  # used in after_update, which knows the gradient's norm
 
     def after_update(self, done: Done) -> None:
-        """Take in the minibatch's noise. One whose gradients overflowed is left out."""
+        """Add the minibatch's noise. A minibatch whose gradients overflowed is left out."""
         if self._total is None or done.norms is None:
             return
         variance, squared_gradient = estimate(self._total, done.weight, done.norms.gradient)
@@ -108,10 +108,10 @@ class NoiseMeter:
         self._sums = torch.where(new.isfinite().all(), self._decay * self._sums + new, self._sums)
 
     def metrics(self) -> dict[str, float]:
-        """What is logged, once something is measured; this waits for the device.
+        """Metrics for the log, empty before the first measurement; this waits for the device.
 
-        noise_scale: B_simple in examples, there once the gradient stands out of its noise. gradient_variance: E|g − G|²
-        of a whole minibatch.
+        noise_scale: B_simple in examples, left out while the estimate of |G|² is not positive. gradient_variance:
+        E|g − G|² of a whole minibatch.
         """
         if self._num_parts < 2 or self._every_steps is None:
             return {}
@@ -120,7 +120,7 @@ class NoiseMeter:
         return {**metrics, "gradient_variance": noise / weight / self._size} if weight else {}
 
     def describe(self) -> str:
-        """Whether and from what it is measured, for people."""
+        """In words: whether the noise is measured, and from how many micro-batches."""
         if self._every_steps is None:
             return "not measured"
         if self._num_parts < 2:
@@ -132,7 +132,7 @@ class NoiseMeter:
         return {}
 
     def values(self) -> Mapping[str, Any]:
-        """The state, as JSON can hold it; this waits for the device."""
+        """The state as JSON can hold it; this waits for the device."""
         return {"noise_scale": self._sums.tolist()}
 
     def mismatches(self, snapshot: Snapshot) -> list[str]:

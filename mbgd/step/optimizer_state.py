@@ -1,4 +1,4 @@
-"""An optimizer's state for checkpoints: all that its `state_dict` holds, checked against what it makes itself."""
+"""An optimizer's state for checkpoints: its whole `state_dict`, checked against the state that it makes itself."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,25 +16,25 @@ from mbgd.step.optimizer_trial import Kind, parameters_of, try_out
 
 @dataclass(frozen=True)
 class _Found:
-    """State read from a checkpoint, under this optimizer's numbers of parameters."""
+    """State read from a checkpoint, by this optimizer's numbers of the parameters."""
 
     state: dict[Any, Any]
     more: dict[str, Any]
-    """What a class with a `state_dict` of its own keeps beside state and groups."""
+    """Other entries of the `state_dict`, which a class with its own may have."""
     groups: list[dict[str, Any]]
 
 
 class OptimizerState:
-    """What there is to save and restore of an optimizer.
+    """Saves and restores the state of an optimizer.
 
-    Tensors are named by their paths: 0.exp_avg, or 3.preconditioners.1 where there are lists. The values say how they
-    are nested. Parameters are numbered in the order of the groups, as `state_dict` does.
+    Tensors are named by their paths: 0.exp_avg, or 3.preconditioners.1 if there are lists. The values hold the
+    nesting. Parameters are numbered in the order of the groups, as in `state_dict`.
     """
 
     def __init__(self, optimizer: Optimizer, *, has_schedule: bool, names: Mapping[Tensor, str] | None = None) -> None:
-        """has_schedule: the learning rate follows from the step, and is no state.
+        """has_schedule: the learning rate follows from the step, so it is not state.
 
-        names: of the parameters, by which a checkpoint's are found again; without them their order counts.
+        names: the parameters' names, which match them with those of a checkpoint; without names their order counts.
         """
         self._optimizer = optimizer
         self._parameters = parameters_of(optimizer)
@@ -45,27 +45,27 @@ class OptimizerState:
         self._names = [(names or {}).get(p, name) for p, name in zip(self._parameters, by_order, strict=True)]
 
     def problems(self) -> list[str]:
-        """What of the state a checkpoint cannot hold; to be asked once there is state, after the first step."""
+        """State that a checkpoint cannot hold; call this after the first step, when there is state."""
         try:
             self._flatten()
         except UsageError as error:
             return [str(error)]
-        except Exception as error:  # of a state_dict of the user's own
+        except Exception as error:  # from a state_dict() of the user's own
             return [f"the optimizer's state_dict() failed: {type(error).__name__}: {error}"]
         return []
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors of the state, by path, as they lie; complex ones as pairs of real numbers."""
+        """The tensors of the state by path, not copied; complex ones as pairs of real numbers."""
         return self._flatten()[0]
 
     def values(self) -> dict[str, Any]:
-        """What else there is of state, as JSON can hold it."""
+        """The rest of the state, as JSON can hold it."""
         return self._flatten()[1]
 
     def mismatches(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> list[str]:
         """What in a checkpoint's `tensors` and `values` cannot be state of this optimizer.
 
-        Fused kernels would read past the end of a tensor that is too small, or pair elements wrongly.
+        A fused kernel would read past the end of a tensor that is too small, or pair the wrong elements.
         """
         numbers, found = self._new_numbers(values)
         if found:
@@ -85,26 +85,26 @@ class OptimizerState:
             what = "nothing says what it is" if is_known else f"there are {len(self._parameters)} parameters"
             found.append(f"optimizer state {name}: {what}")
         found += [problem for name, one in paths.tensors.items() if (problem := self._mismatch(name, one))]
-        if self._is_torchs and self._made is not None:  # torch's own make all at once, and need all
+        if self._is_torchs and self._made is not None:  # torch's optimizers make all state at once, and need all
             numbers_with_state = {str(number) for number, of_parameter in state.items() if of_parameter}
             missing = [n for n in self._made if n.partition(".")[0] in numbers_with_state and n not in paths.tensors]
             found += [f"optimizer state {name} is missing" for name in missing]
         return found
 
     def _odd_keys(self, values: Mapping[str, Any], state: Mapping[Any, Any]) -> list[str]:
-        """Keys of the state that are no parameter's number, where it has to be one, or that are there twice."""
+        """Keys of the state that should be a parameter's number and are not, or that occur twice."""
         of_parameters = range(len(self._parameters))
         odd = [key for key in state if type(key) is not int or key not in of_parameters]
         if not self._is_torchs:
-            odd = [key for key in odd if isinstance(key, int | float)]  # texts and the like may be keys of its own
-        found = [f"optimizer state {key!r}: it is of no parameter; there are {len(of_parameters)}" for key in odd]
+            odd = [key for key in odd if isinstance(key, int | float)]  # other optimizers may use texts as keys
+        found = [f"optimizer state {key!r} belongs to no parameter; there are {len(of_parameters)}" for key in odd]
         entries = values.get("state")
         if isinstance(entries, list) and len(entries) != len(state):
-            found.append("optimizer state: a parameter's is there twice")
+            found.append("optimizer state: a parameter occurs twice")
         return found
 
     def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Take over a checkpoint's state that fits; nothing of it is shared with `tensors` afterwards."""
+        """Restore the state of a checkpoint that fits; no memory is shared with `tensors` afterwards."""
         numbers, _ = self._new_numbers(values)
         loaded, paths = _loaded(tensors, values), Flattening()
         for number, of_parameter in self._decode(values, loaded, numbers).state.items():
@@ -120,7 +120,7 @@ class OptimizerState:
         if type(self._optimizer).load_state_dict is not Optimizer.load_state_dict:
             self._optimizer.load_state_dict({**more, "state": found.state})
             return
-        # torch's own casts state to the parameter's dtype and makes nonsense of texts: it gets the groups alone.
+        # torch's load_state_dict casts state to the parameter's dtype and breaks texts, so it gets only the groups.
         self._optimizer.load_state_dict({**more, "state": {}})
         for key, value in found.state.items():
             is_number = type(key) is int and key < len(self._parameters)
@@ -151,7 +151,7 @@ class OptimizerState:
         return flattening.tensors, {**tree, "parameters": parameters}
 
     def _group(self, group: Mapping[str, Any]) -> dict[str, tuple[Any, bool]]:
-        """What an optimizer may move of a group's values: (as JSON, whether it holds tensors)."""
+        """The values of a group that an optimizer may change: name → (as JSON, whether it holds tensors)."""
         found = {}
         for name, value in group.items():
             if name in self._not_moved:
@@ -165,9 +165,9 @@ class OptimizerState:
         return found
 
     def _new_numbers(self, values: Mapping[str, Any]) -> tuple[dict[int, int], list[str]]:
-        """A checkpoint's number of each parameter → this optimizer's; and what does not fit."""
+        """(number of a parameter in the checkpoint → in this optimizer, what does not fit)."""
         now = [[name, list(p.shape)] for name, p in zip(self._names, self._parameters, strict=True)]
-        before = values.get("parameters", now)  # of an earlier version: by number
+        before = values.get("parameters", now)  # a checkpoint of an earlier version: by number
         if len(values["groups"]) != len(self._first_groups):
             return {}, [f"the optimizer had {len(values['groups'])} groups, it has {len(self._first_groups)}"]
         if all(name is not None for name, _ in (*before, *now)):
@@ -193,13 +193,13 @@ class OptimizerState:
         return _Found(state, more, groups)
 
     def _mismatch(self, name: str, tensor: Tensor) -> str:
-        """What is wrong with a tensor of the state; nothing if it may be."""
+        """What is wrong with a tensor of the state; empty if nothing."""
         parameter, got = self._parameter(name), Kind(tensor.shape, tensor.dtype, tensor.device)
         if parameter is None:
             return ""
         of_parameter = f"optimizer state {name}: shape {tuple(got.shape)}, of a parameter {tuple(parameter.shape)}"
         if self._made is None:
-            # A number for the whole parameter, or as the parameter, or sums over some of its dimensions.
+            # One number, or the parameter's shape, or that shape with some dimensions reduced to 1.
             fits = got.shape in ((), parameter.shape) or (
                 not self._is_fused
                 and len(got.shape) == parameter.dim()
@@ -214,13 +214,13 @@ class OptimizerState:
         return f"optimizer state {name}: {got}, where this optimizer makes {made}"
 
     def _placed(self, tensor: Tensor, name: str | None) -> Tensor:
-        """A copy of a checkpoint's tensor where this optimizer would have it."""
+        """A copy of a checkpoint's tensor, on the device and with the strides that this optimizer would use."""
         made = None if self._made is None or name is None else self._made.get(name)
         parameter = None if name is None else self._parameter(name)
         if parameter is None:
             return tensor.clone()
         device = parameter.device if made is None else made.device
-        if tensor.shape == parameter.shape:  # in memory as the parameter: fused kernels go through both in that order
+        if tensor.shape == parameter.shape:  # with its strides: fused kernels go through both in memory order
             return torch.empty_like(parameter, dtype=tensor.dtype, device=device, requires_grad=False).copy_(tensor)
         return torch.empty_like(tensor, device=device).copy_(tensor)
 
@@ -238,15 +238,15 @@ class OptimizerState:
 
     @cached_property
     def _made(self) -> dict[str, Kind] | None:
-        """What this optimizer makes of state in a step, by path; None where it cannot be tried out."""
+        """The state that a step of this optimizer makes, by path; None if a trial step fails."""
         try:
             return try_out(self._optimizer)
-        except Exception:  # it wants a closure, holds what cannot be copied, …
+        except Exception:  # its step needs a closure, an attribute cannot be copied, …
             return None
 
 
 def _loaded(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors that the values speak of."""
+    """The tensors that the values refer to."""
     loaded: dict[str, Tensor] = {}
 
     def load(name: str, is_complex: bool) -> None:

@@ -1,4 +1,4 @@
-"""What state an optimizer makes, found out by a step of a copy of it."""
+"""The state that an optimizer makes, found out by stepping a copy of it."""
 
 import copy
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ def parameters_of(optimizer: Optimizer) -> list[Tensor]:
 
 
 def try_out(optimizer: Optimizer) -> dict[str, Kind]:
-    """Step a copy of the optimizer; takes the memory of parameters, gradients and state for as long."""
+    """The state that a step makes, by path. Needs memory for a copy of parameters, gradients and state meanwhile."""
     copies: dict[int, Any] = {}
     devices = {parameter.device for parameter in parameters_of(optimizer) if parameter.is_cuda}
     with torch.random.fork_rng(devices=list(devices)):
@@ -38,7 +38,7 @@ def try_out(optimizer: Optimizer) -> dict[str, Kind]:
                 of_parameter.grad = torch.randn_like(of_parameter)
             copies[id(parameter)] = of_parameter
         tried = _copy(optimizer, copies)
-        type(tried).step(tried)  # not an attribute of the object, which may be the original's bound method
+        type(tried).step(tried)  # not tried.step: an attribute of the object may be the original's bound method
     flattening = Flattening()
     for key, value in tried.state_dict()["state"].items():
         flattening(value, str(key))
@@ -46,9 +46,9 @@ def try_out(optimizer: Optimizer) -> dict[str, Kind]:
 
 
 def _copy(optimizer: Optimizer, copies: dict[int, Any]) -> Optimizer:
-    """A deep copy that shares nothing, with `copies` in place of the parameters, by id; hooks of steps stay behind.
+    """A deep copy that shares nothing, with `copies`, by id, in place of the parameters, and without step hooks.
 
-    copy.deepcopy would leave out the attributes that own classes have.
+    copy.deepcopy would leave out the attributes of users' own classes.
     """
     twin: Optimizer = object.__new__(type(optimizer))
     copies[id(optimizer)] = twin

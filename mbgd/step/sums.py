@@ -1,4 +1,4 @@
-"""What is added up over the minibatch beside gradients: means, the noise scale, moving buffers; in one exchange."""
+"""Sums over the minibatch beside the gradients: losses and metrics, noise scale, moving buffers; in one exchange."""
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol
@@ -19,23 +19,23 @@ class Summed(Protocol):
 
     @property
     def width(self) -> int:
-        """How many values are added up in this step."""
+        """Number of values that are added up in this step."""
 
     def begin(self, step: int) -> bool:
-        """Begin step number `step`; whether anything is added up in it."""
+        """Begin step number `step`; returns whether this kind is added up in it."""
 
     def add(self, terms: PerExample, micro_batch: MicroBatch) -> None:
-        """Take in a micro-batch of this worker, whose gradient has just been computed."""
+        """Add a micro-batch of this worker; its gradient has just been computed."""
 
     def leaves(self) -> Mapping[int, Tensor]:
-        """By the number of the micro-batch, for each of this worker's: float64, shape (width,)."""
+        """Number of each micro-batch of this worker → its values: float64, shape (width,)."""
 
     def take(self, total: Tensor, minibatch: Minibatch) -> None:
         """Get the sum of the leaves over all workers."""
 
 
 class Sums:
-    """All of them in one step."""
+    """All kinds of sums in one step."""
 
     def __init__(self, kinds: Sequence[Summed], averaging: Averager, plan: Plan) -> None:
         self._kinds, self._averaging, self._plan = kinds, averaging, plan
@@ -49,7 +49,7 @@ class Sums:
             kind.add(terms, micro_batch)
 
     def include(self, kind: Summed) -> None:
-        """Add it up in this step too, although it did not ask for it at the beginning."""
+        """Add this kind up in this step, too, although its `begin` did not ask for it."""
         if kind not in self._wanted:
             self._wanted.append(kind)
 
@@ -67,7 +67,7 @@ class Sums:
 
 
 class Means:
-    """Loss, weight and metrics; and, at the end, whether any worker has noticed something wrong."""
+    """Sums of loss, weight and metrics; the last value is > 0 if any worker has noticed a fault."""
 
     def __init__(self, findings: Findings, alarm: Alarm) -> None:
         self._findings, self._alarm = findings, alarm
@@ -77,7 +77,7 @@ class Means:
         self._names: tuple[str, ...] = ()
         self._is_wanted, self._step = False, 0
         self.totals: Totals | None = None
-        """Of the last step; None where nothing was added up."""
+        """Totals of the last step; None if nothing was added up."""
 
     @property
     def width(self) -> int:
@@ -106,7 +106,7 @@ class Means:
 
 
 class MovingBuffers:
-    """The buffers that forwards change become their means."""
+    """Replaces buffers that forwards change by their means over the minibatch."""
 
     def __init__(self, buffers: Buffers, alarm: Alarm) -> None:
         self._buffers, self._alarm, self._step = buffers, alarm, 0

@@ -20,14 +20,14 @@ from mbgd.task.objective import PerExample
 from mbgd.task.precision import autocast
 
 BeforeUpdate = Callable[[Shard, int | Tensor], None]
-"""Gets the shard and the minibatch's weight; every trained parameter's `.grad` is the sum over the minibatch."""
+"""Called with the shard and the minibatch's weight, while each trained parameter's `.grad` is the minibatch's sum."""
 
 
 class TrainStep:
-    """Makes steps, each exact over every example of every worker."""
+    """Makes steps, each exact over all examples of all workers."""
 
     def __init__(self, setup: Setup, logs: Callable[[int], bool], lap: Callable[[str], None]) -> None:
-        """logs(step): whether a step is logged. lap(part): what has been done since the last lap was this part."""
+        """logs(step): whether a step is logged. lap(part): the time since the last lap belongs to this part."""
         self._setup, self._logs, self._lap = setup, logs, lap
         settings, workers, trained = setup.settings, setup.workers, setup.trained
         varies = bool(setup.findings.unused_parameters)
@@ -43,7 +43,7 @@ class TrainStep:
         self.recomputing = Recomputing.of(setup, self._gradients_again)
         self.observers: list[Observer] = [self.noise_scale]
         self.before_update: list[BeforeUpdate] = []
-        """Called in each step between averaging and update, on every worker."""
+        """Called in each step between averaging and the division, on every worker."""
         self._forwards_differ = setup.plan.most_forwards > 1
         self._on_gpu = workers.device.type == "cuda"
 
@@ -64,7 +64,7 @@ class TrainStep:
             self._lap("optimizer")
 
     def metrics(self) -> dict[str, float]:
-        """What is logged of the steps so far, beside what `Done` tells; this waits for the device."""
+        """Metrics for the log beside those in `Done`; this waits for the device."""
         return {**self.noise_scale.metrics(), **self.update.metrics()}
 
     def _begin(self, step: int) -> None:
@@ -91,14 +91,14 @@ class TrainStep:
             with part("forward"), self.autocast:
                 terms = self.averaging.forward(examples.batch, micro_batch.size)
             with part("backward"):
-                # Backward from the vector of losses, w_i into L_i, is the gradient of their weighted sum.
+                # backward from the vector of losses, with gradient w_i for L_i, gives the gradient of Σ w_i L_i.
                 weights = self.update.backward_weights(terms, is_stand_in=micro_batch.is_stand_in)
                 torch.autograd.backward(terms.losses, weights)
         setup.buffers.end_micro_batch(micro_batch.number, micro_batch.size, is_stand_in=micro_batch.is_stand_in)
         return terms
 
     def _average(self, shard: Shard) -> None:
-        """Every gradient becomes the sum over all workers' examples, and what else is added up is known."""
+        """Finish the sums over all workers' examples: first the gradients, then everything in sums.py."""
         if self._forwards_differ:
             self.alarm.check_parameters(shard.step)
         if self.recomputing is not None:
@@ -110,7 +110,7 @@ class TrainStep:
             self._sums.exchange(shard.minibatch)
 
     def _finish(self, shard: Shard) -> Done:
-        """The one division, and the optimizer's step."""
+        """Check the totals, divide once, step the optimizer and tell the observers."""
         step, totals, is_logged = shard.step, self._means.totals, self._means.is_logged
         if totals is not None:
             self.alarm.check_totals(shard, totals, waits=is_logged)
@@ -131,7 +131,7 @@ class TrainStep:
         return done
 
     def _forward_again(self, step: int, examples: Examples) -> PerExample:
-        """The forward of a micro-batch once more, as it was."""
+        """Repeat the forward of a micro-batch, with the same buffers and random numbers."""
         self._setup.buffers.put_back()
         key_generators(self._setup.workers.device, self._setup.settings.seed, step, examples.micro_batch.number)
         with self.autocast:
@@ -139,7 +139,7 @@ class TrainStep:
             return terms
 
     def _gradients_again(self, step: int, examples: Examples) -> dict[Tensor, Tensor]:
-        """The gradients of a micro-batch once more, as the averaging takes them; nothing is changed."""
+        """Compute the gradients of a micro-batch again, as the averaging gets them; this changes no state."""
         terms = self._forward_again(step, examples)
         held: Sequence[Tensor] = self._setup.trained.with_gradient()
         weights = self.update.backward_weights(terms, is_stand_in=False)

@@ -1,4 +1,4 @@
-"""From the gradients' sum to the optimizer's step. The one division of the program is here."""
+"""The sum of gradients → the optimizer's step. The one division of the program is here."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,18 +19,18 @@ from mbgd.task.objective import PerExample
 from mbgd.task.trained import GradientHooks
 
 MOST_SKIPPED = 50
-"""Steps skipped in a row, in fp16, after which no loss scale will help: each has halved it."""
+"""Steps skipped in a row, in fp16, after which training stops: each has halved the loss scale in vain."""
 
 
 class Update:
     """Divide by the minibatch's weight, clip, set the learning rate, and step the optimizer.
 
-    With precision fp16 the losses are scaled, so that small gradients do not vanish, and the gradients unscaled before
-    anything looks at them. A step whose gradients overflowed leaves the parameters as they are and is counted.
+    With precision fp16 the losses are scaled, so that small gradients do not underflow, and the gradients are unscaled
+    before they are clipped or measured. A step whose gradients overflow is skipped and counted.
     """
 
     def __init__(self, setup: Setup, watch: Watch) -> None:
-        """watch: is told of a gradient that is not finite."""
+        """watch: notes a gradient that is not finite."""
         optimizer, settings, device = setup.optimizer, setup.settings, setup.workers.device
         self._watch, self._trained, self._optimizer = watch, setup.trained, optimizer
         self._optimizer_step = _step_of(optimizer)
@@ -42,12 +42,12 @@ class Update:
         self.optimizer_state = OptimizerState(optimizer, has_schedule=settings.schedule is not None, names=names)
         self._scaler: torch.amp.GradScaler | None = None
         if settings.precision is Precision.fp16:
-            # torch's usual first scale is for a mean loss; ours is a sum over up to the whole minibatch's losses.
+            # torch's default first scale, 2^16, is for a mean loss; ours is a sum over up to the whole minibatch.
             first_scale = 2.0 ** (16 - (settings.batch.size * setup.findings.losses_per_example - 1).bit_length())
             self._scaler = torch.amp.GradScaler(device.type, init_scale=first_scale)
         self._is_fused = all(group.get("fused") for group in optimizer.param_groups)
-        # A fused optimizer divides by its `grad_scale` as it reads the gradients, which costs nothing. That is the
-        # hook of torch.amp.GradScaler, whose scales are float32: exact for whole numbers up to 2^24.
+        # A fused optimizer divides the gradients by its attribute `grad_scale` as it reads them, at no cost. The
+        # attribute is meant for torch.amp.GradScaler and is float32: exact for whole numbers up to 2^24.
         self._divides_in_kernel = (
             self._scaler is None
             and self._clip_norm is None
@@ -63,41 +63,41 @@ class Update:
 
     @property
     def num_skipped(self) -> int:
-        """Steps skipped so far because of an overflow in fp16; this waits for the device."""
+        """Number of steps skipped so far because gradients overflowed in fp16; this waits for the device."""
         return int(self._num_skipped.item())
 
     def metrics(self) -> dict[str, float]:
-        """What is logged; this waits for the device."""
+        """Metrics for the log; this waits for the device."""
         return {} if self._scaler is None else {"skipped_steps": self.num_skipped}
 
     def check_skipped(self, step: int) -> None:
-        """UsageError where so many steps before step number `step` were skipped in a row that no scale will help."""
+        """UsageError if `MOST_SKIPPED` or more steps in a row before step number `step` were skipped."""
         if self._scaler is None:
             return
         num_skipped = int(self._skipped_in_a_row.item())
         if num_skipped >= MOST_SKIPPED:
             raise UsageError(
-                f"step {step + 1}: the gradients of the last {num_skipped} steps were not finite in fp16, at ever "
-                "smaller loss scales. Use precision=bf16 or fp32, or a smaller optimizer.lr."
+                f"step {step + 1}: the gradients of the last {num_skipped} steps were not finite in fp16, although "
+                "each halved the loss scale. Use precision=bf16 or fp32, or a smaller optimizer.lr."
             )
 
     def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
-        """The optimizer's state by <parameter's number>.<path>, as it lies."""
+        """The optimizer's state by <parameter's number>.<path>, not copied."""
         return {"optimizer": self.optimizer_state.tensors()}
 
     def values(self) -> Mapping[str, Any]:
-        """What else there is of state, as JSON can hold it."""
+        """The rest of the state, as JSON can hold it."""
         values = {**self.optimizer_state.values(), "skipped_steps": self.num_skipped}
         if self._scaler is not None:
             values["scaler"] = self._scaler.state_dict()
         return {"optimizer": values}
 
     def mismatches(self, snapshot: Snapshot) -> list[str]:
-        """What in another run's state cannot be state of this optimizer."""
+        """What in the snapshot cannot be state of this optimizer."""
         return self.optimizer_state.mismatches(snapshot.tensors["optimizer"], snapshot.values["optimizer"])
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Take over another run's state; nothing is shared with it afterwards."""
+        """Restore the snapshot's state; no memory is shared with it afterwards."""
         values = snapshot.values["optimizer"]
         self.optimizer_state.restore(snapshot.tensors["optimizer"], values)
         self._num_skipped.fill_(values["skipped_steps"])
@@ -105,14 +105,14 @@ class Update:
             self._scaler.load_state_dict(values["scaler"])
 
     def backward_weights(self, terms: PerExample, *, is_stand_in: bool) -> Tensor:
-        """What enters the backward at each loss: its weight, times the loss scale; 0 for a stand-in."""
+        """The gradient of each loss for the backward: its weight times the loss scale; 0 for a stand-in."""
         weights = terms.weights.to(terms.losses.dtype) if terms.weights is not None else self._ones_like(terms.losses)
         if is_stand_in:
             weights = torch.zeros_like(weights)
         return weights if self._scaler is None else self._scaler.scale(weights)
 
     def loss_scale(self) -> Tensor:
-        """By how much too long the gradients are until they are unscaled: float64, shape ()."""
+        """The current loss scale, 1 without fp16: float64, shape ()."""
         one = torch.ones((), dtype=torch.float64, device=self._device)
         return one if self._scaler is None else self._scaler.scale(one)
 
@@ -127,7 +127,7 @@ class Update:
         """Make step number `step` with gradients that are sums over a minibatch of this weight.
 
         weight: an int where the plan knows it, otherwise a tensor of shape () on the device.
-        Returns the norms that are wanted or needed; that of the change takes a copy of the parameters.
+        Returns the norms that are wanted or needed anyway; the change's norm needs a copy of the parameters.
         """
         updated = [p.detach() for p in self._trained.with_gradient()] if want_change else []
         before = [parameter.clone() for parameter in updated] if updated else []
@@ -153,7 +153,7 @@ class Update:
         if norm is not None and self._scaler is None:
             self._watch.check_finite(Wrong.gradient, step, norm)
             if self._watch.found():
-                return norm  # nothing is spoilt yet
+                return norm  # before the optimizer changes anything
         self._set_learning_rate(step)
         if in_kernel:
             assert isinstance(weight, int)
@@ -178,7 +178,7 @@ class Update:
 
     def _scale(self, weight: int) -> Tensor:
         if weight not in self._scales:
-            # Filled by a kernel: torch.tensor would copy, and wait for a GPU.
+            # torch.full fills it by a kernel; torch.tensor would copy from the host and wait for the GPU.
             self._scales[weight] = torch.full((), float(weight), dtype=torch.float32, device=self._device)
         return self._scales[weight]
 
@@ -206,7 +206,7 @@ def _divide(gradients: list[Tensor], weight: int | Tensor) -> None:
     if not isinstance(weight, Tensor):
         torch._foreach_div_(gradients, float(weight))
         return
-    # On a GPU a divisor of another dtype takes a kernel for each gradient. It is rounded to their dtype in any case.
+    # On a GPU a divisor of another dtype needs one kernel for each gradient. It is rounded to their dtype anyway.
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for gradient in gradients:
         by_dtype.setdefault(gradient.dtype, []).append(gradient)
@@ -215,10 +215,10 @@ def _divide(gradients: list[Tensor], weight: int | Tensor) -> None:
 
 
 def _step_of(optimizer: Optimizer) -> Callable[[], object]:
-    """`optimizer.step`, without the record that torch makes of every call for profilers where none runs.
+    """`optimizer.step` without torch's profiler record of each call, unless a profiler runs.
 
-    The record takes 25 µs, 7 % of the smallest models' steps. Where anything else hangs on `step`, such as hooks or a
-    scheduler that counts the calls, it is called as it is.
+    The record takes 25 µs, 7 % of the smallest models' steps. If `step` has hooks or was replaced, for example by a
+    scheduler that counts the calls, it is called normally.
     """
     recorded = type(optimizer).step
     plain = getattr(recorded, "__wrapped__", None) if getattr(recorded, "hooked", False) else None

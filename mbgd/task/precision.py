@@ -1,4 +1,4 @@
-"""The dtypes of a run, loss scaling, and autocast."""
+"""The parameters' dtype and the autocast context of each precision."""
 
 from contextlib import AbstractContextManager, nullcontext
 

@@ -1,4 +1,4 @@
-"""The interface of everything that is told how a run goes."""
+"""The interface of trackers, which get a run's metrics, progress and end."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,24 +24,24 @@ class Ending:
 
     outcome: Outcome
     message: str = ""
-    """Why, where it is not finished."""
+    """Why, if it is not finished."""
 
 
 class Tracker(Protocol):
-    """Is told of a run's progress; must return at once, for training waits."""
+    """Gets a run's progress and metrics; calls must return at once, because training waits for them."""
 
     def progress(self, step: int) -> None:
-        """So many optimizer steps are completed; called after every step."""
+        """Called after every step; step: number of optimizer steps completed."""
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Metrics by names such as train/loss, after so many optimizer steps."""
+        """Metrics by names such as train/loss, after `step` optimizer steps."""
 
     def close(self, ending: Ending) -> None:
-        """Nothing more will come; this may take a while, but not for ever."""
+        """The last call; it may take a while, but must end."""
 
 
 class NoTracker:
-    """Tells nobody."""
+    """Does nothing."""
 
     def progress(self, step: int) -> None:
         pass
@@ -54,13 +54,13 @@ class NoTracker:
 
 
 class Trackers:
-    """Tells several trackers. One that fails, also while it is opened, is left out with a warning: training goes on."""
+    """Calls several trackers. One that fails, even while it opens, is left out with a warning, and training goes on."""
 
     def __init__(self, trackers: Sequence[Tracker] = ()) -> None:
         self._trackers = [(type(tracker).__name__, tracker) for tracker in trackers]
 
     def open(self, name: str, opened: Callable[[], Tracker]) -> None:
-        """Take in the tracker that `opened` gives; name: what warnings call it."""
+        """Add the tracker that `opened` returns; name: its name in warnings."""
         with optional(f"{name} could not be opened", "Training goes on without it."):
             self._trackers.append((name, opened()))
 
@@ -72,7 +72,7 @@ class Trackers:
 
     def close(self, ending: Ending) -> None:
         for name, tracker in self._trackers:
-            with optional(f"{name} could not be closed", "What is trained is not affected."):
+            with optional(f"{name} could not be closed", "Training is not affected."):
                 tracker.close(ending)
 
     def _tell(self, call: Callable[[Tracker], None]) -> None:
@@ -89,7 +89,7 @@ class Trackers:
 
 @contextmanager
 def told_of_its_end(tracker: Tracker) -> Iterator[None]:
-    """Tell the tracker how what is inside has ended, whichever way it does."""
+    """Close the tracker with how the code inside ended."""
     ending = Ending(Outcome.finished)
     try:
         yield

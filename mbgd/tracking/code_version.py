@@ -1,4 +1,4 @@
-"""Which code a run was made with, as far as git knows."""
+"""The version of the code that a run uses, from git."""
 
 import subprocess
 from pathlib import Path
@@ -9,7 +9,7 @@ SECONDS = 2.0
 def code_version(script: str) -> dict[str, str | bool]:
     """The commit of the repository that holds the script, and whether tracked files differ from it; {} without git.
 
-    Where the script is the command mbgd, the repository is that of the folder it was given in.
+    If the script is the command mbgd, this looks in the current folder instead.
     """
     is_command = not script.endswith(".py") or Path(script).name == "__main__.py"
     folder = Path.cwd() if is_command else Path(script).resolve().parent

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes: a progress bar on a terminal, plain lines elsewhere."""
+"""A run's progress for people: a progress bar on a terminal, plain lines elsewhere."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ from mbgd.tracking.wording import describe, is_evaluation
 
 LEAST_SECONDS_BETWEEN_LINES, MOST_SECONDS_BETWEEN_LINES = 2.0, 60.0
 SHARE_BETWEEN_LINES = 0.01
-"""Lines come as often as every hundredth of the time so far, so that a long run's log stays readable."""
+"""The interval between lines is 1 % of the time so far, so that a long run's log stays short."""
 
 
 class PlainLines:
@@ -36,7 +36,7 @@ class PlainLines:
         pass
 
     def _left(self, step: int) -> str:
-        """The time left, from the second line on, while there is any."""
+        """The time left; empty in the first seconds and at the end."""
         elapsed = time.monotonic() - self._started
         steps_done, steps_left = step - self._first_step, self._num_steps - step
         if elapsed < LEAST_SECONDS_BETWEEN_LINES or not steps_done or not steps_left:
@@ -47,7 +47,7 @@ class PlainLines:
 def tracker(num_steps: int, first_step: int) -> Tracker:
     """A progress bar where standard output is a terminal, plain lines elsewhere."""
     if sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
-        from mbgd.tracking.progress_bar import ProgressBar  # rich takes a while to import
+        from mbgd.tracking.progress_bar import ProgressBar  # rich is slow to import
 
         return ProgressBar(num_steps, first_step)
     return PlainLines(num_steps, first_step)

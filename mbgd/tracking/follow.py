@@ -1,7 +1,7 @@
 """The process behind a `Follower`: `python -m mbgd.tracking.follow SINK FOLDER START`.
 
-It sends the lines of the run's `metrics.jsonl` as they come, until it reads from standard input how the run ended. If
-standard input closes without a word, the training process is dead. What it prints is shown by the training process.
+It sends the lines of the run's `metrics.jsonl` as they appear, until it reads from standard input how the run ended. If
+standard input closes without a message, the training process is dead. The training process shows what this one prints.
 """
 
 import json
@@ -30,18 +30,18 @@ NICENESS = 10
 
 
 class Sink(Protocol):
-    """Takes a run's whole history, line by line."""
+    """Gets a run's whole history, line by line."""
 
     def log(self, step: int, metrics: Metrics) -> None: ...
 
     def flush(self) -> None:
-        """There are no more lines for now."""
+        """Called when there are no more lines for now."""
 
     def close(self, ending: Ending) -> None: ...
 
 
 def main(name: str, folder: Path, start: int) -> None:
-    """start: 1, and more where earlier processes of this run have failed."""
+    """start: 1 for the first process of this run, 2 and more after earlier ones have failed."""
     with suppress(OSError):
         os.nice(NICENESS)  # training goes first
     with locked(folder / name / "lock"):  # the process of a training that was killed may still be sending
@@ -61,13 +61,13 @@ def _follow(name: str, folder: Path, start: int) -> None:
 
 
 def say(message: str) -> None:
-    """Have the training process print a message, if it is still there."""
+    """Print a message through the training process, if it is still alive."""
     with suppress(OSError):
         print(message, flush=True)
 
 
 def _ending(seconds: float) -> Ending | None:
-    """How the run ended, if that comes within so many seconds."""
+    """How the run ended, if the message comes within `seconds`."""
     readable, _, _ = select.select([sys.stdin], [], [], seconds)
     if not readable:
         return None
@@ -79,12 +79,12 @@ def _ending(seconds: float) -> Ending | None:
 
 
 def _whole_lines(file: BinaryIO) -> Iterator[Line]:
-    """The lines that have been written since the last call; one that cannot be read is told of and left out."""
+    """The lines written since the last call; one that cannot be read is reported and left out."""
     while True:
         position = file.tell()
         content = file.readline(MOST_LINE_BYTES)
         if not content.endswith(b"\n") and len(content) < MOST_LINE_BYTES:
-            file.seek(position)  # the rest of it is still to come
+            file.seek(position)  # the line is not complete yet
             return
         try:
             yield parse(content)
@@ -98,4 +98,4 @@ if __name__ == "__main__":
     except BaseException:
         traceback.print_exc()
         os._exit(1)
-    os._exit(0)  # without a library's own endings, which may wait: everything is written
+    os._exit(0)  # everything is written; libraries' exit handlers could block

@@ -1,8 +1,9 @@
-"""Tracking from a process of its own, which reads what it sends from the run's folder.
+"""Tracking from a process of its own, which reads the metrics from the run's folder.
 
 The file `metrics.jsonl` is the queue: it has room for any delay, and nothing in it is lost. So a slow disk, a silent
-server, a library's import or crash costs training nothing: no thread of theirs runs beside it, and no call of theirs is
-waited for. The process is in a session of its own; it outlives a training process that is killed, and says so.
+server, or a library's import or crash costs training nothing: no thread of theirs runs beside training, and training
+waits for no call of theirs. The process has its own session; if the training process is killed, it lives on and reports
+that.
 """
 
 import json
@@ -18,14 +19,14 @@ from mbgd.tracking.base import Ending, Metrics
 MOST_STARTS = 3
 SECONDS_FOR_ANOTHER_START = 10.0
 SECONDS_TO_DIE = 5.0
-"""What the kernel may need for a process that is killed; one that waits for a dead file system stays for ever."""
+"""Time for the kernel to end a killed process; one that waits for a dead file system never ends."""
 
 MOST_MESSAGE_CHARACTERS = 4000
-"""With escapes they fit a pipe's 64 KiB, so that telling a process that does not read never waits."""
+"""Escaped, they fit a pipe's 64 KiB, so that writing to a process that does not read never blocks."""
 
 
 class Follower:
-    """Starts `mbgd.tracking.follow`, shows what it says, and starts it again where it has died, twice at most."""
+    """Starts `mbgd.tracking.follow`, shows its messages, and restarts it if it dies, twice at most."""
 
     def __init__(self, sink: str, folder: Path, *, finish_seconds: float, quiet: bool = False) -> None:
         """sink: one of follow.py's; finish_seconds: how long the end of training waits for it; quiet: only warn."""
@@ -47,7 +48,7 @@ class Follower:
         while not self._ends_well(ending, deadline):
             if self._num_starts == MOST_STARTS:
                 print(
-                    f"warning: {self._sink} failed; the metrics are whole in {self._folder}/metrics.jsonl, and the "
+                    f"warning: {self._sink} failed; all metrics are in {self._folder}/metrics.jsonl, and the "
                     f"reason is in {self._folder}/{self._sink}/output.log.",
                     flush=True,
                 )
@@ -65,13 +66,13 @@ class Follower:
                 stdout=subprocess.PIPE,
                 stderr=output,
                 env=os.environ | {"PYTHONPATH": path},
-                start_new_session=True,  # Ctrl-C is for training alone, which then tells how it ended
+                start_new_session=True,  # Ctrl-C must reach only training, which then reports how it ended
             )
         assert self._process.stdout is not None
         os.set_blocking(self._process.stdout.fileno(), False)
 
     def _ends_well(self, ending: Ending, deadline: float) -> bool:
-        """Tell the process of the end and wait for it until the deadline."""
+        """Send the ending to the process and wait for it until the deadline; whether it exits with 0."""
         assert self._process.stdin is not None
         order = json.dumps({"outcome": ending.outcome.value, "message": ending.message[:MOST_MESSAGE_CHARACTERS]})
         try:
@@ -79,7 +80,7 @@ class Follower:
                 orders.write(order.encode() + b"\n")
             self._process.wait(max(0.0, deadline - time.monotonic()))
         except OSError:
-            pass  # it has died, which its exit code says
+            pass  # it has died; its exit code is checked below
         except subprocess.TimeoutExpired:
             self._process.kill()
         self._show_messages()
@@ -93,5 +94,5 @@ class Follower:
 
 
 def _append(path: Path) -> BinaryIO:
-    """O_NONBLOCK: a named pipe in the file's place is an error, and not waited for until somebody reads it."""
+    """O_NONBLOCK: if a named pipe has taken the file's place, opening fails instead of waiting for a reader."""
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666), "ab")

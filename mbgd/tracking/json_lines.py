@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one JSON object for each logged step and each evaluation. Written and read here alone."""
+"""`metrics.jsonl`: one JSON object for each logged step and each evaluation. Only this module writes and reads it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ Integer = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 class JsonLines:
     """Appends {"step": …, "train/loss": …} lines to a file, each written at once, so that a crash loses none.
 
-    A power failure does lose what is not flushed; checkpoints flush the file before they are there themselves.
+    A power failure loses lines that are not flushed; a checkpoint flushes the file before it is complete.
     """
 
     def __init__(self, path: Path) -> None:
@@ -46,14 +46,14 @@ class Line:
     step: int
     metrics: dict[str, float | str]
     number: int = 0
-    """Of the line in its file, counted from 1."""
+    """Line number in the file, counted from 1."""
     content: bytes = field(default=b"", repr=False)
-    """As it stands in the file, with its newline."""
+    """The bytes in the file, with the newline."""
 
 
 @dataclass(frozen=True)
 class BadLine:
-    """A line that cannot be read, or a part of one that is longer than any line may be."""
+    """A line that cannot be read, or a part of one longer than `MOST_LINE_BYTES`."""
 
     number: int
     reason: str
@@ -61,7 +61,7 @@ class BadLine:
 
 
 def parse(content: bytes) -> Line:
-    """A line of the file; ValueError saying what is wrong with it. null is what is not a number."""
+    """A line of the file; ValueError says what is wrong with it. null becomes nan."""
     values = parse_json(content)
     if not isinstance(values, dict) or "step" not in values:
         raise ValueError("it is not an object with a step")
@@ -71,7 +71,7 @@ def parse(content: bytes) -> Line:
 
 
 def read_lines(path: Path) -> Iterator[Line | BadLine]:
-    """The lines of a run's history in their order; FileNotFoundError, or Unreadable where the file is none."""
+    """The lines of a run's history in their order; FileNotFoundError, or Unreadable if the file cannot be read."""
     with open_regular(path) as file:
         number, begins = 1, True
         try:
@@ -95,7 +95,7 @@ def _read(number: int, content: bytes) -> Line | BadLine:
 
 
 def read_history(folder: Path) -> tuple[list[Line], list[BadLine]]:
-    """What a run has logged, and the lines that cannot be read; UsageError where the folder is not a run's."""
+    """(lines of the run's metrics, lines that cannot be read); UsageError if the folder is not a run's."""
     good, bad = [], []
     try:
         for line in read_lines(folder / METRICS):
@@ -113,7 +113,7 @@ def read_history(folder: Path) -> tuple[list[Line], list[BadLine]]:
 
 
 def describe_bad(lines: list[BadLine]) -> str:
-    """For people, what cannot be read."""
+    """In words: which lines cannot be read."""
     first, num_more = lines[0], len({line.number for line in lines}) - 1
     more = f", and {num_more} more" if num_more else ""
     return f"line {first.number} cannot be read ({first.reason}){more}"

@@ -1,4 +1,4 @@
-"""What a person sees on a terminal while a run goes: a progress bar."""
+"""The progress bar on a terminal."""
 
 import time
 
@@ -16,7 +16,7 @@ BAR_WIDTH = 16
 class ProgressBar:
     """A bar with the steps done, the time left, the newest loss and speed; evaluations stay above it.
 
-    Drawn by the training thread, a few times a second; a thread of its own would take the interpreter from it.
+    The training thread draws it a few times a second; a thread of its own would compete with training for the GIL.
     """
 
     def __init__(self, num_steps: int, first_step: int = 0) -> None:

@@ -1,6 +1,6 @@
 """Events for TensorBoard, in a process of its own: see follower.py.
 
-torch.utils.tensorboard writes with the same parts; it takes seconds to import, and one event for each value.
+torch.utils.tensorboard uses the same writer, but takes seconds to import and writes one event for each value.
 """
 
 import time
@@ -14,7 +14,7 @@ from mbgd.tracking.base import Ending, Metrics
 
 
 class TensorboardSink:
-    """The whole history from the first line on; what earlier processes of the run have written no longer counts."""
+    """Writes the whole history from the first line on; it replaces what earlier processes of the run wrote."""
 
     def __init__(self, folder: Path) -> None:
         folder = folder / "tensorboard"
@@ -37,7 +37,7 @@ class TensorboardSink:
 
 
 def _wait_for_a_later_name(folder: Path) -> None:
-    """TensorBoard reads files by their names, which say the second they were made in and then the process."""
+    """TensorBoard reads files in the order of their names, which contain the second they were made in."""
     newest = max((int(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.*")), default=0)
     ahead = newest + 1 - time.time()
     if 0 < ahead <= 1:  # more: the clock was set back

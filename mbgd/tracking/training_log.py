@@ -1,4 +1,4 @@
-"""What is logged of training: means, norms, rates, fingerprints, and in which steps."""
+"""The training metrics (means, norms, rates, fingerprints) and the steps at which they are logged."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from mbgd.step.done import Done
 
 
 class TrainingLog:
-    """Turns what a step came to into metrics; knows when the last logged step was."""
+    """Turns the result of a step into metrics, and remembers the last logged step."""
 
     def __init__(self, setup: Setup) -> None:
         self._setup, self._has_tokens = setup, setup.findings.has_tokens
@@ -34,7 +34,7 @@ class TrainingLog:
             self._num_tokens += done.totals.count
 
     def metrics(self, done: Done, more: Mapping[str, float]) -> dict[str, float]:
-        """Of a logged step, with `more` of its own; this waits for the device."""
+        """The metrics of a logged step, and `more`; this waits for the device."""
         assert done.totals is not None
         assert done.norms is not None
         plan, step = self._setup.plan, done.step + 1
@@ -45,7 +45,7 @@ class TrainingLog:
         return {f"train/{name}": value for name, value in metrics.items()} | times
 
     def _times(self, step: int) -> dict[str, float]:
-        """How fast training went since the last logged step."""
+        """Speed and times since the last logged step."""
         last, plan = self.last_logged, self._setup.plan
         times = self.clock.read(
             num_steps=step - last,
@@ -57,7 +57,7 @@ class TrainingLog:
         return {**times, "num_workers": self._setup.workers.num_workers}
 
     def fingerprints(self, metrics: Mapping[str, float], step: int) -> dict[str, Any]:
-        """With reproducible averaging, hashes by which two runs can be compared line by line."""
+        """With reproducible averaging: hashes that let two runs be compared line by line."""
         if self._setup.settings.averaging.name is not AveragingName.reproducible:
             return {}
         if "train/loss" in metrics:

@@ -24,9 +24,9 @@ STATE = "state.json"
 
 
 def remember_run_id(folder: Path, known: str | None) -> str:
-    """The id of the run that this folder's metrics go to, kept in the folder.
+    """The id of the W&B run that gets this folder's metrics; it is kept in the folder.
 
-    known: the id by a checkpoint that this run goes on from. WANDB_RUN_ID, which W&B's own sweeps set, comes first.
+    known: the id in the checkpoint that this run resumes from. WANDB_RUN_ID, which W&B's own sweeps set, comes first.
     """
     state = _usable_state(folder / FOLDER / STATE)
     run_id = str(os.environ.get("WANDB_RUN_ID") or state.get("id") or known or secrets.token_hex(4))
@@ -37,10 +37,10 @@ def remember_run_id(folder: Path, known: str | None) -> str:
 
 
 class WandbSink:
-    """One W&B run; raises where it cannot go on, and the next process then goes on offline."""
+    """One W&B run. It raises if it cannot go on; the next process then goes on offline."""
 
     def __init__(self, run: "wandb.Run", folder: Path, sent_step: int, config: Mapping[str, Any]) -> None:
-        """sent_step: the last step that needs no sending; config: the whole configuration."""
+        """sent_step: the last step that is sent already; config: the whole configuration."""
         self._run, self._folder, self._config = run, folder, config
         self._sent_step = self._saved_step = sent_step
         self._newest_step = sent_step
@@ -51,7 +51,7 @@ class WandbSink:
         numbers = {name: value for name, value in metrics.items() if not isinstance(value, str)}
         self._run.log({STEP: step, **numbers}, step=step)
         if step > self._newest_step:
-            self._sent_step, self._newest_step = self._newest_step, step  # lines of one step may come apart
+            self._sent_step, self._newest_step = self._newest_step, step  # a step may have several lines
 
     def flush(self) -> None:
         if self._sent_step > self._saved_step:
@@ -91,14 +91,14 @@ class WandbSink:
 
 
 def open_sink(folder: Path, start: int) -> WandbSink:
-    """Begin, or go on with, the W&B run of a run's folder; offline where an earlier process failed (start > 1)."""
-    os.environ |= {"WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}  # no requests for what nobody reads
+    """Begin or continue the W&B run of a run's folder; offline if an earlier process failed (start > 1)."""
+    os.environ |= {"WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}  # no output, and no error reports to W&B
     import wandb
 
     config = yaml.safe_load((folder / "config.yaml").read_text())
     settings = config["tracking"]["wandb"]
     state, began = _read_json(folder / FOLDER / STATE), _read_json(folder / "run.json")
-    sys.argv = [began["script"]]  # W&B records a run's command; the rest of it is in the configuration
+    sys.argv = [began["script"]]  # W&B records sys.argv as the command; the configuration holds the arguments
     mode: Any = "offline" if start > 1 else _mode(settings["mode"])
     run = wandb.init(
         mode=mode,
@@ -141,7 +141,7 @@ def _mode(wanted: str) -> Any:
 
     try:
         return "online" if wandb.login(prompt=False, verify=False) else "offline"
-    except wandb.Error as error:  # its text could quote the key
+    except wandb.Error as error:  # its text could contain the key
         say(f"the key cannot be used ({type(error).__name__})")
         return "offline"
 
@@ -159,7 +159,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _usable_state(path: Path) -> dict[str, Any]:
-    """What `_write_state` wrote; {} where nothing is, or something else, which is set aside with a warning."""
+    """What `_write_state` wrote; {} if there is no such file. An invalid file is renamed, with a warning."""
     try:
         with _open_file(path) as file:
             state: dict[str, Any] = json.load(file)
@@ -168,7 +168,7 @@ def _usable_state(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        from mbgd.checkpoints import format as checkpoint  # with torch, which W&B's process does without
+        from mbgd.checkpoints import format as checkpoint  # imports torch, which W&B's process does not need
 
         aside = checkpoint.set_aside(path)
         print(
@@ -181,7 +181,7 @@ def _usable_state(path: Path) -> dict[str, Any]:
 
 
 def _open_file(path: Path) -> BinaryIO:
-    """Open a regular file to read; another kind, a named pipe say, could make the reader wait for ever."""
+    """Open a regular file for reading; another kind, such as a named pipe, could block for ever."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -190,5 +190,5 @@ def _open_file(path: Path) -> BinaryIO:
 
 
 def _write_state(folder: Path, run_id: str, sent_step: int) -> None:
-    """sent_step: every line up to this step is with W&B, or in an offline file of it."""
+    """sent_step: every line up to this step is sent to W&B, or is in one of its offline files."""
     write_atomically(folder / FOLDER / STATE, json.dumps({"id": run_id, "sent_step": sent_step}).encode())

@@ -13,7 +13,7 @@ DETAILS = (
     "skipped_steps",
     "examples_per_second",
 )
-"""What is in metrics.jsonl and the report, and would only make a line long; speed comes last in a line."""
+"""Left out of a line to keep it short; metrics.jsonl and the report have them. The speed comes last in a line."""
 
 
 def describe(metrics: Metrics) -> str:

@@ -1,1 +1,1 @@
-"""Tools for users: `python -m mbgd TOOL`. Each module has a DESCRIPTION, `arguments` and `main`."""
+"""Tools for users: `mbgd TOOL`. Each module has a DESCRIPTION, `arguments` and `main`."""

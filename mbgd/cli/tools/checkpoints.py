@@ -1,4 +1,4 @@
-"""The checkpoints of a run: which there are, whether they are whole, and a model out of one."""
+"""Lists and verifies the checkpoints of a run, and exports a model from one."""
 
 import argparse
 from pathlib import Path
@@ -27,7 +27,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(parsed: argparse.Namespace) -> int:
-    """Print a line for each; 0 if all are whole, 1 if one is broken."""
+    """Print a line for each; returns 0 if all are whole, 1 if one is broken."""
     folder = RunFolder(parsed.run)
     problems = {path: checkpoint.verify(path) for path in checkpoint.complete(folder.checkpoints_path)}
     if not problems:
@@ -43,7 +43,7 @@ def main(parsed: argparse.Namespace) -> int:
 
 
 def _best(folder: RunFolder) -> tuple[Path, str, float] | None:
-    """(checkpoint, metric, its value), by what the run's configuration calls the best."""
+    """(checkpoint, metric, its value) of the best by the run's configuration; None if it keeps none."""
     try:
         settings = (folder.read_config() or {}).get("checkpoint") or {}
     except Unreadable as error:
@@ -84,7 +84,7 @@ def _export(path: Path, target: Path) -> int:
 
 
 def _model(snapshot: Snapshot) -> dict[str, Tensor]:
-    """What `load_state_dict` of the model takes; checkpoints of older versions do not tell it from other buffers."""
+    """The tensors for the model's `load_state_dict`; checkpoints of older versions hold other buffers, too."""
     tensors = snapshot.tensors["model"]
     names = snapshot.values.get("export")
     if not isinstance(names, dict) or not set(names.values()) <= tensors.keys():

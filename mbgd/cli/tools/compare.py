@@ -1,4 +1,4 @@
-"""Whether two runs gave the same bits; if not, where they part and why they might."""
+"""Checks whether two runs gave the same bits; if not, says where they part and possible reasons."""
 
 import argparse
 from pathlib import Path
@@ -40,12 +40,12 @@ def main(parsed: argparse.Namespace) -> int:
         more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
         print(f"  parameters and buffers that differ: {plain(', '.join(names[:SHOWN]))}{more}")
     reasons = differing_conditions(a, b)
-    print("  they might, because of " + (plain("; ".join(reasons)) if reasons else "nothing that is recorded"))
+    print("  possible reasons: " + (plain("; ".join(reasons)) if reasons else "none recorded"))
     return 1
 
 
 class _Compared(msgspec.Struct):
-    """What of a summary must be there."""
+    """The keys that a summary must have."""
 
     weights_sha256: str
     conditions: dict[str, Any]
@@ -54,7 +54,7 @@ class _Compared(msgspec.Struct):
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    """UsageError where something is missing, or cannot be read: that two runs are the same is said of nothing less."""
+    """UsageError if something is missing or cannot be read: only whole runs can be said to be the same."""
     try:
         lines, bad = read_history(folder)
         if bad:
@@ -95,7 +95,7 @@ def first_difference(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> str | 
 
 
 def differing_parameters(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
-    """Names of the tensors that differ in a bit, in shape, or are in one model only."""
+    """Names of the tensors that differ in bits, shape or dtype, or that only one model has."""
 
     def same(name: str) -> bool:
         if name not in a or name not in b or a[name].shape != b[name].shape or a[name].dtype != b[name].dtype:
@@ -107,7 +107,7 @@ def differing_parameters(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor])
 
 
 def differing_conditions(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    """What is recorded of the two runs and differs: versions and conditions, then lines of the configuration."""
+    """Recorded differences of the two runs: versions and conditions, then lines of the configuration."""
     of_a, of_b = ({**run["summary"]["versions"], **run["summary"]["conditions"]} for run in (a, b))
     keys = dict.fromkeys([*of_a, *of_b])
     found = [f"{key}: {of_a.get(key)} and {of_b.get(key)}" for key in keys if of_a.get(key) != of_b.get(key)]

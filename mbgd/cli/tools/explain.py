@@ -19,7 +19,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=2, help="how many the minibatch is split over (default 2)")
     parser.add_argument("--seconds", type=float, default=20.0, help="at most for measuring the noise (default 20)")
     parser.add_argument("--output", type=Path, default=PAGE, metavar="FILE", help=f"the page (default {PAGE})")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there; - : print them alone")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there; - : print only them")
 
 
 def main(parsed: argparse.Namespace) -> int:
@@ -38,7 +38,7 @@ def main(parsed: argparse.Namespace) -> int:
     if parsed.example:
         overrides = [*OVERRIDES, *overrides]
     elif not any(one.startswith("batch.size=") for one in overrides):
-        overrides.append("batch.size=4")  # a few examples can be looked at one by one
+        overrides.append("batch.size=4")  # few enough to look at each example
     explained = Explained(typed(compose(overrides)), parsed.workers, parsed.seconds)
     it = explained()
     seen = pictures(explained.examples.batch, explained.dataset, explained.size)

@@ -1,4 +1,4 @@
-"""What a tool writes beside what it prints."""
+"""Writes a tool's output files."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +8,7 @@ from mbgd.text.escaping import plain
 
 
 def write(path: Path, content: Callable[[Path], object]) -> None:
-    """Call `content(path)`, which writes there; UsageError where the path cannot be written."""
+    """Call `content(path)`, which writes the file; UsageError if it cannot be written."""
     try:
         content(path)
     except OSError as error:

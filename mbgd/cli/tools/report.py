@@ -1,4 +1,4 @@
-"""The page about a run, remade from its folder, or one about several side by side."""
+"""Makes the report of a run again from its folder, or one report that compares several runs."""
 
 import argparse
 from pathlib import Path
@@ -17,7 +17,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(parsed: argparse.Namespace) -> int:
-    """Write the page and say where it is."""
+    """Write the page and print where it is."""
     path = parsed.output or (parsed.runs[0] / FILE if len(parsed.runs) == 1 else Path(FILE))
     write_report(parsed.runs, path)
     print(f"report      {path}")

@@ -1,4 +1,4 @@
-"""The result of a sweep: a table sorted by the metric, the same as sweep.csv, and a plot, from the jobs' folders."""
+"""The result of a sweep from its jobs' folders: a table sorted by the metric, sweep.csv and a plot."""
 
 import argparse
 import csv
@@ -11,14 +11,14 @@ from mbgd.config import Direction
 from mbgd.runs.sweeps import LOG, Job, Ranking, read_ranking
 from mbgd.text.escaping import plain
 
-DESCRIPTION = "show what the jobs of a sweep came to: a table, sweep.csv and sweep.svg in its folder"
+DESCRIPTION = "show the results of a sweep's jobs: a table, sweep.csv and sweep.svg in its folder"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sweep", type=Path, help="the sweep's folder")
     parser.add_argument("--metric", help="what to rank the jobs by; the sweep's own if left out")
     parser.add_argument("--direction", choices=[one.value for one in Direction], help="which values are better")
-    parser.add_argument("--target", type=float, help="value of the metric to tell the steps and examples to")
+    parser.add_argument("--target", type=float, help="value of the metric; show the steps and examples to it")
 
 
 def main(parsed: argparse.Namespace) -> int:
@@ -27,7 +27,7 @@ def main(parsed: argparse.Namespace) -> int:
 
 
 def show(folder: Path, metric: str | None = None, direction: str | None = None, target: float | None = None) -> Ranking:
-    """Print the table, write sweep.csv and sweep.svg; UsageError where no job has the metric."""
+    """Print the table, write sweep.csv and sweep.svg; UsageError if no job has the metric."""
     ranking = read_ranking(folder, metric, direction, target)
     rows = table(ranking)
     _print(rows, ranking)
@@ -41,7 +41,7 @@ def show(folder: Path, metric: str | None = None, direction: str | None = None, 
 
 
 def table(ranking: Ranking) -> list[list[str]]:
-    """What a person wants to see, a header and a row for each job."""
+    """The table for people: a header, and a row for each job."""
     others = [name for name in _metric_names(ranking.jobs) if name.startswith("eval/") and name != ranking.metric]
     to_target = ["steps to target", "examples to target"] if ranking.target is not None else []
     rows = [["job", *ranking.keys, ranking.metric, *others, *to_target, "steps", "examples/s", "state"]]
@@ -57,7 +57,7 @@ def table(ranking: Ranking) -> list[list[str]]:
 
 
 def full_table(ranking: Ranking) -> list[list[object]]:
-    """Everything, for other programs: numbers as they are, nothing where there is none."""
+    """The full table for other programs: numbers not rounded, empty cells for missing ones."""
     names = _metric_names(ranking.jobs)
     facts = ["steps", "examples_seen", "examples_per_second", "num_workers"]
     header = ["job", *ranking.keys, *names, "steps_to_target", "examples_to_target", *facts, "state", "folder"]
@@ -86,7 +86,7 @@ def _print(rows: Sequence[Sequence[str]], ranking: Ranking) -> None:
         shown.add_row(*(Text(plain(cell)) for cell in row), style=None if row[-1] == "complete" else "red")
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = 500  # a file or a pipe has no width to fit in
+        console.width = 500  # a file or a pipe has no width limit
     console.print(shown)
     for job in ranking.jobs:
         if job.record.exit_code:
@@ -99,7 +99,7 @@ def _metric_names(jobs: Sequence[Job]) -> list[str]:
 
 
 def _short(value: str) -> str:
-    """A value as it was given, but for numbers that a sweeper has drawn."""
+    """The value as given; long numbers, which a sweeper has drawn, are rounded."""
     try:
         return value if len(value) <= 8 else f"{float(value):.4g}"
     except ValueError:

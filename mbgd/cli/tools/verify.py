@@ -1,4 +1,4 @@
-"""Whether the workers' average is right for this model, data and objective; if not, why."""
+"""Checks whether the workers' average is right for this model, data and objective; if not, says why."""
 
 import argparse
 import json
@@ -10,18 +10,20 @@ from typing import Any
 from mbgd.cli.tools.output import write
 from mbgd.errors import UsageError
 
-DESCRIPTION = "compare a few steps of all workers with one worker alone; find out why, where they differ"
+DESCRIPTION = "compare a few steps of all workers with those of one worker; if they differ, find out why"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="as for train.py: model=… data=… batch.size=…"
     )
-    parser.add_argument("--step", type=int, metavar="N", help="replay a run (its folder alone) up to step N instead")
+    parser.add_argument(
+        "--step", type=int, metavar="N", help="replay a run (give only its folder) up to step N instead"
+    )
     parser.add_argument("--workers", type=int, default=3, help="how many to start (default 3); torchrun's, under it")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps that are compared (default 3)")
     parser.add_argument("--seconds", type=float, default=10.0, help="at most for measuring the workers (default 10)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there; - : print that alone")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there; - : print only that")
 
 
 def main(parsed: argparse.Namespace) -> int:
@@ -38,7 +40,7 @@ def main(parsed: argparse.Namespace) -> int:
 
 
 def work(parsed: argparse.Namespace) -> int:
-    """On each worker."""
+    """Called on each worker."""
     return _verify(parsed) if parsed.step is None else _replay(parsed)
 
 
@@ -70,7 +72,7 @@ def _verify(parsed: argparse.Namespace) -> int:
 
 
 def _tell(parsed: argparse.Namespace, result: dict[str, Any], text: str) -> None:
-    """Print the text, or everything as JSON; or write the latter beside it."""
+    """Print the text, or with `--json -` everything as JSON; `--json FILE` writes the JSON there, too."""
     values = json.dumps(result, indent=1)
     print(values if str(parsed.json) == "-" else text)
     if parsed.json is not None and str(parsed.json) != "-":
