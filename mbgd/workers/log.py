@@ -1,6 +1,6 @@
-"""What a worker prints, warns of and dies of, also in a file of its own: `logs/worker-3.log`.
+"""A worker's output, warnings and traceback also go into its own file, such as `logs/worker-3.log`.
 
-Output is optional: where nobody reads it any more, or the disk is full, training goes on without it.
+Output is optional: if its reader is gone or the disk is full, training goes on without it.
 """
 
 import os
@@ -15,7 +15,7 @@ DESCRIPTORS = {"stdout": 1, "stderr": 2}
 
 
 class _LogFile:
-    """A text file that may fail, which is said once; what it cannot take is lost."""
+    """A text file whose failures are reported once; text that cannot be written is lost."""
 
     def __init__(self, file: TextIO) -> None:
         self._file = file
@@ -46,10 +46,10 @@ class _LogFile:
 
 
 class Tee:
-    """Standard output or error, which also goes into a file, but for what a terminal redraws (progress bars).
+    """Standard output or error, copied into a file, except for text that a terminal redraws (progress bars).
 
-    A stream that fails (its reader has ended, its terminal is gone, its disk is full) is given up, and the other says
-    so. What a file or a non-blocking pipe cannot take just now is lost.
+    If the stream fails (its reader has ended, its terminal is gone, its disk is full), nothing more goes there, and
+    the other stream gets a warning. Text that a non-blocking pipe cannot take at once is lost.
     """
 
     def __init__(self, stream: TextIO, name: str, file: _LogFile | None = None) -> None:
@@ -82,8 +82,8 @@ class Tee:
         if self._is_given_up:
             return
         self._is_given_up = True
-        # From here on it takes everything: what is still in buffers, what C libraries and child processes print, and
-        # the last flush, whose failure would be this process's exit code.
+        # From here on everything goes to /dev/null: buffered text, output of C libraries and child processes, and the
+        # last flush, whose failure would become this process's exit code.
         with suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
@@ -100,23 +100,23 @@ class Tee:
 
 
 def guard_output() -> None:
-    """From now on until the process ends, standard output and error that fail are given up, and end nothing."""
+    """Until the process ends, a failing standard output or error is given up and does not end the process."""
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
-        except OSError:  # closed at the start: the next file to be opened would get what is printed
+        except OSError:  # closed at the start: the next file opened would get this descriptor, and the output
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     for name, descriptor in DESCRIPTORS.items():
         stream = getattr(sys, name) or os.fdopen(descriptor, "w", closefd=False)
         if getattr(stream, "errors", "") == "strict" and hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # where the terminal's encoding lacks a character
+            stream.reconfigure(errors="backslashreplace")  # the terminal's encoding may lack a character
         setattr(sys, name, Tee(stream, name))
 
 
 def start_log(path: Path, rank: int, num_workers: int) -> None:
-    """From now on until the process ends, standard output and error go into the file too; appended to what is there.
+    """Until the process ends, append standard output and error to the file, too.
 
-    What C libraries write by themselves (NCCL_DEBUG) is not in it.
+    Output that C libraries write themselves (NCCL_DEBUG) is not in it.
     """
     file: _LogFile | None = None
     now = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -136,12 +136,12 @@ def start_log(path: Path, rank: int, num_workers: int) -> None:
 
 
 def write_to_log(text: str) -> None:
-    """Details that only the log is to hold; standard error where there is no log."""
+    """Write details into the log only; to standard error if there is no log."""
     print(text, file=getattr(sys.stderr, "file", None) or sys.stderr, flush=True)
 
 
 def write_to_log_alone(text: str) -> str:
-    """What the log is to hold and nobody needs to see; the log's path, nothing where there is none."""
+    """Write text into the log only; returns the log's path. Without a log: writes nothing and returns ""."""
     file = getattr(sys.stderr, "file", None)
     if file is None:
         return ""
