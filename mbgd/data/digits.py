@@ -20,7 +20,7 @@ def digits(split: str) -> InMemory:
 
     Inputs are float32 in [0, 1], shape (1, 8, 8); targets int64. The split is fixed: with the examples sorted by
     class and, within a class, in the file's order, every fifth one is a test example. So both splits hold every
-    class in the same share. UsageError where scikit-learn, whose package holds the file, is not installed.
+    class in the same share. UsageError if scikit-learn, whose package holds the file, is not installed.
 
     Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI repository, 1998 (its test set).
     """
