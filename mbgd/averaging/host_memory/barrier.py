@@ -175,7 +175,7 @@ class Barrier:
             f"worker {rank} does not answer any more: process {self._process_ids[rank]} {what}"
             for rank in sorted(ranks)
         ]
-        return f"{'; '.join(lost)}. Look at the end of what it printed."
+        return f"{'; '.join(lost)}. Look at the end of its output."
 
 
 def _semaphore(inbox: Tensor, number: int) -> int:
