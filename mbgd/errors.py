@@ -1,28 +1,28 @@
-"""What ends a run early: mistakes of the user's, workers that are gone, a cluster that wants its machines back."""
+"""The exceptions that end a run early: the user's mistakes, lost workers, preemption."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 FAILED = 1
-"""Exit code where training failed."""
+"""Exit code if training failed."""
 
 USAGE = 2
-"""Exit code where nothing has begun, because the command or the configuration has a mistake."""
+"""Exit code if nothing has begun, because the command or the configuration has a mistake."""
 
 
 class UsageError(ValueError):
-    """A mistake of the user's, whose message alone teaches: what was wrong, what was got, the rule, the remedy."""
+    """A mistake of the user's; the message is enough to fix it: what was wrong, what was got, the rule, the remedy."""
 
     exit_code = USAGE
-    """FAILED where training had begun."""
+    """FAILED if training had begun."""
 
 
 class WorkersLost(RuntimeError):  # noqa: N818  (the workers are the error)
-    """Other workers did not come to an exchange; says which, as far as can be found out."""
+    """Other workers did not come to an exchange; names them as far as known."""
 
 
 class Preempted(Exception):  # noqa: N818  (nothing went wrong)
-    """The run was asked to stop, by a signal, and has saved its state after so many steps."""
+    """A signal asked the run to stop, and it has saved its state after step `step`."""
 
     def __init__(self, step: int) -> None:
         super().__init__(f"stopped by a signal after step {step}")
@@ -31,15 +31,15 @@ class Preempted(Exception):  # noqa: N818  (nothing went wrong)
 
 
 class ReplicasDiffer(RuntimeError):  # noqa: N818  (the replicas are the error)
-    """The workers' copies of the state are no longer the same; names the tensors, the workers and the step."""
+    """The workers' copies of the state are no longer equal; names the tensors, the workers and the step."""
 
 
 class ComputedWrongly(RuntimeError):  # noqa: N818  (as above)
-    """A worker has computed other bits than the others; names the step, the micro-batch, the worker and its device."""
+    """Workers computed different bits for the same work; names the step, and the worker at fault if known."""
 
 
 class NotSaved(Exception):  # noqa: N818  (as above)
-    """The run was asked to stop, by a signal, and its state could not be saved; says what there is to go on from."""
+    """A signal asked the run to stop, but its state could not be saved; says what the run can resume from."""
 
     def __init__(self, step: int, problem: str) -> None:
         super().__init__(f"stopped by a signal after step {step}, but {problem}")
@@ -47,7 +47,7 @@ class NotSaved(Exception):  # noqa: N818  (as above)
 
 @contextmanager
 def optional(failure: str, consequence: str) -> Iterator[None]:
-    """Whatever is raised inside, but for Ctrl-C, becomes a warning: what failed, why, and what follows from it."""
+    """Turns any exception inside, except KeyboardInterrupt, into a warning: what failed, why, and the consequence."""
     try:
         yield
     except KeyboardInterrupt:

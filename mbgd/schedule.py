@@ -12,15 +12,15 @@ class Schedule(ABC):
     """A factor that rises linearly over the first `warmup_steps` steps and then follows the schedule's shape."""
 
     depends_on_length: ClassVar[bool] = True
-    """Whether the factor of a step may change with `num_steps`, so that a run cannot be made longer and stay the same.
-    Each class that is independent of it says so for itself: this is not inherited."""
+    """Whether a step's factor may depend on `num_steps`; then a run cannot be extended and keep its first steps. Not
+    inherited: each class that does not depend on it must set False itself."""
 
     def __init__(self, *, num_steps: int, warmup_steps: int = 0) -> None:
         """num_steps: optimizer steps of the whole run; warmup_steps: how many of them warm up."""
         converted(f"schedule.warmup_steps={warmup_steps}", warmup_steps, int)
         if warmup_steps < 0 or 0 < num_steps < warmup_steps:
             raise UsageError(
-                f"schedule.warmup_steps={warmup_steps} in a run of {num_steps} steps; it must lie between 0 and that."
+                f"schedule.warmup_steps={warmup_steps} in a run of {num_steps} steps; it must be from 0 to {num_steps}."
             )
         self.num_steps, self.warmup_steps = num_steps, warmup_steps
 
@@ -31,7 +31,7 @@ class Schedule(ABC):
         return self.after_warmup(step)
 
     def progress(self, step: int) -> float:
-        """How much of the run after the warm-up lies behind: 0 to 1."""
+        """The fraction of the run after the warm-up that is done: 0 to 1."""
         return min(1.0, (step - self.warmup_steps) / max(1, self.num_steps - self.warmup_steps))
 
     @abstractmethod

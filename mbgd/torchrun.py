@@ -1,9 +1,9 @@
-"""`python -m mbgd.torchrun [torchrun's options] train.py …`: torchrun whose store others cannot get into.
+"""`python -m mbgd.torchrun [torchrun's options] train.py …`: torchrun with a store that others cannot access.
 
 torchrun's own store listens on every interface of the host, asks for no password, and holds a state that is unpickled:
-whoever reaches the port can run code as the user. Here, on one host, there is no port: the workers meet in a file in
-memory. On several hosts the store listens on the address given by --local-addr alone, and of its state only what torch
-writes there is unpickled. A private network is needed all the same (docs/clusters.md).
+whoever reaches the port can run code as the user. Here, on one host, there is no port: the store is a file in memory.
+On several hosts the store listens only on the address of --local-addr, and only the classes that torch writes there are
+unpickled. A private network is still needed (docs/clusters.md).
 """
 
 import argparse
@@ -25,7 +25,7 @@ from typing import Any
 from mbgd.workers.parent import PARENT, end_with_parent
 
 KEY_FILE = "MBGD_KEY_FILE"
-"""Environment variable: a file with a secret of all hosts of a run. Nobody else can guess the name they meet under."""
+"""Environment variable: a file with a secret of all hosts of a run, so that nobody can guess the rendezvous' name."""
 
 DEFAULT_PORT = 29400  # torchrun's
 SECONDS_FOR_THE_STORE = 60
@@ -37,7 +37,7 @@ UNPICKLED = {
     ("datetime", "timedelta"),
     ("datetime", "timezone"),
 }
-"""All that the state of a meeting of hosts consists of, beside Python's containers and numbers."""
+"""All classes in a rendezvous' state, beside Python's containers and numbers."""
 
 
 def main() -> None:
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def prepare(options: Sequence[str]) -> argparse.Namespace:
-    """torchrun's options and what it is to start, as torchrun parses them, for workers that meet as described above."""
+    """torchrun's parsed arguments, changed to use the stores described above."""
     from torch.distributed import run
     from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
 
@@ -75,13 +75,13 @@ def prepare(options: Sequence[str]) -> argparse.Namespace:
 
 
 def signals() -> list[str]:
-    """Those on which torchrun asks its workers to save; nohup's SIGHUP stays ignored."""
+    """The signals that torchrun handles and passes on to its workers; an ignored SIGHUP (nohup) stays ignored."""
     closed_terminal = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else ["SIGHUP"]
     return ["SIGTERM", "SIGINT", "SIGUSR1", *closed_terminal]
 
 
 def _one_host(parameters: Any) -> Any:
-    """A meeting of one: this host has all workers, and only this process uses the store of the meeting."""
+    """A rendezvous of one host: it has all workers, and only this process uses the rendezvous' store."""
     from torch.distributed import HashStore  # type: ignore[attr-defined]
     from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 
@@ -127,10 +127,10 @@ def _several_hosts(parameters: Any) -> Any:
         store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=SECONDS_FOR_THE_STORE))
     name, parameters.run_id = parameters.run_id, parameters.run_id + _key()
     handler = dynamic_rendezvous.create_handler(store, C10dRendezvousBackend(store, parameters.run_id), parameters)
-    # What torch does by itself otherwise; without these names it would, unnoticed.
+    # These names in torch are replaced below. If a torch lacks one, its own insecure version would run unnoticed.
     for owner, replaced in ((dynamic_rendezvous, "pickle"), (handler, "_create_tcp_store_server")):
         if not hasattr(owner, replaced):
-            sys.exit(f"error: this torch's rendezvous has no {replaced}, by which mbgd closes it. Use torch 2.13.")
+            sys.exit(f"error: this torch's rendezvous has no {replaced}, which mbgd must replace. Use torch 2.13.")
     restricted = types.SimpleNamespace(dumps=pickle.dumps, loads=load_state, PickleError=pickle.PickleError)
     dynamic_rendezvous.pickle = restricted  # type: ignore[attr-defined, assignment]
     handler._create_tcp_store_server = serve  # type: ignore[method-assign, assignment]
@@ -156,7 +156,7 @@ def serve(address: str, port: int) -> Any:
 
 
 def load_state(state: bytes) -> Any:
-    """Unpickle the state of a meeting; UnpicklingError if there is anything in it that torch does not write there."""
+    """Unpickle a rendezvous' state; UnpicklingError for any class that torch does not write there."""
     return _StateUnpickler(io.BytesIO(state)).load()
 
 
@@ -168,7 +168,7 @@ class _StateUnpickler(pickle.Unpickler):
 
 
 def _key() -> str:
-    """What is added to the meeting's name; nothing without a file."""
+    """The suffix of the rendezvous' name; empty without a key file."""
     if KEY_FILE not in os.environ:
         return ""
     path = Path(os.environ[KEY_FILE])

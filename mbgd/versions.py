@@ -1,10 +1,10 @@
-"""Which mbgd this is."""
+"""The versions of mbgd and torch."""
 
 from importlib.metadata import PackageNotFoundError, version
 
 
 def of_mbgd() -> str:
-    """The version that is installed; of a clone that is not, that it is one."""
+    """The installed version, or a text that says this is a clone that is not installed."""
     try:
         return version("mbgd")
     except PackageNotFoundError:

@@ -202,7 +202,7 @@ CLASSES_OF_SQUARE = torch.randint(4, (8, 4), generator=torch.Generator().manual_
 
 def test_shapes_that_do_not_tell_need_the_option() -> None:
     batch = SQUARE, CLASSES_OF_SQUARE
-    with pytest.raises(mbgd.UsageError, match=r"logits of shape \(8, 4, 4\).*do not tell.*objective.class_dim=1"):
+    with pytest.raises(mbgd.UsageError, match=r"logits of shape \(8, 4, 4\).*fit with.*objective.class_dim=1"):
         mbgd.CrossEntropy()(Gives(), batch)
     for dim, wanted in ((1, SQUARE), (-1, SQUARE.movedim(-1, 1))):
         got = mean(mbgd.CrossEntropy(class_dim=dim)(Gives(), batch))

@@ -255,7 +255,7 @@ def test_a_skipped_image_is_told_of_once(images: Path, capfd: pytest.CaptureFixt
         str(images / name) for name in ("train/cat/3.png", "train/dog/12.png", "val/dog/1.png")
     ]
     (of_evaluation,) = [line for line in told if "/val/" in line]
-    assert "This worker has met 1 such of 3 images." in of_evaluation
+    assert "This worker has left out 1 of 3 images." in of_evaluation
 
 
 @pytest.mark.parametrize(
@@ -296,7 +296,7 @@ def test_examples_in_memory_can_be_augmented_too() -> None:
         (lambda folder: empty(folder / "val/dog"), {"split": "val"}, r"val holds no image"),
         (lambda folder: [shutil.rmtree(path) for path in (folder / "train").iterdir()], {}, r"train is empty"),
         (lambda folder: (folder / "val/bird").mkdir(), {"split": "val"}, r"class bird, which the training"),
-        (lambda folder: folder.rename(folder.parent / "other"), {}, r"data.held_out=0.1 keeps a tenth"),
+        (lambda folder: folder.rename(folder.parent / "other"), {}, r"data.held_out=0.1 to keep a tenth"),
         (lambda folder: None, {"split": "test"}, r"no split 'test'"),
         (lambda folder: None, {"held_out": 1.0}, r"data.held_out=1.0"),
         (lambda folder: shutil.rmtree(folder / "train/dog"), {"split": "val"}, r"class dog, which the training"),

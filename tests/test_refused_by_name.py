@@ -155,7 +155,7 @@ class Odd(Linear):
         (
             "counts by value",
             2,
-            r"step \d: the micro-batches of one minibatch made different values of an integer buffer",
+            r"step \d: the micro-batches of one minibatch gave an integer buffer different values",
         ),
         ("graph", 0, "buffer odd a tensor that requires a gradient"),
         ("shape", 0, r"buffer odd from float64 \(4,\) to"),

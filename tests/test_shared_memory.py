@@ -210,7 +210,7 @@ def start_unalike(workers: mbgd.Workers) -> tuple[list[float], str]:
 def test_every_worker_starts_with_the_main_ones_values_and_the_same_kind_of_model() -> None:
     for values, message in run_workers(start_unalike, 2):
         assert values == [1.0, 1.0, 1.0]
-        assert "worker 1 has a model of other parameters" in message
+        assert "worker 1 has other parameters or buffers than worker 0" in message
 
 
 # Where it cannot be
@@ -256,7 +256,7 @@ def have_too_little(workers: mbgd.Workers) -> tuple[str, str, str]:
 
 def test_too_little_memory_is_told_on_every_worker_and_gloo_does_instead() -> None:
     for message, auto, reproducible in run_workers(have_too_little, 2):
-        why = "worker 1 cannot: 210,176 bytes of memory to share are not to be had: File too large"
+        why = "worker 1 cannot: 210,176 bytes of shared memory cannot be allocated: File too large"
         assert f"averaging=shared_memory, but {why}" in message
         assert "Use averaging=ddp" in message
         assert auto == f"ddp over gloo; not through shared memory: {why}"

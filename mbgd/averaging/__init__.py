@@ -1,7 +1,7 @@
 """Averaging: turning the workers' gradients into the gradient of the minibatch's mean loss, on every worker.
 
-An averaging adds up, over all micro-batches of all workers; `update.py` divides, once. The trainer cannot tell the
-averagings apart; an averaging knows nothing of models, data or objectives beyond the parameters' gradients.
+An averaging sums over all micro-batches of all workers; `step/update.py` divides once. The trainer does not know which
+averaging it has; an averaging knows nothing of models, data or objectives beyond the parameters' gradients.
 """
 
 from collections.abc import Sequence
@@ -28,53 +28,53 @@ from mbgd.workers.group import Workers
 
 
 class Averager(Protocol):
-    """One way to add up over micro-batches and workers."""
+    """One way to sum over micro-batches and workers."""
 
     def forward(self, batch: Any, num_examples: int) -> PerExample:
-        """`Task.forward`, prepared so that the backward of its losses leads to an exchange of gradients."""
+        """`Task.forward`, set up so that the backward of its losses triggers the exchange of gradients."""
 
     def micro_batch(self, micro_batch: MicroBatch, *, is_last: bool) -> AbstractContextManager[object]:
-        """Around a micro-batch's forward and backward; gradients are exchanged in the backward of the shard's last."""
+        """Context of one forward and backward; the shard's last backward may already exchange gradients."""
 
     def start(self, norms: MicroBatchNorms | None = None) -> None:
-        """Begin a step; norms: what takes each micro-batch's gradients before they are added up."""
+        """Begin a step; norms: measures each micro-batch's gradients before they are summed."""
 
     def finish(self, note: int = 0) -> list[int] | None:
         """Wait until every parameter's `.grad` is the sum over all workers' micro-batches (None if none used it).
 
-        note: a number up to 254 that the workers tell each other. Returns every worker's, or None where the averaging
-        exchanges none.
+        note: a number from 0 to 254 that each worker sends to all. Returns every worker's note by rank, or None where
+        the averaging exchanges no notes.
         """
 
     def sum(self, leaves: Sequence[tuple[int, Tensor]], *, num_leaves: int, num_values: int) -> Tensor:
-        """Add up one vector (float64, num_values values) for each of `num_leaves` micro-batches over all workers.
+        """Sum one vector (float64, num_values values) per micro-batch over all `num_leaves` micro-batches.
 
         leaves: (number, vector) of this worker's micro-batches, in order.
         """
 
     def describe(self) -> str:
-        """The averaging and what it moves gradients through, for people."""
+        """For people: the averaging's name and the backend that carries its gradients."""
 
 
 def fix_threads(settings: Averaging, device: torch.device) -> None:
-    """Set the threads of this worker where the averaging wants a certain number.
+    """Set this worker's number of threads where the averaging needs a fixed one.
 
-    Before the model is made, too: what some initialisations compute depends on it.
+    Also called before the model is built: some initialisations depend on the number of threads.
     """
     num_threads = settings.num_threads
     if num_threads is None and settings.name is AveragingName.reproducible and device.type == "cpu":
-        num_threads = 1  # launchers give a worker more or fewer, by the number of workers
+        num_threads = 1  # launchers choose it by the number of workers
     if num_threads is not None:
         torch.set_num_threads(num_threads)
 
 
 def prepare(settings: Averaging, plan: Plan, device: torch.device) -> None:
-    """Set torch up as the averaging needs it; UsageError if the plan cannot be averaged so."""
+    """Set torch's options for the averaging; UsageError if it cannot average this plan."""
     fix_threads(settings, device)
     if settings.name is AveragingName.shared_memory and device.type != "cpu":
         raise UsageError(
-            f"averaging=shared_memory with workers on {device.type}; it adds up in the host's memory, which GPUs' "
-            "gradients are not in. Use averaging=ddp, or backend=gloo backend.device=cpu for CPU workers."
+            f"averaging=shared_memory with workers on {device.type}; it sums gradients in the host's memory, so it "
+            "needs CPU workers. Use averaging=ddp, or backend=gloo backend.device=cpu for CPU workers."
         )
     if settings.name is not AveragingName.reproducible:
         return
@@ -82,7 +82,7 @@ def prepare(settings: Averaging, plan: Plan, device: torch.device) -> None:
     if plan.num_workers > num_micro_batches:
         raise UsageError(
             f"averaging=reproducible with {plan.num_workers} workers and {num_micro_batches} micro-batches; a worker "
-            "takes whole micro-batches. Use fewer workers, or cut finer with "
+            "takes whole micro-batches. Use fewer workers, or smaller micro-batches with "
             f"batch.micro_batch_size={max(1, plan.minibatch_size // plan.num_workers)}."
         )
     if device.type == "cuda":
@@ -94,7 +94,7 @@ def prepare(settings: Averaging, plan: Plan, device: torch.device) -> None:
 def create(
     settings: Averaging, task: Task, trained: Trained, plan: Plan, workers: Workers, *, parameters_vary: bool
 ) -> Averager:
-    """The averaging that the settings name, the same on every worker; the workers' models are alike from then on.
+    """The averaging that the settings name, the same on every worker; makes the workers' models equal.
 
     parameters_vary: not every parameter takes part in every loss.
     """

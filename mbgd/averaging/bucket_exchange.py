@@ -1,4 +1,4 @@
-"""The sum of gradients over all workers by messages, in the order of the tree of `tree.py`."""
+"""Sums gradients over all workers by point-to-point messages, in the order of the tree in `tree.py`."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -14,11 +14,11 @@ from mbgd.workers.group import Workers
 
 
 class BucketExchange:
-    """The sum of one bucket over all workers' nodes, in the order of the tree.
+    """Sums one bucket over all workers' nodes, in the order of the tree.
 
-    `start` sends every worker its slice of my nodes, `fold` adds up my slice and begins to send it to all, `finish`
-    leaves the sum in the bucket. Messages between pairs of workers go from and to the tensors themselves, so slices
-    need not be equal and nothing is copied; the memory for what arrives is kept from step to step.
+    `start` sends every worker its slice of my nodes, `fold` sums my slice and starts sending it to all, `finish` waits
+    until the bucket holds the sum. Workers send from and receive into the tensors themselves, so slices may differ in
+    size and nothing is copied; receive buffers are kept from step to step.
     """
 
     def __init__(self, buffer: Tensor, num_leaves: int, workers: Workers) -> None:
@@ -27,7 +27,7 @@ class BucketExchange:
         self._held = nodes_of_workers(num_leaves, workers.num_workers)
         edges = [cut(len(buffer), workers.num_workers, rank) for rank in range(workers.num_workers + 1)]
         self._slices = [slice(start, stop) for start, stop in pairwise(edges)]
-        # From the next worker on, so that not all begin with the same one.
+        # Starting with the next rank, so that the workers do not all send to rank 0 first.
         self._peers = [(workers.rank + k) % workers.num_workers for k in range(1, workers.num_workers)]
         mine = self._slices[workers.rank]
         self._received = {
@@ -38,7 +38,7 @@ class BucketExchange:
         return len(buffer) == self._length and num_leaves == self._num_leaves
 
     def start(self, buffer: Tensor, nodes: Sequence[Tensor]) -> None:
-        """buffer: the bucket, which takes the sum; nodes: what mine hold, each of the bucket's shape."""
+        """buffer: the bucket, which receives the sum; nodes: this worker's node values, each of the bucket's shape."""
         self._buffer, self._mine = buffer, nodes
         self._messages = _Messages(
             [(node[self._slices[peer]], peer) for peer in self._peers for node in nodes],
@@ -47,7 +47,7 @@ class BucketExchange:
         )
 
     def fold(self) -> None:
-        """Add up my slice, and begin to send it to all."""
+        """Sum my slice and start sending it to all."""
         self._messages.wait()
         mine = self._slices[self._rank]
         own = {node: value[mine] for node, value in zip(self._held[self._rank], self._mine, strict=True)}
@@ -67,14 +67,14 @@ class BucketExchange:
 
 
 class _Messages:
-    """Tensors on their way to and from other workers."""
+    """Sends and receives in flight."""
 
     def __init__(
         self, sent: Sequence[tuple[Tensor, int]], received: Sequence[tuple[Tensor, int]], *, device: torch.device
     ) -> None:
-        """Begin to send tensors to workers and to receive tensors from workers.
+        """Start the sends and receives; each tensor comes with the peer's rank.
 
-        device: where they have to lie meanwhile. What lies elsewhere is copied there, and what has come from there.
+        device: the device the backend needs. Tensors on another device are staged through it.
         """
         self._arriving = [
             (tensor, tensor if tensor.device == device else torch.empty_like(tensor, device=device))
@@ -87,10 +87,10 @@ class _Messages:
         self._works: list[dist.Work] = dist.batch_isend_irecv(operations) if operations else []
 
     def wait(self) -> None:
-        """Until all have come, and what was sent may be written into."""
+        """Wait until all have arrived and the sent tensors may be overwritten."""
         for work in self._works:
             work.wait()
-        self._works.clear()  # a piece of work that outlives its process group aborts the process
+        self._works.clear()  # a Work that outlives its process group aborts the process
         for tensor, memory in self._arriving:
             if memory is not tensor:
                 tensor.copy_(memory)
@@ -98,5 +98,5 @@ class _Messages:
 
 @lru_cache
 def nodes_of_workers(num_leaves: int, num_workers: int) -> list[list[Node]]:
-    """What each worker holds after its own leaves."""
+    """The nodes that each worker holds after folding its own leaves, by rank."""
     return [worker_nodes(num_leaves, num_workers, rank) for rank in range(num_workers)]

@@ -1,4 +1,4 @@
-"""Averaging by torch's DistributedDataParallel, made to add up instead of averaging."""
+"""Averaging by torch's DistributedDataParallel, with a communication hook that sums instead of averaging."""
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +20,7 @@ from mbgd.task.task import Task
 from mbgd.task.trained import Trained
 from mbgd.workers.group import Workers
 
-# `buffers.py` averages the buffers that move. torch 2.13 renamed the option.
+# `task/buffers.py` averages the buffers that change. torch 2.13 renamed the option.
 _RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
 _BUFFERS_STAY: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broadcast_buffers": False}
 
@@ -40,7 +40,7 @@ def wrap(task: Task, trained: Trained, hook: Hook, *, find_unused_parameters: bo
     ignore(task, others)  # type: ignore[no-untyped-call]
     ddp = DistributedDataParallel(
         task,
-        init_sync=False,  # `start_alike` has done it
+        init_sync=False,  # `start_alike` does it
         gradient_as_bucket_view=True,  # saves a copy of all gradients in every step
         find_unused_parameters=find_unused_parameters,
         **_BUFFERS_STAY,
@@ -50,12 +50,12 @@ def wrap(task: Task, trained: Trained, hook: Hook, *, find_unused_parameters: bo
 
 
 def completed(buffer: Tensor) -> torch.futures.Future[Tensor]:
-    """A hook's answer that lets DDP go on: `finish` puts the sum into the bucket, of which the gradients are views.
+    """A finished future for DDP: the sum reaches the bucket, whose views are the gradients, by the end of `finish`.
 
-    A callback on the exchange would run Python in a thread of the process group, which takes time and can end a
-    process badly that is about to leave.
+    A callback on the exchange would run Python in a thread of the process group, which is slow and can crash a process
+    that is exiting.
     """
-    # A future has to know the GPUs that its tensors lie on.
+    # A future must be told its tensors' GPUs.
     devices: list[int | str | torch.device] | None = [buffer.device] if buffer.is_cuda else None
     ready: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
     ready.set_result(buffer)
@@ -63,7 +63,7 @@ def completed(buffer: Tensor) -> torch.futures.Future[Tensor]:
 
 
 def check_exchanged(trained: Trained, exchanged: bool) -> None:
-    """Raise UsageError if the last backward did not complete DDP's buckets, which would leave the others waiting."""
+    """UsageError if the last backward did not fill all of DDP's buckets: the other workers would wait for them."""
     if not exchanged:
         missing = [name for name, p in trained.by_name.items() if p.grad is None]
         raise UsageError(
@@ -74,22 +74,22 @@ def check_exchanged(trained: Trained, exchanged: bool) -> None:
 
 
 def used_anywhere(parameters: Sequence[Tensor], workers: Workers) -> list[bool]:
-    """Whether each has a gradient on any worker."""
+    """For each parameter, whether any worker has a gradient for it."""
     flags = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int64, device=workers.device)
     return [bool(flag) for flag in workers.max_(flags).tolist()] if parameters else []
 
 
 class DDP:
-    """Gradients are added up by DDP's all-reduce while the last backward still runs.
+    """DDP's all-reduce sums gradients while the last backward still runs.
 
-    Stock DDP divides by the number of workers before it adds, which is the mean of the workers' sums: right only
+    Stock DDP divides by the number of workers before it sums, which gives the mean of the workers' sums: right only
     if every worker holds equal weight. A communication hook leaves the division to the trainer.
     """
 
     def __init__(
         self, task: Task, trained: Trained, workers: Workers, *, find_unused_parameters: bool, note: str = ""
     ) -> None:
-        """note: what `describe` adds."""
+        """note: text that `describe` appends."""
         self._workers, self._task, self._trained, self._note = workers, task, trained, note
         self._parameters_vary = find_unused_parameters
         self._ddp: DistributedDataParallel | None = None
@@ -101,7 +101,7 @@ class DDP:
 
     def _wrap(self) -> None:
         if self._workers.num_workers > 1:
-            self._ddp = None  # its hooks leave the parameters first
+            self._ddp = None  # so that the old DDP's hooks are gone first
             self._wrapped = set(self._trained.with_gradient())
             self._ddp = wrap(self._task, self._trained, self._sum_bucket, find_unused_parameters=self._parameters_vary)
 
@@ -114,7 +114,7 @@ class DDP:
         return completed(bucket.buffer())
 
     def forward(self, batch: Any, num_examples: int) -> PerExample:
-        # Without DDP there is nothing around the forward, and in small steps every call counts.
+        # Without DDP the forward is called directly: in small steps every call counts.
         forward = self._task.forward if self._ddp is None else self._ddp
         terms: PerExample = forward(batch, num_examples)
         return terms
@@ -162,7 +162,7 @@ class DDP:
         return None
 
     def _sum_late(self, parameters: Sequence[Tensor]) -> None:
-        """Add up the gradients of parameters that began to require one in a forward, and so are in no bucket."""
+        """Sum the gradients of parameters that began to require one in a forward, and so are in no bucket."""
         for parameter, is_used in zip(parameters, used_anywhere(parameters, self._workers), strict=True):
             if is_used:
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

@@ -27,12 +27,12 @@ Gradients = dict[Tensor, Tensor]
 
 
 class Reproducible:
-    """Micro-batch gradients are the leaves of the tree of `tree.py`.
+    """Micro-batch gradients are the leaves of the tree in `tree.py`.
 
-    Each worker folds its own leaves into O(log K) nodes. A communication hook of DDP folds in the last one, bucket by
-    bucket, and starts to send every worker its slice of the nodes while the backward goes on. In the end each worker
-    folds its slice to the root, and the slices are gathered on all. Adding is elementwise, so neither slices nor
-    buckets matter to the bits.
+    Each worker folds its own leaves into O(log K) nodes. A communication hook of DDP folds in the last leaf, bucket by
+    bucket, and starts sending every worker its slice of the nodes while the backward goes on. In the end each worker
+    folds its slice to the root and sends it to all. Addition is elementwise, so slices and buckets do not change the
+    bits. CPU workers of one host do the same in shared memory, without DDP.
     """
 
     def __init__(
@@ -46,13 +46,14 @@ class Reproducible:
         find_unused_parameters: bool,
         note: str = "",
     ) -> None:
-        """memory: what all workers share; None: gradients go through the process group. note: what `describe` adds.
+        """memory: shared by all workers; None: exchange gradients by the process group. note: text `describe` appends.
 
-        Raises CannotShareError, on all workers alike, where there is not enough memory to share.
+        Raises CannotShareError, on all workers alike, if there is too little memory to share.
         """
         self._task, self._trained, self._workers, self._memory, self._note = task, trained, workers, memory, note
         self._most_nodes = most_nodes(plan)
-        # Where a parameter lacks a gradient, zeros are added for it, which makes −0 into 0; then every leaf must do so.
+        # A parameter without a gradient counts as zeros, and adding zeros turns −0 into 0. So that the bits do not
+        # depend on where that happens, 0 is then added to every leaf.
         self._parameters_vary = find_unused_parameters
         self._ddp: DistributedDataParallel | None = None
         self._norms: MicroBatchNorms | None = None
@@ -61,19 +62,19 @@ class Reproducible:
         self._last = MicroBatch(0, 1, 0, 0)
         self._exchanges: dict[int, BucketExchange] = {}
         self._has_moved_on = False
-        """Other parameters require a gradient than those that DDP was made for."""
+        """The parameters that require a gradient are no longer those that DDP was built for."""
         self._sent: list[BucketExchange] = []
         self._exchanged = True
         trained.moved_on()
         self._prepare()
 
     def _prepare(self) -> None:
-        """Prepare the exchange of the gradients of those parameters that require one now."""
+        """Set up the exchange for the parameters that require a gradient now."""
         self._parameters = self._trained.with_gradient()
         if self._memory is not None:
             self._in_memory = Exchange(self._parameters, self._most_nodes, self._memory, rank=self._workers.rank)
         elif self._workers.num_workers > 1:
-            self._ddp = None  # its hooks leave the parameters first
+            self._ddp = None  # so that the old DDP's hooks are gone first
             self._exchanges.clear()
             self._ddp = wrap(self._task, self._trained, self._send_bucket, find_unused_parameters=self._parameters_vary)
 
@@ -113,13 +114,13 @@ class Reproducible:
             self._counter.push(micro_batch.number, gradients)
 
     def _zero_gradients_of_used_parameters(self) -> None:
-        """DDP wants a gradient of every parameter that took part in any micro-batch, if not in the last."""
+        """DDP needs a gradient for every parameter used in an earlier micro-batch, even if the last does not use it."""
         for _, gradients in self._counter.nodes:
             for parameter in gradients:
                 parameter.grad = torch.zeros_like(parameter)
 
     def _take_gradients(self) -> Gradients:
-        """The gradients of one micro-batch, which the next one then does not add to."""
+        """Take the gradients of one micro-batch off the parameters, so that the next does not accumulate into them."""
         gradients: Gradients = {p: p.grad for p in self._trained.parameters if p.grad is not None}
         for parameter in gradients:
             parameter.grad = None
@@ -146,13 +147,13 @@ class Reproducible:
             self._send(-1 - index, gradient.view(-1), [parameter], {parameter: gradient})
 
     def _send(self, index: int, buffer: Tensor, parameters: Sequence[Tensor], gradients: Gradients) -> None:
-        """Begin to send the nodes of some parameters, whose gradients of the last micro-batch are views of `buffer`."""
+        """Start sending these parameters' nodes; their gradients of the last micro-batch are views of `buffer`."""
         if self._norms is not None:
             self._norms.take(self._last.number, gradients)
         counter = Counter[Gradients](_add_into_right)
         counter.nodes = list(self._counter.nodes)
         if not self._last.is_stand_in:
-            # Folded into the bucket itself, which the gradients are views of.
+            # Folded into the bucket itself: the gradients are its views.
             counter.push(self._last.number, gradients)
         nodes: list[Tensor] = [_flat(of_node, parameters) for _, of_node in counter.nodes[:-1]]
         if counter.nodes:
@@ -230,14 +231,14 @@ class Reproducible:
 
 
 def most_nodes(plan: Plan) -> int:
-    """The most that any worker holds in any step; an epoch's short last minibatch may give more than the others."""
+    """The most nodes that any worker holds in any step; an epoch's short last minibatch may need more than the rest."""
     sizes = {plan.minibatch(step).size for step in (0, plan.steps_per_epoch - 1)}
     of_plan = (nodes_of_workers(plan.num_micro_batches(size), plan.num_workers) for size in sizes)
     return max(len(held) for nodes in of_plan for held in nodes)
 
 
 def _flat(gradients: Gradients, parameters: Sequence[Tensor]) -> Tensor:
-    """The gradients in a bucket's layout; zeros for a parameter that has none."""
+    """The gradients as one vector in a bucket's layout; zeros for a parameter without a gradient."""
     return torch.cat([(gradients[p] if p in gradients else torch.zeros_like(p)).flatten() for p in parameters])
 
 

@@ -1,4 +1,4 @@
-"""Averaging of CPU workers of one host, through memory that all of them read and write."""
+"""Averaging for CPU workers of one host, in memory that all of them map."""
 
 import weakref
 from collections.abc import Iterator, Sequence
@@ -21,21 +21,22 @@ from mbgd.task.trained import Trained
 from mbgd.workers.group import Workers
 
 PLACED_AT_ONCE_BYTES = 2**18
-"""Gradients of this size on are moved while the processor still has them in its cache, and their own memory is free."""
+"""Gradients of at least this size are copied to shared memory at once, while they are in the processor's cache; their
+own memory is then freed."""
 
 _NOTHING: AbstractContextManager[object] = nullcontext()
 
 
 class SharedMemory:
-    """Gradients are added up in shared memory when the last backward is done, in the order of the workers.
+    """Sums gradients in shared memory after the last backward, in rank order.
 
-    torch's DistributedDataParallel takes no part: nothing is sent while the backward runs, for where sending is adding
-    there is no waiting time to hide, and workers wait for each other twice a step instead of twice a bucket. Which
-    parameters take part may differ from step to step and from worker to worker.
+    Without DistributedDataParallel: nothing is sent, so there is no communication to overlap with the backward, and
+    workers wait for each other twice a step instead of twice a bucket. The parameters that take part may differ from
+    step to step and from worker to worker.
     """
 
     def __init__(self, task: Task, trained: Trained, workers: Workers, memory: HostMemory) -> None:
-        """Raises CannotShareError, on all workers alike, where there is not enough memory to share."""
+        """Raises CannotShareError, on all workers alike, if there is too little memory to share."""
         self._task, self._trained, self._workers, self._memory = task, trained, workers, memory
         self._norms: MicroBatchNorms | None = None
         self._num_rows = [1] * workers.num_workers
@@ -46,7 +47,7 @@ class SharedMemory:
         self._prepare()
 
     def _prepare(self) -> None:
-        """Make room for the gradients of those parameters that require one now."""
+        """Allocate shared memory for the gradients of the parameters that require one now."""
         _remove(self._hooks)
         self._parameters = self._trained.with_gradient()
         self._exchange = Exchange(self._parameters, 1, self._memory, rank=self._workers.rank)
@@ -60,7 +61,7 @@ class SharedMemory:
         return self._task.forward(batch, num_examples)
 
     def micro_batch(self, micro_batch: MicroBatch, *, is_last: bool) -> AbstractContextManager[object]:
-        # Gradients add up until the end.
+        # Gradients accumulate over micro-batches.
         return _NOTHING if self._norms is None else self._measured(self._norms, micro_batch.number)
 
     @contextmanager
@@ -97,11 +98,11 @@ class SharedMemory:
 @dataclass
 class _Step:
     runs: bool = False
-    """Whether the gradients that are made now are this averaging's: the model may have other trainers, too."""
+    """Whether a step of this averaging is running: the model may be trained by others, too."""
 
 
 class _Place:
-    """Moves a gradient to where it belongs; further micro-batches then add to it there."""
+    """Moves a gradient to its place in shared memory; later micro-batches accumulate into it there."""
 
     is_averaging_hook = True
 
@@ -120,5 +121,5 @@ def _remove(hooks: list[RemovableHandle]) -> None:
 
 
 def in_order(rows: Sequence[Tensor]) -> Tensor:
-    """The sum of rows from the first worker on, in the first one's memory."""
+    """The sum of the rows in rank order, in the first row's memory."""
     return reduce(Tensor.add_, rows)

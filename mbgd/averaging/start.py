@@ -1,4 +1,4 @@
-"""That all workers begin with the same model."""
+"""Gives all workers the same model to begin with."""
 
 from itertools import chain
 
@@ -10,7 +10,7 @@ from mbgd.workers.group import Workers
 
 
 def start_alike(module: nn.Module, workers: Workers) -> None:
-    """Give every worker's parameters and buffers the main worker's values; UsageError if they are of other kinds.
+    """Broadcast the main worker's parameters and buffers; UsageError if shapes or dtypes differ between workers.
 
     torch's DistributedDataParallel does so too, but over gloo not for every dtype, such as the bool of masks.
     """
@@ -18,8 +18,8 @@ def start_alike(module: nn.Module, workers: Workers) -> None:
     kinds = workers.gather_values([(tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors])
     if others := [rank for rank, of_worker in enumerate(kinds) if of_worker != kinds[0]]:
         raise UsageError(
-            f"worker {others[0]} has a model of other parameters or buffers than worker 0; every worker must make the "
-            "same model. Does it depend on the rank, or on random numbers?"
+            f"worker {others[0]} has other parameters or buffers than worker 0; every worker must build the same "
+            "model. Does it depend on the rank, or on random numbers?"
         )
     for tensor in tensors:
         values = tensor.contiguous()

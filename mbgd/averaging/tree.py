@@ -1,7 +1,7 @@
 """The order of summation that makes averaging reproducible: a fixed binary tree over micro-batch numbers.
 
 Node (level, j) is the sum of leaves [j·2^level, (j+1)·2^level), left plus right; absent leaves are skipped. The tree
-depends on the number of leaves alone, so the sum has the same bits however the leaves lie on workers.
+depends on the number of leaves alone, so the sum has the same bits however the leaves are spread over workers.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,7 +11,7 @@ from mbgd.batches.plan import cut
 
 T = TypeVar("T")
 Add = Callable[[T, T], T]
-"""left, right → left + right; may reuse the memory of either."""
+"""left, right → left + right; may overwrite either."""
 
 
 class Node(NamedTuple):
@@ -20,7 +20,7 @@ class Node(NamedTuple):
 
 
 class Counter(Generic[T]):
-    """Folds consecutive leaves into maximal complete nodes, like the carries of a binary counter: O(log K) values."""
+    """Folds consecutive leaves into maximal complete nodes, O(log K) of them, like the carries of a binary counter."""
 
     def __init__(self, add: Add[T]) -> None:
         self._add = add
@@ -45,7 +45,7 @@ def worker_nodes(num_leaves: int, num_workers: int, rank: int) -> list[Node]:
 
 
 def fold(nodes: Mapping[Node, T], num_leaves: int, add: Add[T]) -> T:
-    """The root of the tree from nodes that together hold every leaf once."""
+    """The root of the tree, from nodes that together cover every leaf once."""
 
     def value(node: Node) -> T | None:
         if node in nodes:

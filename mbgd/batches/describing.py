@@ -1,4 +1,4 @@
-"""Objects in a line of text, by which workers can tell whether they have the same."""
+"""One-line descriptions of objects, which workers compare to find out whether theirs are equal."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -17,18 +17,18 @@ WORDS_OF_ONE_WORKER = frozenset(
     {"rank", "worker", "workers", "device", "gpu", "host", "hostname", "pid", "time", "date", "uuid"}
     | {"path", "paths", "dir", "folder", "file", "root"}
 )
-"""In names of what says where a worker runs and finds things, which may differ from worker to worker."""
+"""Words in the names of attributes that may differ from worker to worker, such as devices and paths."""
 
 LONGEST_TEXT = 200
 MOST_ELEMENTS = 100
 MOST_BYTES = 2**20
-"""Of a tensor, that are looked at."""
+"""The leading bytes of a tensor or array that are hashed."""
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
 
 
 def kind(value: Any) -> str:
-    """The name of a function, or of the class of anything else."""
+    """The qualified name of a function, or of an object's class."""
     if isinstance(value, partial):
         return f"partial of {kind(value.func)}"
     if isinstance(value, MethodType):
@@ -38,9 +38,9 @@ def kind(value: Any) -> str:
 
 
 def module_of(value: Any) -> str:
-    """The name of the module that a function, or the class of anything else, is defined in."""
+    """The name of the module that defines a function, or an object's class."""
     module = getattr(_named(value), "__module__", None) or "builtins"
-    return "__main__" if module == "__mp_main__" else module  # what a started process calls its parent's script
+    return "__main__" if module == "__mp_main__" else module  # the parent's script, in a spawned process
 
 
 def _named(value: Any) -> Any:
@@ -50,7 +50,7 @@ def _named(value: Any) -> Any:
 
 
 def attributes(value: Any) -> Iterator[tuple[str, Any]]:
-    """What makes a part what it is: its attributes, or what a function or a partial has been given; objects aside."""
+    """The plain values that configure a part: attributes, or a function's or partial's closure and arguments."""
     if isinstance(value, partial):
         given = {"args": list(value.args), **value.keywords, **dict(attributes(value.func))}
     elif isinstance(value, MethodType):
@@ -68,18 +68,18 @@ def attributes(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _state(value: Any) -> dict[str, Any]:
-    """Its attributes, also those in slots."""
+    """Its attributes, including those in slots."""
     state: Any = object.__getstate__(value)
     return (state[0] or {}) | state[1] if isinstance(state, tuple) else state or {}
 
 
 def may_differ(name: str) -> bool:
-    """Whether the name of an attribute, or a key of a configuration, is of what may differ from worker to worker."""
+    """Whether values under this attribute name or configuration key may differ from worker to worker."""
     return bool(WORDS_OF_ONE_WORKER & set(name.lower().split("_")))
 
 
 def description(value: Any) -> str:
-    """Values and tensors by their content; a part by its kind, its attributes and its frozen parameters."""
+    """Plain values and tensors by content; other objects by kind, attributes and frozen parameters."""
     if _is_plain(value):
         return _plain(value)
     given = [f"{name}={_plain(one)}" for name, one in attributes(value)]

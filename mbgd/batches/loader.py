@@ -20,16 +20,16 @@ from mbgd.workers.group import Workers
 class Data:
     """The examples of a run: map-style datasets (`__len__` and `__getitem__`, `__getitems__` or `gather`).
 
-    What `__getitem__` draws from torch's, numpy's or Python's global generators follows from (seed, epoch, index). A
-    training dataset with `augmented(index, key)` gives altered examples: key, an int from 0 to 2**63 − 1, follows from
-    (seed, epoch, index), and all randomness of the alteration must follow from it. `gather` draws nothing.
+    Draws of `__getitem__` from torch's, numpy's or Python's global generators are a function of (seed, epoch, index). A
+    training dataset with `augmented(index, key)` gives augmented examples: key, an int from 0 to 2**63 − 1, is a
+    function of (seed, epoch, index), and the augmentation must draw all its randomness from it. `gather` must not draw.
     """
 
     train: Any
     evaluation: Any = None
     """None: no evaluation."""
     shuffle: bool = True
-    """A new keyed order of the training examples in every epoch."""
+    """Shuffle the training examples anew in every epoch, keyed by the seed."""
     num_workers: int = 0
     """Loader processes per worker, for datasets without `gather`."""
 
@@ -42,7 +42,7 @@ class Data:
 
 
 def check_dataset(name: str, dataset: Any) -> None:
-    """Raise UsageError unless the dataset is map-style and holds an example."""
+    """Raise UsageError unless the dataset is map-style and not empty."""
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise UsageError(
             f"the {name} dataset ({type(dataset).__name__}) has no length, or no items by number; a dataset must be "
@@ -60,7 +60,7 @@ class Examples(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """What this worker computes in one step."""
+    """This worker's part of one step."""
 
     step: int
     """Counted from 0."""
@@ -69,12 +69,12 @@ class Shard(NamedTuple):
 
 
 class Loader:
-    """Gives this worker's shards of the training data in the plan's order, from any step."""
+    """Gives this worker's shards of the training data in the plan's order, from any step on."""
 
     def __init__(
         self, data: Data, plan: Plan, seed: int, workers: Workers, *, dtype: torch.dtype, own_copies: bool
     ) -> None:
-        """own_copies: every micro-batch lies in memory of its own, aligned alike wherever it is computed."""
+        """own_copies: each micro-batch has its own memory, so that it is aligned alike on any worker."""
         self._data, self._plan, self._rank = data, plan, workers.rank
         self._device, self._dtype, self._own_copies = workers.device, dtype, own_copies
         self._order = Order(plan.num_examples, seed, data.shuffle)
@@ -82,13 +82,13 @@ class Loader:
         self._is_keyed = self._augments or not hasattr(data.train, "gather")
 
     def minibatch_indices(self, step: int) -> Indices:
-        """The example indices of a step, all workers together."""
+        """The example indices of a step, over all workers."""
         minibatch = self._plan.minibatch(step)
         return self._order.at(minibatch.epoch, np.arange(minibatch.start, minibatch.stop))
 
     def shards(self, first: int, stop: int) -> Iterator[Shard]:
         """This worker's shards of steps [first, stop)."""
-        planned: deque[tuple[int, Minibatch, list[MicroBatch]]] = deque()  # runs ahead as far as reading does
+        planned: deque[tuple[int, Minibatch, list[MicroBatch]]] = deque()  # as far ahead as the reading
         batches = read(
             self._data.train,
             self._indices(first, stop, planned),
@@ -108,7 +108,7 @@ class Loader:
             )
 
     def micro_batch(self, step: int, number: int) -> Examples:
-        """Micro-batch `number` of a step, whichever worker's it is."""
+        """Micro-batch `number` of a step, of any worker."""
         minibatch = self._plan.minibatch(step)
         num_parts = self._plan.num_micro_batches(minibatch.size)
         wanted = micro_batches(minibatch.start, minibatch.stop, num_parts, 0, 1)[number]
@@ -120,7 +120,7 @@ class Loader:
     def _indices(
         self, first: int, stop: int, planned: deque[tuple[int, Minibatch, list[MicroBatch]]]
     ) -> Iterator[Indices]:
-        """The example indices of each of this worker's micro-batches; each step's plan is put into `planned`."""
+        """The example indices of each of this worker's micro-batches; appends each step's plan to `planned`."""
         plan = self._plan
         block_steps = max(1, BLOCK_EXAMPLES * plan.num_workers // plan.minibatch_size)
         for epoch, steps in groupby(range(first, stop), plan.epoch_of):
@@ -134,7 +134,7 @@ class Loader:
                 yield from self._order_of(epoch, micro_batches)
 
     def _order_of(self, epoch: int, micro_batches: Sequence[MicroBatch]) -> list[Indices]:
-        """The example indices of each micro-batch, permuted all at once."""
+        """The example indices of each micro-batch, permuted in one call."""
         starts = np.array([micro_batch.start for micro_batch in micro_batches])
         stops = np.array([micro_batch.stop for micro_batch in micro_batches])
         ends = np.cumsum(stops - starts)
@@ -146,8 +146,8 @@ class Loader:
 
 
 def augmentation_keys(seed: int, epoch: int, indices: Indices) -> Indices:
-    """For each example a key, shape (N,), from 0 to 2**63 − 1, whatever worker or process reads it."""
+    """For each example a key from 0 to 2**63 − 1, the same in any worker or process: shape (N,)."""
     return keys(indices, seed, epoch, _AUGMENTATION)
 
 
-_AUGMENTATION = 0x61756721  # apart from the keys of the order, of dropout and of reading
+_AUGMENTATION = 0x61756721  # so that these keys differ from those of order, dropout and reading

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
 
-NUM_ROUNDS = 8  # even, so that halves of unequal width are back in their places after the last
+NUM_ROUNDS = 8  # even, so that halves of unequal width end in their own places
 MAX_EXAMPLES = 2**62
-BLOCK_POSITIONS = 2**13  # permuted at once: the five arrays of a pass stay within a processor's L2 cache
+BLOCK_POSITIONS = 2**13  # permuted at once: the five arrays of a pass fit into a processor's L2 cache
 
 _MASK = 2**64 - 1
 GAMMA = 0x9E3779B97F4A7C15  # splitmix64's step
@@ -28,9 +28,9 @@ _27, _30, _31 = np.uint64(27), np.uint64(30), np.uint64(31)
 
 
 def mix(*values: int) -> int:
-    """One well-mixed number, 0 ≤ number < 2**64, from whole numbers; their order matters.
+    """A 64-bit hash of integers, 0 ≤ hash < 2**64; their order matters.
 
-    Each value counts modulo 2**64, so any Python int will do. One splitmix64 step (Steele, Lea & Flood 2014)
+    Values are taken modulo 2**64, so any Python int will do. One splitmix64 step (Steele, Lea & Flood 2014)
     per value; every bit of the result depends on every bit of every value.
     """
     state = 0
@@ -50,7 +50,7 @@ def mix_array(values: U64, key: int) -> U64:
 
 
 def scramble(words: U64, scratch: U64 | None = None) -> U64:
-    """splitmix64's finalizer, in place: a bijection of 64-bit words in which every bit moves every other.
+    """splitmix64's finalizer, in place: a bijection of 64-bit words in which every bit affects every other.
 
     `scratch`, of the same shape, is overwritten; without it, temporary arrays are allocated.
     """
@@ -72,7 +72,7 @@ class Order:
     num_examples: int
     seed: int
     shuffle: bool = True
-    """False: in every epoch as they lie."""
+    """False: every epoch in the dataset's order."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_examples <= MAX_EXAMPLES:
@@ -120,7 +120,7 @@ class Order:
         num_examples = np.uint64(self.num_examples)
         domain_size = 2**self._num_bits
         if domain_size <= 4 * len(words):
-            # Most of the domain is wanted: one pass over all of it makes every walk a matter of looking up.
+            # Most of the domain is wanted: permute all of it once, then walk by table lookup.
             table = np.arange(domain_size, dtype=np.uint64)
             self._permute(table, keys)
             words[:] = table[words]
@@ -154,7 +154,7 @@ class Order:
             scramble(scrambled, scratch)
             scrambled &= left_mask
             left ^= scrambled
-            # The halves change places, and their widths with them.
+            # The halves swap places, and their masks with them.
             left, right = right, left
             left_mask, right_mask = right_mask, left_mask
         np.left_shift(left, shift, out=words)

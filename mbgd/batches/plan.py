@@ -1,8 +1,8 @@
 """How a minibatch is cut: minibatch → micro-batches → workers. Integers only.
 
-Words: the *minibatch* is the examples of one optimizer step, all workers together; a *micro-batch* is the
+Words: the *minibatch* is the examples of one optimizer step, over all workers; a *micro-batch* is the
 examples of one forward/backward on one worker; a worker's *shard* is its contiguous run of micro-batches.
-Positions count along the epoch's order; which example lies at a position is `order.py`'s business.
+Positions count along the epoch's order; `order.py` maps a position to an example.
 """
 
 from dataclasses import dataclass, replace
@@ -14,15 +14,15 @@ from mbgd.config import AveragingName, Settings
 from mbgd.errors import UsageError
 
 NUM_REPRODUCIBLE_LEAVES = 8
-"""Micro-batches that reproducible averaging cuts a minibatch into where `batch.micro_batch_size` does not say: the same
-on any number of workers, as the result must be."""
+"""Micro-batches per minibatch with averaging=reproducible and no `batch.micro_batch_size`. The result depends on it, so
+it must not depend on the number of workers."""
 
 MOST_SIZES_TRIED = 500
-"""How far below and above a minibatch size one is looked for that works."""
+"""How far below and above a minibatch size `with_micro_batches_of` searches."""
 
 
 def cut(size: int, num_parts: int, part: int) -> int:
-    """Where part number `part` of `num_parts` nearly equal parts of `size` things begins."""
+    """The start of part `part` when `size` items are cut into `num_parts` nearly equal parts."""
     return part * size // num_parts
 
 
@@ -32,11 +32,11 @@ class MicroBatch(NamedTuple):
     number: int
     """Its number within its minibatch, the same on any number of workers."""
     num_micro_batches: int
-    """Of the whole minibatch."""
+    """Micro-batches of the whole minibatch."""
     start: int
     stop: int
     is_stand_in: bool = False
-    """A worker without a shard computes it with weight 0, to take part in the exchange."""
+    """Computed with weight 0 by a worker without a shard, so that it takes part in the exchange."""
 
     @property
     def size(self) -> int:
@@ -44,7 +44,7 @@ class MicroBatch(NamedTuple):
 
 
 class Minibatch(NamedTuple):
-    """Positions [start, stop) of one epoch, whose examples make one optimizer step."""
+    """Positions [start, stop) of one epoch: the examples of one optimizer step."""
 
     epoch: int
     start: int
@@ -57,13 +57,13 @@ class Minibatch(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Which examples each worker computes in each step: a pure function of the step and the rank."""
+    """The examples that each worker computes in each step: a pure function of the step and the rank."""
 
     num_examples: int
     minibatch_size: int
     num_workers: int
     micro_batch_size: int | None = None
-    """Largest micro-batch; None: every minibatch is cut into `default_num_micro_batches`."""
+    """Examples in the largest micro-batch; None: cut every minibatch into `default_num_micro_batches`."""
     default_num_micro_batches: int = 1
     drop_last: bool = False
     """Leave out an epoch's short last minibatch."""
@@ -85,7 +85,7 @@ class Plan:
 
     @cached_property
     def minibatch_sizes(self) -> tuple[int, ...]:
-        """Of the whole minibatches of an epoch and of its last one."""
+        """The one or two sizes that an epoch's minibatches have; the last may be short."""
         return tuple({self.minibatch(step).size for step in (0, self.steps_per_epoch - 1)})
 
     @property
@@ -95,11 +95,11 @@ class Plan:
 
     @property
     def most_forwards(self) -> int:
-        """The most forwards that all workers together make in a step; each begins with the same state."""
+        """The most forwards of one step over all workers; each begins with the same state."""
         return max(self.num_workers, *(self.num_micro_batches(size) for size in self.minibatch_sizes))
 
     def with_micro_batches_of(self, least: int) -> list["Plan"]:
-        """The plans nearest to this one, of the same workers, none of whose micro-batches is smaller than `least`."""
+        """Up to three plans near this one whose micro-batches all have at least `least` examples."""
         first = max(1, self.minibatch_size - MOST_SIZES_TRIED)
         nearby = range(first, self.minibatch_size + MOST_SIZES_TRIED)
         sizes = sorted(nearby, key=lambda size: abs(size - self.minibatch_size))
@@ -117,7 +117,7 @@ class Plan:
         return Minibatch(epoch, start, min(start + self.minibatch_size, self.num_examples))
 
     def shard(self, minibatch: Minibatch, rank: int) -> list[MicroBatch]:
-        """The micro-batches that worker `rank` computes of it; a stand-in where there is none for this worker."""
+        """Worker `rank`'s micro-batches of a minibatch; a stand-in if there is none for this worker."""
         num_parts = self.num_micro_batches(minibatch.size)
         return micro_batches(minibatch.start, minibatch.stop, num_parts, rank, self.num_workers)
 
@@ -137,7 +137,7 @@ def micro_batches(start: int, stop: int, num_parts: int, rank: int, num_workers:
 
 @lru_cache(maxsize=16)  # minibatches have one or two sizes
 def _parts(size: int, num_parts: int, rank: int, num_workers: int) -> list[tuple[int, int, int]] | None:
-    """Number, start and stop of each micro-batch of a worker in a minibatch of `size`; None where it has none."""
+    """(number, start, stop) of a worker's micro-batches in a minibatch of `size` examples; None if it has none."""
     first, last = cut(num_parts, num_workers, rank), cut(num_parts, num_workers, rank + 1)
     if first == last:
         return None
@@ -146,7 +146,7 @@ def _parts(size: int, num_parts: int, rank: int, num_workers: int) -> list[tuple
 
 
 def make_plan(settings: Settings, num_examples: int, num_workers: int) -> Plan:
-    """How the settings cut `num_examples` training examples for so many workers."""
+    """The plan by which the settings cut `num_examples` training examples for `num_workers` workers."""
     if settings.batch.drop_last and num_examples < settings.batch.size:
         raise UsageError(
             f"batch.drop_last=true with batch.size={settings.batch.size} leaves none of the {num_examples} training "

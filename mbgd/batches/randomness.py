@@ -1,6 +1,6 @@
-"""Randomness is keyed: inside the model by (seed, step, micro-batch), in datasets by (seed, epoch, example).
+"""Random numbers are keyed: in the model by (seed, step, micro-batch), in datasets by (seed, epoch, example).
 
-Never by rank, by loader process, or by what ran before.
+Never by rank or loader process, and never by what was drawn before.
 """
 
 import random
@@ -15,9 +15,9 @@ from mbgd.batches.order import mix
 
 
 def key_generators(device: torch.device, *key: int) -> None:
-    """Make what torch's default generators draw next on CPU and `device` a function of the key alone."""
-    # 63 bits: torch takes a larger seed only after throwing and catching an exception of its own, which costs
-    # more than all the rest. torch.manual_seed would do too, at a hundred times the price: it visits every device.
+    """Seed torch's default generators on the CPU and `device` by the key."""
+    # 63 bits: for a larger seed torch throws and catches an exception inside, which costs more than all the rest.
+    # torch.manual_seed would do too, but takes a hundred times as long: it visits every device.
     seed = mix(*key) >> 1
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
@@ -25,17 +25,17 @@ def key_generators(device: torch.device, *key: int) -> None:
 
 
 def key_reading(key: int) -> None:
-    """Make what torch (on the CPU), numpy and `random` draw next a function of the key alone.
+    """Seed torch (on the CPU), numpy and `random` by the key.
 
     key: from 0 to 2**63 − 1.
     """
     torch.default_generator.manual_seed(key)
-    np.random.seed(key & 0xFFFFFFFF)  # more than 32 bits would take numpy 8 µs instead of 1
+    np.random.seed(key & 0xFFFFFFFF)  # a seed of more than 32 bits takes numpy 8 µs instead of 1
     random.seed(key)
 
 
 def has_drawn_since(key: int) -> bool:
-    """Whether anything was drawn from torch, numpy or `random` since `key_reading(key)`, which is done anew."""
+    """Whether torch, numpy or `random` has drawn since `key_reading(key)`; seeds them by the key again."""
     draws = _next_draws()
     key_reading(key)
     return draws != _next_draws()
@@ -47,12 +47,12 @@ def _next_draws() -> tuple[float, float, float]:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """torch (on the CPU), numpy and `random` draw afterwards as if nothing had been drawn or seeded inside.
+    """Draws and seeds inside leave the generators of torch (on the CPU), numpy and `random` as they were.
 
-    But numpy forgets the second of a pair of normal draws.
+    But numpy loses its cached second value of a pair of normal draws.
     """
     of_torch, of_numpy, of_random = torch.default_generator.get_state(), get_bit_generator(), random.getstate()
-    # Another generator meanwhile: to copy the state of numpy's own and to put it back takes 60 µs.
+    # numpy gets another generator meanwhile: saving and restoring the state of its own takes 60 µs.
     set_bit_generator(_NUMPY_MEANWHILE)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Examples of a dataset, by their numbers, as batches on the device."""
+"""Reads examples of a dataset by index, as batches on the device."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,29 +18,28 @@ from mbgd.batches.transfer import Transfer, cast
 from mbgd.errors import UsageError
 
 Indices = NDArray[np.int64]
-"""Shape (N,): numbers of examples; or (N, 2): numbers of examples, and the keys that all randomness in reading them
-follows from."""
+"""Shape (N,): example indices; or (N, 2): example indices, each with the key that seeds the reading of the example."""
 
-# Examples in memory are gathered for several micro-batches at once, so that small ones do not pay the price of a
-# gathering each: up to this many, as long as they take no more than so much memory.
+# One `gather` reads several micro-batches, so that small ones do not pay for a call each: up to BLOCK_EXAMPLES
+# examples, and up to BLOCK_BYTES.
 BLOCK_EXAMPLES = 2048
 BLOCK_BYTES = 2**25
 
-_READING = 0x72656164  # apart from the keys of the order, of dropout and of augmentation
+_READING = 0x72656164  # so that these keys differ from those of order, dropout and augmentation
 
 
 def keys(indices: Indices, *key: int) -> Indices:
-    """For each example a number from 0 to 2**63 − 1, shape (N,), that follows from it and `key`."""
+    """For each example index a number from 0 to 2**63 − 1, a function of the index and `key`: shape (N,)."""
     return (mix_array(indices.astype(np.uint64), mix(*key)) >> np.uint64(1)).astype(np.int64)
 
 
 class Batches:
-    """The batch of each array of example indices, on the device; a view of a larger one unless `own_copies`.
+    """One batch on the device for each array of example indices; may be views of a larger batch unless `own_copies`.
 
-    augment: the arrays hold keys, and examples come from `augmented`, even where the dataset has `gather`.
-    seed: where the arrays hold no keys, what reading an example draws follows from (seed, example).
-    keep_processes: the batches are read again and again, `indices` can be iterated as often, and the loader processes
-    stay from one time to the next.
+    augment: the arrays hold keys, and examples come from `augmented`, even if the dataset has `gather`.
+    seed: for arrays without keys; reading an example is then seeded by (seed, index).
+    keep_processes: the batches are iterated several times; `indices` must allow that, and the loader processes stay
+    alive in between.
     """
 
     def __init__(
@@ -67,7 +66,7 @@ class Batches:
                 num_workers=num_workers,
                 collate_fn=partial(_collate, dtype),
                 pin_memory=device.type == "cuda",
-                generator=torch.Generator(),  # or each pass would draw from the default one
+                generator=torch.Generator(),  # otherwise each pass draws from the default generator
                 persistent_workers=keep_processes and num_workers > 0,
             )
 
@@ -92,13 +91,13 @@ class Batches:
 
 
 def read(dataset: Any, indices: Iterable[Indices], **how: Any) -> Iterator[Any]:
-    """`Batches`, once."""
+    """Iterates `Batches` once."""
     return iter(Batches(dataset, indices, **how))
 
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What the loader reads, batch by batch: (number, key) of each example."""
+    """The DataLoader's batch sampler: (index, key) of each example."""
 
     indices: Iterable[Indices]
     seed: int
@@ -110,7 +109,7 @@ class _Wanted:
 
 
 def _gather_first(dataset: Any, indices: Tensor) -> Any:
-    """`dataset.gather(indices)`; UsageError where it depends on random numbers."""
+    """`dataset.gather(indices)`; UsageError if the result depends on random numbers."""
     with undisturbed():
         key_reading(0)
         gathered = dataset.gather(indices)
@@ -119,19 +118,18 @@ def _gather_first(dataset: Any, indices: Tensor) -> Any:
             if content(dataset.gather(indices)) != content(gathered):
                 raise UsageError(
                     f"gather of {type(dataset).__name__} draws random numbers; it must give the same examples for the "
-                    "same indices, since how many are gathered at once depends on the number of workers. Draw in "
-                    "augmented(index, key); or leave gather out, for what __getitem__ draws follows from (seed, epoch, "
-                    "example)."
+                    "same indices, since the number gathered at once depends on the number of workers. Draw in "
+                    "augmented(index, key), or leave gather out: __getitem__ is seeded by (seed, epoch, example)."
                 )
     return gathered
 
 
 class _Fetched(Dataset[Any]):
-    """A dataset as loader processes see it: what reading an example draws follows from its key alone.
+    """The dataset that loader processes read: each example is read with generators seeded by its key.
 
-    Examples are read one by one, each after its generators are seeded, from the first read on that draws anything;
-    seeding takes longer than reading a tensor's row does. A mistake of the user's comes back as it is, not as a
-    traceback in text.
+    Seeding takes longer than reading a tensor's row, so examples are read together until a read draws anything; from
+    then on they are read one by one, each after seeding. A UsageError is returned, because DataLoader would raise it
+    with the process's traceback as text.
     """
 
     def __init__(self, dataset: Any, augment: bool) -> None:
@@ -178,24 +176,24 @@ class _Fetched(Dataset[Any]):
 
 
 def _collate(dtype: torch.dtype, examples: Any) -> Any:
-    """In the loader process: what is copied to the device later is in the dtype that it has there."""
+    """Collates in the loader process and casts there, so that the copy to the device need not convert."""
     return examples if isinstance(examples, UsageError) else cast(default_collate(examples), dtype)
 
 
 @dataclass
 class _Limit:
     num_examples: int = 0
-    """How many are gathered at once, beyond one array. How large they are, the first array tells."""
+    """Examples that may be gathered at once; 0 (one array at a time) until the first array tells their size."""
 
 
 def most_at_once(gathered: Any, num_examples: int) -> int:
-    """How many examples may be gathered at once, where so many have given these tensors."""
+    """Examples that may be gathered at once, by the size of `gathered`, which holds `num_examples` examples."""
     bytes_of_one = sum(tensor.nbytes for tensor in gathered) / num_examples
     return min(BLOCK_EXAMPLES, int(BLOCK_BYTES / max(bytes_of_one, 1.0)))
 
 
 def _blocks(indices: Iterable[Indices], limit: _Limit) -> Iterator[list[Indices]]:
-    """Group consecutive arrays up to the limit, at least one array a group."""
+    """Groups consecutive arrays up to the limit, at least one array per group."""
     block: list[Indices] = []
     size = 0
     for part in indices:

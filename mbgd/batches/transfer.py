@@ -1,4 +1,4 @@
-"""Batches on their way from the host's memory to the device."""
+"""Copies batches from host memory to the device."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 def cast(batch: Any, dtype: torch.dtype) -> Any:
-    """A batch (a tensor, or tuples, lists and mappings of them) with its floating tensors in `dtype`."""
+    """The batch (a tensor, or tuples, lists and mappings of tensors) with floating tensors cast to `dtype`."""
     return _each_tensor(batch, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
 
 class Transfer:
-    """Copies batches to the device; to a GPU on a stream of its own, while the step before still runs."""
+    """Copies batches to the device; to a GPU on a stream of its own, while the previous step still runs."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -22,9 +22,9 @@ class Transfer:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def __call__(self, batch: Any) -> Any:
-        """The batch on the device; with a GPU the host does not wait for it.
+        """The batch on the device; with a GPU the host does not wait for the copy.
 
-        Its tensors have the dtype that they are to have: a copy that also converts is made at once, and waited for.
+        The tensors must be in their final dtype already: a copy that also converts blocks the host.
         """
         if self._stream is None:
             return _each_tensor(batch, lambda tensor: tensor.to(self._device))
@@ -32,17 +32,17 @@ class Transfer:
             moved = _each_tensor(batch, self._copy)
         current = torch.cuda.current_stream(self._device)
         current.wait_stream(self._stream)
-        # Whoever lets go of the batch must not let the next copy write into it before the step is done with it.
+        # Memory of a freed batch must not be reused by the next copy before the step has finished with it.
         _each_tensor(moved, lambda tensor: tensor.record_stream(current))
         return moved
 
     def _copy(self, tensor: Tensor) -> Tensor:
-        # Only a copy from pinned memory runs beside the computation.
+        # Only copies from pinned memory overlap with computation.
         return tensor if tensor.is_cuda else tensor.pin_memory().to(self._device, non_blocking=True)
 
 
 def _each_tensor(batch: Any, function: Callable[[Tensor], Any]) -> Any:
-    """The batch with what `function` gives for each of its tensors in their places."""
+    """The batch with `function` applied to each of its tensors."""
     if isinstance(batch, Tensor):
         return function(batch)
     if isinstance(batch, Mapping):

@@ -1,4 +1,4 @@
-"""Values of the settings' fields: converted to the types that the fields are declared with, or refused by name."""
+"""Converts values of settings to their fields' declared types, or refuses them by name."""
 
 import os
 import types
@@ -14,9 +14,9 @@ from mbgd.text.suggestions import did_you_mean
 
 
 class Typed:
-    """Base of frozen dataclasses whose fields hold what they are declared to hold: the name of an enum's member becomes
-    the member, numpy's numbers become Python's. UsageError, naming the field, where there is none of this name or its
-    value does not fit."""
+    """Base of frozen dataclasses whose values are converted to the declared types: an enum's value such as "ddp"
+    becomes the member, numpy's numbers become Python's. UsageError, naming the field, if the field does not exist or
+    its value does not fit."""
 
     def __new__(cls, *values: Any, **named: Any) -> Self:
         known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
@@ -35,7 +35,7 @@ class Typed:
 
 
 def converted(given: str, value: Any, wanted: Any) -> Any:
-    """`value` as the type that is wanted; UsageError, beginning with what was `given`, where it does not fit."""
+    """`value` as type `wanted`; UsageError, whose text begins with `given`, if it does not fit."""
     if wanted is Any:
         return value
     kind, may_be_none = _without_none(wanted)
@@ -48,7 +48,7 @@ def converted(given: str, value: Any, wanted: Any) -> Any:
         if isinstance(value, origin):
             return value
         raise UsageError(f"{given}: it takes mbgd.{origin.__name__}({fields(origin)[0].name}=…).")
-    if origin not in WORDS:  # a type that only its user can check
+    if origin not in WORDS:  # any other type is not checked here
         return value
     result = _plain(value, origin)
     if result is None:
@@ -57,7 +57,7 @@ def converted(given: str, value: Any, wanted: Any) -> Any:
 
 
 def _without_none(wanted: Any) -> tuple[Any, bool]:
-    """The one type of `X | None`, object where it is one of several, and whether None is allowed."""
+    """(type without None, whether None is allowed); a union of several types becomes object."""
     if get_origin(wanted) not in (Union, types.UnionType):
         return wanted, False
     kinds = [one for one in get_args(wanted) if one is not type(None)]
@@ -84,7 +84,7 @@ WORDS = {
 
 
 def _plain(value: Any, kind: type) -> Any:
-    """`value` as a Python object of this type; None where it is of another kind. True is not a number."""
+    """`value` as a Python object of this type; None if it does not fit. True is not a number."""
     is_bool = type(value).__name__ in ("bool", "bool_")  # numpy's too
     if kind is bool:
         return bool(value) if is_bool else None

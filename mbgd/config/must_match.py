@@ -1,4 +1,4 @@
-"""What of a configuration must be the same for a run to go on: the fields marked MUST_MATCH, and the data."""
+"""The settings that must be the same when a run is resumed: the fields marked MUST_MATCH, and the data."""
 
 import pkgutil
 from collections.abc import Iterator, Mapping
@@ -9,14 +9,14 @@ from mbgd.config.field_types import Typed
 from mbgd.config.settings import MUST_MATCH, Batch, Config
 
 NOT_OF_TRAINING = ("evaluation", "num_workers")
-"""Keys of `data` that may change."""
+"""Keys of `data` that may change when a run is resumed."""
 
 
 def must_match(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that must be the same when a run goes on, by key, of a whole configuration as plain values.
+    """The values that must be the same when a run is resumed, by flat key; config: the whole of it, as plain values.
 
-    How long training lasts is among them only where the learning rate depends on it. The number of workers, the cut
-    into micro-batches, averaging, backend, logging and evaluation are not.
+    `epochs` and `steps` are included only if the learning rate depends on them. The number of workers, the micro-batch
+    size, averaging, backend, logging and evaluation may change.
     """
     values = {key: config.get(key) for key in marked(Config)}
     values["data"] = {key: value for key, value in config["data"].items() if key not in NOT_OF_TRAINING}
@@ -27,20 +27,20 @@ def must_match(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def marked(section: type[Typed]) -> list[str]:
-    """The fields of a section that are marked where they are defined."""
+    """The fields of a section that are marked MUST_MATCH."""
     return [field.name for field in fields(section) if field.metadata == MUST_MATCH]  # type: ignore[arg-type]
 
 
 def _depends_on_length(schedule: Any) -> bool:
-    """Whether the learning rate at a step may change with the number of steps of the whole run.
+    """Whether the learning rate at a step may depend on the number of steps of the whole run.
 
-    A class says so itself (`mbgd.schedule.Schedule`); one that it inherits from cannot know what it does.
+    A schedule's class declares it itself (`mbgd.schedule.Schedule`); a base class cannot know.
     """
     if schedule is None:
         return False
     try:
         target = pkgutil.resolve_name(schedule["_target_"])
-    except Exception:  # an older run's schedule need not be there any more
+    except Exception:  # an older run's schedule may no longer exist
         return True
     return not isinstance(target, type) or vars(target).get("depends_on_length") is not False
 

@@ -1,4 +1,4 @@
-"""Keys that have new names, which a mistake in an old one is told."""
+"""Renamed keys: errors about an old key name the new one."""
 
 RENAMED = {
     "batch.last": "batch.drop_last (keep is false, drop is true)",
@@ -11,5 +11,5 @@ RENAMED_BEGINS = "It is called"
 
 
 def new_name(key: str) -> str:
-    """What to say of an unknown key: a space and its new name; empty where it never was one."""
+    """For an unknown key that was renamed: a space and a sentence with the new name; otherwise empty."""
     return f" {RENAMED_BEGINS} {RENAMED[key]} now." if key in RENAMED else ""

@@ -7,13 +7,13 @@ from mbgd.config.settings import AveragingName, Config, Settings
 
 
 def profiled_steps(profile: str) -> range:
-    """The steps that `profile` names, the first of all being 1; empty where it names none."""
+    """The steps that `profile` names, counted from 1; empty if it does not have the form."""
     named = re.fullmatch(r"steps:([1-9]\d*)-(\d+)", profile)
     return range(int(named[1]), int(named[2]) + 1) if named else range(0)
 
 
 def validate(settings: Settings) -> list[str]:
-    """Every rule between the settings that is broken, each as what, got, rule, remedy."""
+    """One text for each broken rule: what, got, rule, remedy."""
     batch = settings.batch
     found = []
     if not 0 <= settings.seed < 2**63:
@@ -46,8 +46,8 @@ def validate(settings: Settings) -> list[str]:
     recompute = settings.check.recompute_every_steps
     if recompute is not None and settings.averaging.name is not AveragingName.reproducible:
         found.append(
-            f"check.recompute_every_steps={recompute} with averaging={settings.averaging.name.value}; only with "
-            "averaging=reproducible has a micro-batch's gradient the same bits on every worker. Use that, or null."
+            f"check.recompute_every_steps={recompute} with averaging={settings.averaging.name.value}; a micro-batch's "
+            "gradient has the same bits on every worker only with averaging=reproducible. Use that, or null."
         )
     found += _not_positive(("max_grad_norm", settings.max_grad_norm, ", or null to leave gradients as they are"))
     if isinstance(settings, Config):

@@ -10,7 +10,7 @@ from typing import Any
 from mbgd.config.field_types import Typed
 
 MUST_MATCH = {"must_match": True}
-"""Metadata of fields that must be the same when a run goes on; see must_match.py."""
+"""Metadata of fields that must be the same when a run is resumed; see must_match.py."""
 
 
 class Precision(Enum):
@@ -23,7 +23,7 @@ class Precision(Enum):
 
 
 class AveragingName(Enum):
-    auto = "auto"  # shared_memory where the workers are CPU workers that can share it, otherwise ddp
+    auto = "auto"  # shared_memory for CPU workers that can share memory, otherwise ddp
     ddp = "ddp"
     shared_memory = "shared_memory"
     reproducible = "reproducible"
@@ -46,7 +46,8 @@ class Batch(Typed):
     size: int = field(default=64, metadata=MUST_MATCH)
     """Examples of one optimizer step, all workers together."""
     micro_batch_size: int | None = None
-    """Largest number of examples in one forward/backward; None: each worker's share in one."""
+    """Largest number of examples in one forward/backward; None: one micro-batch per worker, or with reproducible 8 per
+    minibatch."""
     drop_last: bool = field(default=False, metadata=MUST_MATCH)
     """Leave out an epoch's short last minibatch."""
 
@@ -55,9 +56,10 @@ class Batch(Typed):
 class Averaging(Typed):
     name: AveragingName = AveragingName.auto
     find_unused_parameters: bool | None = None
-    """Whether the parameters that take part may differ from step to step; None: found out at the start."""
+    """Whether the parameters that take part may differ from step to step; None: found out by a trial at the start."""
     num_threads: int | None = None
-    """Threads of each CPU worker; None: 1 with reproducible, whose bits depend on it, otherwise as torch finds it."""
+    """Threads of each CPU worker; None: 1 with reproducible, whose bits depend on it, and for a small model unless
+    OMP_NUM_THREADS is set; otherwise torch's default."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Evaluation(Typed):
     batch_size: int = 256
     """Largest number of examples in one forward."""
     metrics: dict[str, Any] = field(default_factory=dict)
-    """Metrics of the whole evaluation set by name: what has update(outputs, targets), compute() and reset()."""
+    """Metrics of the whole evaluation set by name: objects with update(outputs, targets), compute() and reset()."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class NoiseScale(Typed):
     every_steps: int | None = 50
     """Optimizer steps between measurements of the gradient's noise; None: not measured."""
     smoothing: int = 20
-    """Measurements over which it is averaged: the weight of older ones falls exponentially."""
+    """Measurements to average over, with weights that decay exponentially."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +85,12 @@ class Check(Typed):
     replicas_every_steps: int | None = None
     """Optimizer steps between comparisons of the workers' copies of the state; None: before each evaluation alone."""
     recompute_every_steps: int | None = None
-    """Optimizer steps between those in which a micro-batch is computed again on another worker; None: never."""
+    """Optimizer steps between steps that recompute a micro-batch on another worker; None: never."""
 
 
 @dataclass(frozen=True)
 class Settings(Typed):
-    """What training depends on beside the model, the data, the objective and the optimizer."""
+    """Training's settings beside the model, the data, the objective and the optimizer."""
 
     seed: int = field(default=0, metadata=MUST_MATCH)
     epochs: int | None = 1
@@ -100,7 +102,7 @@ class Settings(Typed):
     max_grad_norm: float | None = field(default=None, metadata=MUST_MATCH)
     """Largest Euclidean norm of the mean gradient; None: not clipped."""
     schedule: Any = field(default=None, metadata=MUST_MATCH)
-    """A function of the step (counted from 0) that gives a factor for the learning rate; None: 1."""
+    """Step (counted from 0) → factor for the learning rate; None: 1."""
     evaluation: Evaluation = field(default_factory=Evaluation)
     log_every_steps: int = 50
     noise_scale: NoiseScale = field(default_factory=NoiseScale)
@@ -111,7 +113,7 @@ class Settings(Typed):
 class Backend(Typed):
     name: BackendName = BackendName.auto
     device: DeviceName = DeviceName.auto
-    """What the workers compute on. Over gloo, several workers may share a GPU."""
+    """The workers' devices. Over gloo, several workers may share a GPU."""
     timeout_seconds: float = 600.0
     """How long a collective waits for a worker before the run ends with an error."""
 
@@ -121,14 +123,14 @@ class Run(Typed):
     dir: str | None = None
     """The run's folder; None: a new one under `root`."""
     name: str | None = None
-    """What the name of a new folder contains; None: the experiment, or model and data."""
+    """Part of a new folder's name; None: the experiment, or model and data."""
     id: str | None = None
-    """Names the folder; None: made from the time, the name, and the id of torchrun or SLURM or a random one."""
+    """The folder's name; None: made from the time, the name, and torchrun's, SLURM's or a random id."""
     root: str = "runs"
 
 
 class Direction(Enum):
-    """Which values of a metric are better."""
+    """Whether smaller or larger values of a metric are better."""
 
     minimize = "minimize"
     maximize = "maximize"
@@ -137,10 +139,10 @@ class Direction(Enum):
 @dataclass(frozen=True)
 class Sweep(Typed):
     metric: str = "eval/loss"
-    """What a sweep's jobs are ranked by."""
+    """The metric that ranks a sweep's jobs."""
     direction: Direction = Direction.minimize
     target: float | None = None
-    """Value of the metric whose steps and examples the result tells; None: it does not."""
+    """The sweep reports the steps and examples until the metric reaches this value; None: it does not."""
 
 
 @dataclass(frozen=True)
@@ -150,28 +152,28 @@ class Checkpoint(Typed):
     every_seconds: float | None = 300.0
     """Seconds between checkpoints; None: by steps alone."""
     keep: int = 2
-    """How many of the newest are kept."""
+    """Number of newest checkpoints to keep."""
     best: str | None = None
-    """A metric of the evaluation whose best checkpoint is kept too, such as eval/accuracy; None: the newest alone."""
+    """An evaluation metric, such as eval/accuracy, whose best checkpoint is kept too; None: the newest alone."""
     direction: Direction = Direction.minimize
-    """Which of its values are better."""
+    """Whether smaller or larger values of `best` are better."""
     memory_every_steps: int | None = None
     """Optimizer steps between snapshots in the host's memory, for workers that restart there; None: none."""
     required: bool = False
-    """End the run where a checkpoint cannot be written."""
+    """End the run if a checkpoint cannot be written."""
 
 
 @dataclass(frozen=True)
 class Resume(Typed):
     from_: str = "auto"
-    """`resume.from`. auto: go on where the run's own folder ends; never; or the path of another run or checkpoint to go
-    on from."""
+    """`resume.from`. auto: resume from the run's own folder; never: start anew; or the path of another run or
+    checkpoint to resume from."""
     force: bool = False
-    """Go on even if what alters the course of training has changed."""
+    """Resume even if settings have changed that must match."""
 
 
 class WandbMode(Enum):
-    auto = "auto"  # online where there is a key, offline elsewhere; WANDB_MODE decides where it is set
+    auto = "auto"  # online if there is an API key, otherwise offline; WANDB_MODE takes precedence
     online = "online"
     offline = "offline"
     disabled = "disabled"
@@ -184,16 +186,16 @@ class Wandb(Typed):
     entity: str | None = None
     """The user or team; None: the key's own."""
     group: str | None = None
-    """Runs of one name are shown together, such as a sweep's."""
+    """W&B shows runs of the same group together, such as a sweep's."""
     name: str | None = None
-    """What the run is called; None: as its folder."""
+    """The run's name in W&B; None: its folder's name."""
     tags: list[str] = field(default_factory=list)
     log_checkpoints: bool = False
     """Upload the last and the best checkpoint at the end."""
     init_timeout_seconds: float = 30.0
-    """How long a server may take to answer at the start before the run goes on offline."""
+    """How long to wait for the server's answer at the start before the run goes on offline."""
     finish_seconds: float = 20.0
-    """How long the end of training waits for uploads."""
+    """How long to wait for uploads after training."""
 
 
 @dataclass(frozen=True)
@@ -208,7 +210,7 @@ class Tracking(Typed):
 
 @dataclass(frozen=True)
 class Config(Settings):
-    """The whole configuration of `train.py`. Fields of type Any are nodes with a `_target_` of the user's choice."""
+    """The whole configuration of `train.py`. Fields of type Any are nodes with a `_target_`."""
 
     backend: Backend = field(default_factory=Backend)
     run: Run = field(default_factory=Run)
@@ -217,7 +219,7 @@ class Config(Settings):
     tracking: Tracking = field(default_factory=Tracking)
     resume: Resume = field(default_factory=Resume)
     profile: str | None = None
-    """steps:10-20: a trace of these optimizer steps, counted from 1; None: none."""
+    """Optimizer steps to trace with the profiler, counted from 1, such as steps:10-20; None: none."""
     data: Any = None
     model: Any = field(default=None, metadata=MUST_MATCH)
     objective: Any = field(default=None, metadata=MUST_MATCH)

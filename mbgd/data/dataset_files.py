@@ -1,4 +1,4 @@
-"""Files and folders as one `datasets.Dataset`: which files, in which order, and that they are alike."""
+"""Files and folders as one `datasets.Dataset`: selects and orders the files, and checks that their columns match."""
 
 import glob
 import os
@@ -19,30 +19,29 @@ READERS = {
     ".jsonl": "from_json",
 }
 SAVED = ("state.json", "dataset_dict.json")
-"""What `save_to_disk` leaves in the folder of a dataset, or of several splits."""
+"""The file that `save_to_disk` writes into the folder of one dataset, or of several splits."""
 
 SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-"""The words by which the Hub tells a split from a file's name, or else from its folders' names."""
+"""The words in a file's name, or else in its folders' names, by which the Hub recognises a split."""
 
 NO_DATA = ("dataset_infos.json", "dataset_info.json")
 MOST_NAMES = 10
 
 
 def name_of(path: str | Sequence[str]) -> str:
-    """What errors call it."""
+    """The dataset's name in errors."""
     return path if isinstance(path, str) else _listed([str(one) for one in path])
 
 
 def open_dataset(path: str | Sequence[str], split: str) -> Any:
-    """The `datasets.Dataset` of these paths, one behind the other, memory-mapped; UsageError where it cannot be.
+    """These paths concatenated as one `datasets.Dataset`, memory-mapped; UsageError if that is impossible.
 
-    A path is a folder made by `save_to_disk`, a file, a folder of files or a glob. Files of one path are in the order
-    of their names, numbers in them by value. Where the folder, or the names of the glob's files, hold several splits,
-    `split` says which one.
+    A path is a folder made by `save_to_disk`, a file, a folder of files or a glob. Files of one path are sorted by
+    name, with numbers by value. If the folder or the glob matches several splits, `split` selects one.
     """
     if find_spec("datasets") is None:
         raise UsageError(
@@ -58,7 +57,7 @@ def open_dataset(path: str | Sequence[str], split: str) -> Any:
 
 
 def _files(path: str, split: str) -> list[Path]:
-    """The files that a path stands for, in order; for a folder made by `save_to_disk` the folder itself."""
+    """The files of a path, in order; for a folder made by `save_to_disk` the folder itself."""
     place = Path(path).expanduser()
     if place.is_file():
         if place.suffix not in READERS:
@@ -102,7 +101,7 @@ def _data_files(folder: Path) -> Iterator[Path]:
 
 
 def _of_split(path: str, folder: Path, files: list[Path], split: str, *, is_glob: bool) -> list[Path]:
-    """Those of the files that belong to the split, by their names below the folder, as the Hub reads them."""
+    """The files of the split, by their names below the folder, as on the Hub."""
     suffixes = sorted({file.suffix for file in files})
     if len(suffixes) > 1:
         raise UsageError(
@@ -116,8 +115,8 @@ def _of_split(path: str, folder: Path, files: list[Path], split: str, *, is_glob
     if None in splits:
         named = next(files[0] for name, files in splits.items() if name is not None)
         raise UsageError(
-            f"data.path={path}: the name of {splits[None][0]} tells no split (train, validation, test), and that of "
-            f"{named} does. Name all so, or set data.path to a glob or a list of the files that are meant."
+            f"data.path={path}: the name of {splits[None][0]} names no split (train, validation, test), but that of "
+            f"{named} does. Name a split in all, or set data.path to a glob or a list of the files to read."
         )
     wanted = next((name for name, words in SPLITS.items() if split in words), split)
     if wanted not in splits:
@@ -126,13 +125,13 @@ def _of_split(path: str, folder: Path, files: list[Path], split: str, *, is_glob
 
 
 def _split_of(file: Path) -> str | None:
-    """By the last part of the path that names a split; UsageError where one names several."""
+    """The split named by the last part of the path that names one; UsageError if that part names several."""
     for part in (file.stem, *reversed(file.parts[:-1])):
         words = re.split(r"[-._ 0-9]+", part.lower())
         found = [split for split, known in SPLITS.items() if any(word in known for word in words)]
         if len(found) > 1:
             raise UsageError(
-                f"the name {file} tells several splits, {', '.join(found)}. Set data.path to the file itself."
+                f"the name {file} names several splits, {', '.join(found)}. Set data.path to the file itself."
             )
         if found:
             return found[0]
@@ -140,7 +139,7 @@ def _split_of(file: Path) -> str | None:
 
 
 def _natural(file: Path) -> tuple[list[str | int], str]:
-    """part-2 comes before part-10."""
+    """Sort key: part-2 comes before part-10."""
     pieces = re.split(r"(\d+)", str(file))
     return [int(piece) if number % 2 else piece for number, piece in enumerate(pieces)], str(file)
 
@@ -153,7 +152,7 @@ def _check_distinct(files: list[Path]) -> None:
 
 
 def _read(path: str, files: list[Path], split: str) -> list[tuple[str, Any]]:
-    """Datasets by what they are called."""
+    """(name, dataset) pairs."""
     import datasets  # takes seconds
 
     datasets.disable_progress_bars()
@@ -163,7 +162,7 @@ def _read(path: str, files: list[Path], split: str) -> list[tuple[str, Any]]:
     if files[0].suffix == ".parquet":
         return [(path, _read_parquet(path, files))]
     parts = []
-    for file in files:  # columns and types are found by reading
+    for file in files:  # one by one: these formats reveal columns and types only when read
         with _explained(file):
             name = str(file) if file.suffix == ".arrow" else glob.escape(str(file))
             parts.append((str(file), getattr(datasets.Dataset, READERS[file.suffix])(name)))
@@ -179,7 +178,7 @@ def _saved(path: str, saved: Any, split: str) -> Any:
 
 
 def _read_parquet(path: str, files: list[Path]) -> Any:
-    """All at once, which is quick for thousands of files, once their footers say that they are alike."""
+    """Read all files at once, which is fast for thousands of them, after comparing the schemas in their footers."""
     import datasets
     import pyarrow.parquet as pq
 
@@ -190,14 +189,14 @@ def _read_parquet(path: str, files: list[Path]) -> Any:
             num_rows += pq.read_metadata(file).num_rows
     _check_alike(kinds)
     with _explained(path):
-        dataset = datasets.Dataset.from_parquet([glob.escape(str(file)) for file in files])  # which reads globs itself
+        dataset = datasets.Dataset.from_parquet([glob.escape(str(file)) for file in files])  # it expands globs itself
     assert len(dataset) == num_rows
     return dataset
 
 
 @contextmanager
 def _explained(path: str | Path) -> Iterator[None]:
-    """UsageError in the place of what the reading of this path raises."""
+    """Turns errors from reading this path into UsageError."""
     from datasets.exceptions import DatasetsError
 
     try:
@@ -228,12 +227,12 @@ def _check_alike(kinds: list[tuple[str, Any]]) -> None:
             if one != other:
                 raise UsageError(
                     f"{first_name} and {name} do not have the same columns: {column!r} is {one} in the one and {other} "
-                    "in the other. Write them alike, or set data.path to the files that are."
+                    "in the other. Write them with the same columns, or set data.path to files that match."
                 )
 
 
 def _holds(folder: Path) -> str:
-    """What is in a folder, for an error's text."""
+    """The folder's contents, for an error's text."""
     while not folder.is_dir():
         folder = folder.parent
     try:

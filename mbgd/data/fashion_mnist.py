@@ -22,8 +22,8 @@ UNSIGNED_BYTE = 0x08
 def fashion_mnist(split: str, folder: str) -> InMemory:
     """The images of a split, "train" (60,000 examples) or "test" (10,000), from IDX files, plain or gzip, in `folder`.
 
-    Inputs are float32, shape (1, 28, 28), less the training pixels' mean and divided by their standard deviation;
-    targets int64. UsageError where a file is missing or damaged.
+    Inputs are float32, shape (1, 28, 28), normalised by the training pixels' mean and standard deviation; targets are
+    int64. UsageError if a file is missing or damaged.
 
     Source: H. Xiao, K. Rasul and R. Vollgraf, Fashion-MNIST, arXiv:1708.07747.
     """
@@ -48,7 +48,7 @@ def fashion_mnist(split: str, folder: str) -> InMemory:
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:
-    """The array of unsigned bytes in an IDX file, plain or (named .gz) gzip; UsageError where it is damaged.
+    """The array of unsigned bytes in an IDX file, plain or (named .gz) gzip; UsageError if it is damaged.
 
     IDX: two zero bytes, one for the type, one for the number of dimensions; the sizes as big-endian 32-bit numbers;
     the values, last dimension fastest.

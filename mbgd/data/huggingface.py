@@ -1,4 +1,4 @@
-"""Columns of numbers or images from what Hugging Face's `datasets` reads: a folder it saved, parquet, csv, json."""
+"""Columns of numbers or images from files that Hugging Face's `datasets` reads: saved folders, parquet, csv, json."""
 
 import math
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ class HuggingFace:
     """
 
     def __init__(self, dataset: Any, inputs: str | Sequence[str], targets: str, *, name: str = "the dataset") -> None:
-        """dataset: a `datasets.Dataset`; name: what errors call it."""
+        """dataset: a `datasets.Dataset`; name: its name in errors."""
         inputs = [inputs] if isinstance(inputs, str) else list(inputs)
         if len(dataset) == 0:
             raise UsageError(f"{name} has no rows; there must be at least 1.")
@@ -47,7 +47,7 @@ class HuggingFace:
         return inputs[0], targets[0]
 
     def gather(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """The examples of these numbers; `indices` is int64, shape (N,)."""
+        """The examples at these indices: int64, shape (N,)."""
         rows = self._rows[indices.tolist()]
         columns = [_array(rows.column(column)) for column in self._inputs]
         inputs = columns[0] if len(columns) == 1 else np.stack(columns, axis=1)
@@ -69,12 +69,12 @@ class HuggingFace:
 def huggingface(
     path: str | Sequence[str] | None, split: str, inputs: str | Sequence[str], targets: str
 ) -> HuggingFace | None:
-    """Columns of numbers of the dataset at `path`; None where the path is.
+    """Columns of numbers of the dataset at `path`; None if the path is None.
 
     path: a folder made by `save_to_disk`; a .parquet, .arrow, .csv, .json or .jsonl file; a folder of such files; a
-    glob; or a list of these (`open_dataset`). split: which one, where a folder or a glob's files hold several. Nothing
-    is fetched from a network; `datasets` keeps what it makes of files in a cache of its own. UsageError where it is not
-    installed or the path or its columns cannot be used.
+    glob; or a list of these (`open_dataset`). split: selects one if a folder or a glob has several. Nothing is
+    downloaded; `datasets` keeps converted files in its own cache. UsageError if `datasets` is not installed, or the
+    path or its columns cannot be used.
     """
     return None if path is None else HuggingFace(open_dataset(path, split), inputs, targets, name=name_of(path))
 
@@ -82,9 +82,9 @@ def huggingface(
 def huggingface_images(
     path: str | Sequence[str] | None, split: str, inputs: str, targets: str, **options: Any
 ) -> Images | None:
-    """A column of images, as `datasets` or other tools store their files' bytes, and one of class numbers.
+    """A column of images, stored as `datasets`' Image type or as file bytes, and a column of class numbers.
 
-    The rest is as for `huggingface`. For further arguments see `Images`.
+    path, split: see `huggingface`; options: see `Images`.
     """
     if path is None:
         return None
@@ -104,7 +104,7 @@ def huggingface_images(
 
 
 def _image(rows: Any, path: str, index: int) -> tuple[str, str | BytesIO]:
-    """The name of a row's image, and its file."""
+    """The name of a row's image, and its file (a path or its bytes)."""
     value = rows[[index]].column(0)[0].as_py()
     if isinstance(value, dict):
         value = value["bytes"] or value["path"]
@@ -126,7 +126,7 @@ def _column(dataset: Any, name: str, path: str) -> Any:
 
 
 def _check(column: Any, name: str) -> None:
-    """Raise UsageError unless the whole column holds numbers, or lists of numbers, of one shape."""
+    """Raise UsageError unless the whole column holds numbers, or lists of numbers of one shape."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -160,7 +160,7 @@ def _is_list(kind: Any) -> bool:
 
 
 def _array(column: Any) -> NDArray[Any]:
-    """A checked column as one array, in memory of its own: shape (rows, …)."""
+    """A checked column as one array, copied: shape (rows, …)."""
     values = column.combine_chunks()
     shape = [len(values)]
     while True:

@@ -19,11 +19,11 @@ SPLITS = ("train", "val")
 
 
 class ImageFolder(Images):
-    """The image files under folder/split/CLASS, in the order of the classes' names and then of their own.
+    """The image files under folder/split/CLASS, sorted by class name, then by file name.
 
     split: "train" or "val". The classes are the folders of "train", so that both splits number them alike. With
-    `held_out`, both splits lie mixed under folder/CLASS: that share of the files, picked by their names alone, is
-    "val". For further arguments see `Images`. UsageError where a folder is missing, unreadable or empty.
+    `held_out`, both splits are mixed under folder/CLASS: that share of the files, chosen by their names alone, is
+    "val". For further arguments see `Images`. UsageError if a folder is missing, unreadable or empty.
     """
 
     def __init__(self, folder: str, split: str, *, held_out: float | None = None, **options: Any) -> None:
@@ -54,7 +54,7 @@ class ImageFolder(Images):
         if not names:
             share = f" for {split} with data.held_out={held_out}" if held_out is not None else ""
             raise UsageError(f"{self._folder} holds no image in the folder of any class{share}.")
-        # One block of bytes: a list of strings would be copied into every loader process, bit by bit.
+        # One block of bytes: a list of strings would gradually be copied into every loader process.
         self._names = np.array(names)
         super().__init__(self._file, torch.tensor(targets), len(self.classes), **options)
 
@@ -64,11 +64,11 @@ class ImageFolder(Images):
 
 
 def _folders(folder: Path) -> list[str]:
-    """Names of the folders in it, hidden ones aside."""
+    """Names of the folders in it, without hidden ones."""
     if not folder.is_dir():
         remedy = (
-            "; it holds `train` and `val`, each with a folder for each class; or folders for classes alone, of which "
-            "data.held_out=0.1 keeps a tenth for evaluation; data.evaluation=null: none"
+            " to a folder that holds `train` and `val`, each with a folder for each class; or to one that holds the "
+            "classes' folders alone, and data.held_out=0.1 to keep a tenth for evaluation, or data.evaluation=null"
         )
         raise UsageError(f"{folder}: there is no such folder of images. Set data.folder{remedy}.")
     try:
@@ -76,14 +76,12 @@ def _folders(folder: Path) -> list[str]:
     except OSError as error:
         raise UsageError(f"{folder} cannot be listed: {error}.") from error
     if not names:
-        raise UsageError(
-            f"{folder} is empty of folders: it must hold one for each class, with that class's images in it."
-        )
+        raise UsageError(f"{folder} holds no folders: it must hold one for each class, with that class's images in it.")
     return names
 
 
 def _images(folder: Path) -> Iterator[str]:
-    """Names of the image files relative to `folder`, in subfolders too, hidden ones aside."""
+    """Names of the image files relative to `folder`, in subfolders too, without hidden ones."""
 
     def refuse(error: OSError) -> None:
         raise UsageError(f"{error.filename} cannot be listed: {error}.") from error
@@ -97,6 +95,6 @@ def _images(folder: Path) -> Iterator[str]:
 
 
 def _is_held_out(name_of_class: str, image: str, share: float) -> bool:
-    """A function of the names alone: images that come or go move no other from split to split."""
+    """A function of the names alone: adding or removing images moves no other image to the other split."""
     digest = hashlib.sha256(os.fsencode(os.path.join(name_of_class, image))).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64

@@ -1,4 +1,4 @@
-"""Images that are decoded where they are read: of one size, altered by a key for training, left out where broken."""
+"""Images, decoded when they are read: resized, augmented by a key for training, skipped if broken."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -21,11 +21,11 @@ DRAFT_FACTOR = 2
 
 
 class Images:
-    """Example i is (pixels, target) of the i-th image, which is read when it is asked for.
+    """Example i is (pixels, target) of the i-th image, which is read on access.
 
-    Pixels are float32, shape (channels, size, size): the image upright, scaled so that its shorter side fits, cut to
-    the middle square, each value as (value / 255 − mean) / std. `augmented` cuts a random square out of the image with
-    a black border, and mirrors every other one.
+    Pixels are float32, shape (channels, size, size): the image upright by EXIF, its shorter side scaled to `size`,
+    centre-cropped, each value as (value / 255 − mean) / std. `augmented` takes a random crop of the image padded with a
+    black border, and a horizontal flip with probability 1/2, as `crop_padding` and `flip` say.
     """
 
     def __init__(
@@ -43,12 +43,12 @@ class Images:
         on_error: str = "raise",
         ignore_index: int | None = None,
     ) -> None:
-        """source: gives an image's name and its file; targets: one for each image.
+        """source: maps an index to the image's name and its file; targets: one per image.
 
-        size: pixels, height and width. channels: 1 (grey) or 3. mean, std: one value, or one for each channel.
-        crop_padding: width of the border, in pixels. on_error: an image that cannot be read ends training with its name
-        ("raise"), or is left out with a warning ("skip"): black, and with the target `ignore_index`, to which the
-        objective gives weight 0.
+        size: height and width in pixels. channels: 1 (grey) or 3. mean, std: one value, or one per channel.
+        crop_padding: width of the border, in pixels. on_error: for an image that cannot be read; "raise" ends training
+        and names the image; "skip" leaves it out with a warning: it becomes black, with the target `ignore_index`, to
+        which the objective gives weight 0.
         """
         if channels not in MODES:
             raise UsageError(f"data.channels={channels}; it must be 1 (grey) or 3 (red, green, blue).")
@@ -61,7 +61,7 @@ class Images:
         if not (self._std > 0).all():
             raise UsageError(f"data.std={std}; a standard deviation must be > 0.")
         self.skipped_target = _skipped_target(on_error, ignore_index, num_outputs)
-        # In memory that a worker shares with its loader processes, so that each broken image is told of once.
+        # In memory that a worker shares with its loader processes, so that each broken image is reported once.
         self._broken = torch.zeros(0 if self.skipped_target is None else len(targets), dtype=torch.bool)
         self._broken.share_memory_()  # type: ignore[no-untyped-call]
 
@@ -73,7 +73,7 @@ class Images:
         return self._normalised(pixels), target
 
     def augmented(self, index: int, key: int) -> tuple[Tensor, Tensor]:
-        """Example `index` as altered in one epoch, for which `key` stands."""
+        """Example `index`, augmented by `key`, which differs from epoch to epoch."""
         pixels, target = self._read(index)
         if border := self._crop_padding:
             top, left = mix(key, 0) % (2 * border + 1), mix(key, 1) % (2 * border + 1)
@@ -86,11 +86,11 @@ class Images:
         name, file = self._source(index)
         try:
             return decode(file, self._size, self._channels), self.targets[index]
-        except Exception as error:  # decoders raise of every kind
+        except Exception as error:  # decoders raise exceptions of all types
             problem = f"{name} is not an image that can be read ({type(error).__name__}: {error})."
             if self.skipped_target is None:
                 raise UsageError(
-                    f"{problem} Mend or remove it, or leave such images out: data.on_error=skip data.ignore_index=-100."
+                    f"{problem} Fix or remove it, or leave such images out: data.on_error=skip data.ignore_index=-100."
                 ) from error
             self._report(index, problem)
             black = np.zeros((self._size, self._size, self._channels), np.uint8)
@@ -100,7 +100,7 @@ class Images:
         if not self._broken[index]:
             self._broken[index] = True
             print(
-                f"warning: left out: {problem} This worker has met {self.num_skipped} such of {len(self):,} images.",
+                f"warning: left out: {problem} This worker has left out {self.num_skipped} of {len(self):,} images.",
                 file=sys.stderr,
                 flush=True,
             )
@@ -126,25 +126,25 @@ class Images:
 
 
 def decode(file: str | BytesIO, size: int, channels: int) -> Pixels:
-    """An image upright, scaled, cut to its middle square, and in so many channels; the first of several in a file."""
+    """The first image of a file: upright by EXIF, scaled, centre-cropped, with `channels` channels."""
     from PIL import Image, ImageOps  # only where there are images
 
     with Image.open(file) as opened:
         image: Any = opened
-        # A JPEG is decoded at a half, a quarter or an eighth where that leaves enough: several times as fast.
+        # Decode a JPEG at 1/2, 1/4 or 1/8 of its size if that leaves enough pixels: several times as fast.
         image.draft(None, (DRAFT_FACTOR * size, DRAFT_FACTOR * size))
         ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith("I"):  # Pillow would cut 16 bits off at 255
+        if image.mode.startswith("I"):  # Pillow would clip 16-bit values at 255
             image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
         elif image.mode == "F":
-            raise ValueError("its pixels are floating-point numbers, whose range no one knows")
+            raise ValueError("its pixels are floating-point numbers of unknown range")
         if image.mode != MODES[channels]:
             image = image.convert(MODES[channels])
         return np.asarray(ImageOps.fit(image, (size, size))).reshape(size, size, channels)
 
 
 def _of_channels(name: str, values: float | Sequence[float], channels: int) -> Tensor:
-    """Shape (1 or channels, 1, 1)."""
+    """The values as a tensor of shape (1 or channels, 1, 1)."""
     of_channels = torch.tensor([values] if isinstance(values, int | float) else list(values), dtype=torch.float32)
     if len(of_channels) not in (1, channels):
         raise UsageError(f"data.{name}={values} for {channels} channels; give one value, or one for each channel.")
@@ -152,7 +152,7 @@ def _of_channels(name: str, values: float | Sequence[float], channels: int) -> T
 
 
 def _skipped_target(on_error: str, ignore_index: int | None, num_outputs: int) -> int | None:
-    """The target of an image that is left out; None where none is."""
+    """The target of images that are left out; None with on_error="raise"."""
     if on_error == "raise":
         return None
     if on_error != "skip":
@@ -160,6 +160,6 @@ def _skipped_target(on_error: str, ignore_index: int | None, num_outputs: int) -
     if ignore_index is None or 0 <= ignore_index < num_outputs:
         raise UsageError(
             f"data.on_error=skip with data.ignore_index={ignore_index}; an image that is left out needs a target that "
-            f"is no class (0 to {num_outputs - 1}): data.ignore_index=-100, which objective=cross_entropy takes over."
+            f"is no class (0 to {num_outputs - 1}). Set data.ignore_index=-100; objective=cross_entropy follows it."
         )
     return ignore_index

@@ -1,8 +1,8 @@
 """Examples held in memory, and the protocol by which they are read.
 
-A dataset with `gather(indices)`, an int64 tensor of shape (N,) → a batch of N examples, is read by index without a
-Python loop over examples. Every other map-style dataset (`__len__` and `__getitem__`) goes through torch's
-DataLoader. `input_shape` and `num_outputs` tell a model of no size of its own how large to be.
+A dataset with `gather(indices)`, an int64 tensor of shape (N,) → a batch of N examples, is read without a Python loop
+over examples. Every other map-style dataset (`__len__` and `__getitem__`) goes through torch's DataLoader. A model
+whose sizes are not configured takes them from `input_shape` and `num_outputs`.
 """
 
 import math
@@ -37,7 +37,7 @@ class InMemory:
         return self.inputs[index], self.targets[index]
 
     def gather(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """The examples of these numbers, as fresh tensors; `indices` is int64, shape (N,)."""
+        """The examples at these indices, copied; `indices` is int64, shape (N,)."""
         return self.inputs.index_select(0, indices), self.targets.index_select(0, indices)
 
     @property

@@ -1,4 +1,4 @@
-"""Linear regression with noise, of any size: examples are made when they are read and never stored."""
+"""Linear regression with noise, of any size: examples are computed when they are read and never stored."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,8 +14,8 @@ from mbgd.errors import UsageError
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
 
-BELL_STD = float(2 * np.sqrt((2**32 - 1) / 3))  # of twice a sum of four uniform 16-bit values
-MAX_FEATURES = 2**17  # products of two 19-bit values, so many, sum up to less than 2^53
+BELL_STD = float(2 * np.sqrt((2**32 - 1) / 3))  # of twice the sum of four uniform 16-bit values
+MAX_FEATURES = 2**17  # so that the sum of MAX_FEATURES products of two 19-bit values stays below 2^53
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,14 @@ class Regression:
     before the noise. The values are bell-shaped: each a sum of four uniform ones. They have the same bits on every
     machine and in every batch, because the products are summed as integers that float64 holds exactly.
 
-    Two datasets of one seed and different `first` ask about the same coefficients with examples of their own.
+    Datasets with the same seed and different `first` have the same coefficients and different examples.
     """
 
     num_examples: int
     num_features: int
     num_targets: int = 1
     noise: float = 0.1
-    """Standard deviation of what is added to the targets."""
+    """Standard deviation of the noise added to the targets."""
     seed: int = 0
     first: int = 0
     """Number of the first example, ≥ 0: an evaluation set begins where the training set ends."""
@@ -57,7 +57,7 @@ class Regression:
         return inputs[0], targets[0]
 
     def gather(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """The examples of these numbers, in float64; `indices` is int64, shape (N,), from 0 to num_examples − 1."""
+        """The examples at these indices, in float64; `indices` is int64, shape (N,), from 0 to num_examples − 1."""
         numbers = indices.numpy()
         if len(numbers) and not 0 <= numbers.min() <= numbers.max() < self.num_examples:
             raise IndexError(f"examples {numbers.min()} to {numbers.max()}; there are {self.num_examples}.")
@@ -70,12 +70,12 @@ class Regression:
 
     @property
     def coefficients(self) -> Tensor:
-        """What a model is to find: float64, shape (num_features, num_targets)."""
+        """The true coefficients, which a model should learn: float64, shape (num_features, num_targets)."""
         return torch.from_numpy(self._whole_coefficients * (self.num_features**-0.5 / BELL_STD))
 
     @cached_property
     def _whole_coefficients(self) -> NDArray[np.float64]:
-        """The coefficients as whole numbers of standard deviation BELL_STD."""
+        """The coefficients, unscaled: integers with standard deviation BELL_STD."""
         count = self.num_features * self.num_targets
         return _bell(self.seed, np.zeros(1, np.int64), count).reshape(self.num_features, self.num_targets)
 
@@ -91,7 +91,7 @@ class Regression:
 
 
 def _bell(seed: int, numbers: I64, count: int) -> NDArray[np.float64]:
-    """`count` whole numbers for each number: mean 0, standard deviation BELL_STD, shape (len(numbers), count).
+    """`count` integers for each number: mean 0, standard deviation BELL_STD, shape (len(numbers), count).
 
     Each is twice the sum of four uniform 16-bit values, less its mean: outputs of splitmix64, one stream per
     number.

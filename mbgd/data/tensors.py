@@ -18,9 +18,9 @@ PREFIXES = {"train": "", "evaluation": "eval_"}
 def tensors(path: str, split: str) -> InMemory | None:
     """The examples of a split, "train" or "evaluation", from a file that holds `inputs` and `targets`.
 
-    `eval_inputs` and `eval_targets` are the evaluation's; None where the file has neither. Floating values keep all
-    their bits, integer targets become int64, integer inputs stay as they are. UsageError where the file is missing,
-    unreadable or incomplete, or holds pickled objects, which are never loaded.
+    `eval_inputs` and `eval_targets` are for evaluation; None if the file has neither. Floating values and integer
+    inputs keep their dtype, integer targets become int64. UsageError if the file is missing, unreadable or incomplete,
+    or holds pickled objects, which are never loaded.
     """
     prefix = PREFIXES[split]
     arrays = _read(Path(path).expanduser())

@@ -1,8 +1,8 @@
 """Text as bytes: a language model's examples from plain files, packed once and memory-mapped.
 
-Token 0 to 255 is a byte, 256 the end of a document. A corpus is packed as one stream 256, document, 256, document, …,
-256 of uint16 in a folder named after what the corpus holds, under $XDG_CACHE_HOME/mbgd or ~/.cache/mbgd. All workers
-of a host map the same file.
+Tokens 0 to 255 are bytes, 256 is the end of a document. A corpus is packed as one uint16 stream 256, document, 256,
+document, …, 256, in a folder named after a hash of the corpus, under $XDG_CACHE_HOME/mbgd or ~/.cache/mbgd. All
+workers of a host map the same file.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from mbgd.files.file_lock import locked
 END_OF_DOCUMENT = 256
 VOCABULARY = 257
 PIECE_BYTES = 2**24
-# Other people's packages are not the standard library; its tests are left out because distributions leave them out.
+# Installed packages are not the standard library; its tests are left out because distributions leave them out.
 NOT_THE_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
 
 U16 = NDArray[np.uint16]
@@ -42,10 +42,10 @@ def text(
 ) -> TokenWindows | None:
     """The windows of a split, "train" or "evaluation", of a corpus in which every file is a document.
 
-    path: a file, or a folder of which every file is taken whose name matches `pattern`, hidden ones aside; None: the
-    running Python's own standard library, its .py files without its tests. Documents lie in an order that is random
-    but follows from their names alone; the last `evaluation_share` of the stream is for evaluation (0: None), and the
-    document that lies across becomes two. UsageError where nothing can be read.
+    path: a file, or a folder whose files that match `pattern` are read, without hidden ones; None: the .py files of the
+    running Python's standard library, without its tests. Documents are ordered by a hash of their names; the last
+    `evaluation_share` of the stream is for evaluation (0: returns None), and the document across that boundary is
+    split in two. UsageError if nothing can be read.
     """
     if split not in ("train", "evaluation"):
         raise UsageError(f"text has no split {split!r}; it must be train or evaluation.")
@@ -75,7 +75,7 @@ def _documents(path: Path, pattern: str, left_out: frozenset[str] = frozenset())
     found = {name: file for name, file in found.items() if file.stat().st_size}
     if not found:
         raise UsageError(
-            f"data.path={path} holds no text: no file that is not empty and matches data.pattern={pattern}."
+            f"data.path={path} holds no text: it has no non-empty file that matches data.pattern={pattern}."
         )
     return dict(sorted(found.items(), key=lambda item: hashlib.sha256(os.fsencode(item[0])).digest()))
 
@@ -89,7 +89,7 @@ def _files(folder: Path, pattern: str, left_out: frozenset[str]) -> Iterator[Pat
 
 
 def _packed(documents: dict[str, Path]) -> tuple[U16, NDArray[np.int64]]:
-    """The corpus's stream, memory-mapped, and where in it documents end; packed now if it never was."""
+    """The corpus's stream, memory-mapped, and the positions where documents end; packs the corpus if needed."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "mbgd").expanduser()
     digest = _read(documents)
     folder = cache / f"text-{digest[:32]}"
@@ -105,8 +105,8 @@ def _packed(documents: dict[str, Path]) -> tuple[U16, NDArray[np.int64]]:
         raise
     except (OSError, ValueError, EOFError) as error:
         raise UsageError(
-            f"packed text cannot be kept in {folder} ({error}). Set XDG_CACHE_HOME to a folder that can be written, or "
-            "delete this one if it is damaged."
+            f"packed text cannot be kept in {folder} ({error}). Set XDG_CACHE_HOME to a writable folder, or delete "
+            "this one if it is damaged."
         ) from error
     if len(tokens) != ends[-1] + 1:
         raise UsageError(f"{folder} is damaged: {len(tokens)} tokens instead of {ends[-1] + 1}. Delete it.")
@@ -114,7 +114,7 @@ def _packed(documents: dict[str, Path]) -> tuple[U16, NDArray[np.int64]]:
 
 
 def _pack(documents: dict[str, Path], digest: str, folder: Path) -> None:
-    """Write the folder, which is there whole or not at all."""
+    """Write the folder atomically."""
     temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
         ends, position = [], 0
@@ -138,14 +138,14 @@ def _pack(documents: dict[str, Path], digest: str, folder: Path) -> None:
         try:
             temporary.rename(folder)
         except OSError:
-            if not folder.exists():  # a worker on another host, where the lock may not reach, was first
+            if not folder.exists():  # otherwise a worker on another host, out of the lock's reach, was first
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _read(documents: dict[str, Path], write: Callable[[U16], Any] = lambda tokens: None) -> str:
-    """Read every document; hand `write` the stream in pieces; return the hash of names and contents."""
+    """Read every document; pass the stream to `write` in pieces; return the hash of names and contents."""
     whole = hashlib.sha256()
     end = np.array([END_OF_DOCUMENT], np.uint16)
     write(end)

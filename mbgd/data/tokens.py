@@ -18,7 +18,7 @@ def tokens(
 ) -> TokenWindows:
     """The windows of one stream of token ids, memory-mapped; dtype: uint16 or uint32, little-endian.
 
-    UsageError where the file is missing, holds no two tokens or a part of one, or an id beyond the vocabulary.
+    UsageError if the file is missing, has fewer than two tokens or a part of one, or has an id outside the vocabulary.
     """
     if dtype not in DTYPES:
         raise UsageError(f"data.dtype={dtype}; it must be uint16 or uint32.")
@@ -41,7 +41,7 @@ def _mapped(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
 
 
 def _check_ids(path: str, stream: NDArray[Any], vocabulary: int) -> None:
-    """Look at every token once, which reads the whole file: a wrong one must not show up after hours."""
+    """Check every token, which reads the whole file: a wrong id must not end the run after hours."""
     if vocabulary < 1:
         raise UsageError(f"data.vocabulary={vocabulary}; it must be ≥ 1.")
     if vocabulary > np.iinfo(stream.dtype).max:

@@ -13,10 +13,10 @@ from mbgd.errors import UsageError
 class TokenWindows:
     """Next-token prediction: example i is one window of one document, (inputs, targets) of shape (context,), int64.
 
-    Document d lies in the stream from its first token at `boundaries[d]` to its last at `boundaries[d + 1]`; where
-    that is the next document's first token too, it separates them. Every token of a document but its first is the
-    target in exactly one window, and is predicted from those before it in that window. Where a document ends inside
-    its last window, the rest of the targets are `ignore_index`, which gives them weight 0.
+    Document d runs from its first token at `boundaries[d]` to its last at `boundaries[d + 1]`, which is also the next
+    document's first token. Every token of a document but its first is the target in exactly one window,
+    predicted from the tokens before it in that window. After a document's end, the rest of its last window's targets
+    are `ignore_index`, which gives them weight 0.
     """
 
     def __init__(
@@ -28,7 +28,7 @@ class TokenWindows:
         vocabulary: int,
         ignore_index: int = -100,
     ) -> None:
-        """tokens: the stream, memory-mapped or not, all ids < vocabulary; boundaries: rising positions in it."""
+        """tokens: the stream, memory-mapped or not, all ids < vocabulary; boundaries: increasing positions in it."""
         if context < 1:
             raise UsageError(f"data.context={context}; a window has at least 1 token.")
         if 0 <= ignore_index < vocabulary:
@@ -48,7 +48,7 @@ class TokenWindows:
         return inputs[0], targets[0]
 
     def gather(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """The examples of these numbers: inputs and targets, int64, shape (N, context); `indices` is int64, (N,)."""
+        """The examples at these indices (int64, shape (N,)): inputs and targets, int64, shape (N, context)."""
         numbers = indices.numpy()
         if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(self):
             raise IndexError(f"examples {numbers.min()} to {numbers.max()}; there are {len(self)}.")
@@ -68,5 +68,5 @@ class TokenWindows:
 
     @property
     def num_outputs(self) -> int:
-        """What a model tells apart: the tokens of the vocabulary."""
+        """The number of classes: the size of the vocabulary."""
         return self.vocabulary

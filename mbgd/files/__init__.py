@@ -1,1 +1,1 @@
-"""Files: read with bounds and checked against a schema, written whole or not at all, locked."""
+"""Files: read with size limits and checked against a schema, written atomically, locked."""

@@ -1,4 +1,4 @@
-"""Files that hold the old content or the new, never a part, even if the power fails."""
+"""Atomic writes: a file holds its old content or the new, never a part, even if the power fails."""
 
 import os
 from pathlib import Path
@@ -8,10 +8,10 @@ from mbgd.files.reading import UNREADABLE, flush, set_aside
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace the file's content. OSError where that fails, also where the folder is another run's by now."""
+    """Replace the file's content. OSError if that fails, or if another run has replaced the folder."""
     folder_lock.check(path.parent)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.unlink(missing_ok=True)  # of a crash; and a link there would lead elsewhere
+    temporary.unlink(missing_ok=True)  # left by a crash, or a link that would lead elsewhere
     try:
         with temporary.open("xb") as file:
             file.write(content)

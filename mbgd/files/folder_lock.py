@@ -1,4 +1,4 @@
-"""The lock of a run's folder: one run at a time writes there, and notices where the folder has become another's."""
+"""The lock of a run's folder: only one run writes there, and it notices if the folder is replaced."""
 
 import os
 import platform
@@ -14,22 +14,22 @@ LOCK = "lock"
 MOST_SHOWN = 200
 
 _held: "WeakValueDictionary[Path, FolderLock]" = WeakValueDictionary()
-"""By folder: what this process has locked."""
+"""The locks that this process holds, by folder."""
 
 
 class FolderReplacedError(OSError):
-    """The folder was deleted, or deleted and made anew, while this run was writing to it."""
+    """The folder was deleted, and perhaps made again, while this run was writing to it."""
 
 
 class FolderLock:
-    """Held as long as this object lives; it ends with the process, however that ends."""
+    """Held while this object lives; released when the process ends, however it ends."""
 
     def __init__(self, folder: Path, file: BinaryIO) -> None:
         self._path, self._file = folder / LOCK, file
         _held[folder.resolve()] = self
 
     def is_there(self) -> bool:
-        """Whether the folder still has the file that was locked."""
+        """Whether the locked file is still in the folder."""
         try:
             there = self._path.lstat()
         except OSError:
@@ -39,7 +39,7 @@ class FolderLock:
 
 
 def take(folder: Path) -> "FolderLock | str":
-    """The folder's lock, or who holds it. OSError or Unreadable where there can be no such file."""
+    """The folder's lock, or a text that names its holder. OSError or Unreadable if the lock file cannot be opened."""
     file = open_regular(folder / LOCK, "r+b")
     if not lock(file, wait=False):
         holder = os.pread(file.fileno(), MOST_SHOWN, 0).decode(errors="backslashreplace").strip()
@@ -54,7 +54,7 @@ def take(folder: Path) -> "FolderLock | str":
 
 
 def check(folder: Path) -> None:
-    """FolderReplacedError where this process has locked the folder and what is there now is not that folder."""
+    """FolderReplacedError if this process has locked the folder and it has since been deleted or replaced."""
     lock = _held.get(folder.resolve())
     if lock is not None and not lock.is_there():
         raise FolderReplacedError(

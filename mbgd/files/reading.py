@@ -1,6 +1,6 @@
-"""How files that anyone may have written are opened and read: regular ones only, no longer than they may be.
+"""Opens and reads files that anyone may have written: regular files only, up to a size limit.
 
-Opening never waits (a FIFO would, for ever) and never follows a link in the last part of the path.
+Opening never blocks (as a FIFO would) and never follows a link in the last part of the path.
 """
 
 import hashlib
@@ -22,11 +22,11 @@ T = TypeVar("T")
 
 MOST_JSON_BYTES = 64 * 2**20
 MOST_YAML_BYTES = 2**20
-"""A configuration has a few thousand; its parser takes a second for each of these."""
+"""A configuration has a few thousand bytes; the parser takes a second for this many."""
 UNREADABLE = ".unreadable"
-"""Ends the names of what could not be read and is kept aside."""
+"""Ending of the names of files that could not be read and were set aside."""
 MOST_NESTED = 100
-"""Containers within containers; the parsers' own limits are a traceback or a crash."""
+"""Deepest nesting of containers; at the parsers' own limits they raise a traceback or crash."""
 
 _YAML_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _KINDS = {
@@ -40,10 +40,10 @@ _KINDS = {
 
 
 class Unreadable(UsageError):  # noqa: N818  (the file is)
-    """A file that is there and cannot be used, with the reason."""
+    """A file that exists but cannot be used, with the reason."""
 
     def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"{plain(path)} cannot be read: {reason}. Mend it, or move it out of the folder.")
+        super().__init__(f"{plain(path)} cannot be read: {reason}. Fix it, or move it out of the folder.")
         self.path, self.reason = path, reason
 
 
@@ -51,12 +51,12 @@ _FLAGS = {"rb": os.O_RDONLY, "ab": os.O_WRONLY | os.O_APPEND | os.O_CREAT, "r+b"
 
 
 def open_regular(path: Path, mode: Literal["rb", "ab", "r+b"] = "rb") -> BinaryIO:
-    """The file, opened without waiting; FileNotFoundError, or Unreadable where it is no regular file.
+    """Open the file without blocking; FileNotFoundError, or Unreadable if it is not a regular file.
 
-    mode: to read, to append, or both; the latter two make the file.
+    mode: read, append, or read and write; the last two create the file.
     """
     try:
-        found = _kind(path)  # first by name: opening a device can already do something
+        found = _kind(path)  # first by name: opening a device can have effects
         if found is None:
             descriptor = os.open(path, _FLAGS[mode] | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
             if (found := _kind(descriptor)) is None:
@@ -70,18 +70,18 @@ def open_regular(path: Path, mode: Literal["rb", "ab", "r+b"] = "rb") -> BinaryI
 
 
 def sha256(path: Path) -> str:
-    """Hash of the content; raises as `open_regular`."""
+    """Hash of the content; raises like `open_regular`."""
     with open_regular(path) as file:
         return hashlib.file_digest(cast(BufferedReader, file), "sha256").hexdigest()
 
 
 def check_regular(path: Path) -> None:
-    """As `open_regular`, for a library that opens the file by its name."""
+    """Raises like `open_regular`; for a file that a library opens by name."""
     open_regular(path).close()
 
 
 def _kind(path: Path | int) -> str | None:
-    """What is there, if it is not a regular file; None also where nothing is."""
+    """The kind of file, such as "a folder"; None for a regular file or if there is none."""
     try:
         mode = (os.fstat(path) if isinstance(path, int) else path.lstat()).st_mode
     except FileNotFoundError:
@@ -103,12 +103,12 @@ def read(path: Path, most_bytes: int) -> bytes:
 
 
 def read_json(path: Path, kind: type[T]) -> dict[str, Any]:
-    """A JSON object whose known fields are as in `kind`; FileNotFoundError, or Unreadable."""
+    """A JSON object whose known fields have the types in `kind`; FileNotFoundError, or Unreadable."""
     return _checked(path, lambda: parse_json(read(path, MOST_JSON_BYTES)), kind)
 
 
 def read_yaml(path: Path, kind: type[T]) -> dict[str, Any]:
-    """A YAML mapping whose known fields are as in `kind`; FileNotFoundError, or Unreadable."""
+    """A YAML mapping whose known fields have the types in `kind`; FileNotFoundError, or Unreadable."""
     return _checked(path, lambda: _parse_yaml(read(path, MOST_YAML_BYTES)), kind)
 
 
@@ -125,7 +125,7 @@ def _checked(path: Path, parse: Any, kind: type[T]) -> dict[str, Any]:
 
 
 def convert(value: Any, kind: type[T]) -> T:
-    """The plain value as a typed one; ValueError saying where it is not of its type. Nothing is made to fit."""
+    """The plain value as type `kind`, without conversions; ValueError says where the type is wrong."""
     try:
         return msgspec.convert(value, kind, strict=True)
     except (msgspec.ValidationError, RecursionError) as error:
@@ -133,12 +133,12 @@ def convert(value: Any, kind: type[T]) -> T:
 
 
 def parse_json(content: bytes) -> Any:
-    """JSON as plain values; ValueError where it is none, has a key twice, or is nested too deep."""
+    """JSON as plain values; ValueError if it is invalid, has a key twice, or is nested too deep."""
     try:
         text = content.decode()
         value = json.loads(text, object_pairs_hook=_without_duplicates)
         if "\\ud" in text or "\\uD" in text:
-            json.dumps(value, ensure_ascii=False).encode()  # halves of characters could not be written again
+            json.dumps(value, ensure_ascii=False).encode()  # lone surrogates could not be written again
     except UnicodeDecodeError as error:
         raise ValueError(f"it is not UTF-8: {error.reason} at byte {error.start}") from error
     except UnicodeEncodeError as error:
@@ -171,7 +171,7 @@ def _inside(value: Any) -> Iterator[Any]:
 
 
 class _Loader(_YAML_LOADER):  # type: ignore[misc]
-    """YAML's plain values, each key once."""
+    """Loads YAML's plain values; refuses duplicate keys."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -181,10 +181,10 @@ class _Loader(_YAML_LOADER):  # type: ignore[misc]
 
 
 def _parse_yaml(content: bytes) -> Any:
-    """YAML as plain values; ValueError where it is none, or has what grows beyond itself."""
+    """YAML as plain values; ValueError if it is invalid, has aliases, or is nested too deep."""
     try:
         text, depth = content.decode(), 0
-        # Event by event first: the next layers call themselves for each level, and copy what an alias names.
+        # Check the events first: composing recurses for each level, and expands aliases.
         for event in yaml.parse(text, _YAML_LOADER):
             if isinstance(event, yaml.AliasEvent):
                 raise ValueError(f"it has an alias in line {event.start_mark.line + 1}; a configuration has none")
@@ -194,7 +194,7 @@ def _parse_yaml(content: bytes) -> Any:
         return yaml.load(text, _Loader)
     except ValueError:
         raise
-    except Exception as error:  # of the parser, and of whatever makes dates and numbers of texts
+    except Exception as error:  # from the parser, or from converting dates and numbers
         raise ValueError(f"it is not YAML: {error}") from error
 
 
@@ -203,7 +203,7 @@ def _reason(error: Exception) -> str:
 
 
 def free_name(path: Path) -> Path:
-    """Where the file can be kept aside: the first of `path-0`, `path-1` … that is not taken."""
+    """The first of `path-0`, `path-1` … that does not exist."""
     number = 0
     while os.path.lexists(aside := path.with_name(f"{path.name}-{number}")):
         number += 1
@@ -211,7 +211,7 @@ def free_name(path: Path) -> Path:
 
 
 def set_aside(path: Path, ending: str) -> Path:
-    """Rename what is there, so that nothing takes it for what it is not; the new path."""
+    """Rename the file or folder, so that nothing reads it by its old name; returns the new path."""
     aside = free_name(path.with_name(path.name + ending))
     path.rename(aside)
     flush(aside.parent)
@@ -219,7 +219,7 @@ def set_aside(path: Path, ending: str) -> Path:
 
 
 def flush(path: Path) -> None:
-    """Until the file or folder has reached the disk."""
+    """Wait until the file or folder has reached the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,6 +1,6 @@
-"""The small files of a run's folder, and what each may hold. Every reader of one reads it here.
+"""The small files of a run's folder and their schemas. All readers use these functions.
 
-Known fields have types, which nothing is bent to fit; a field that is not there, or that is not known, is no mistake.
+Known fields must have their types, without conversions; missing and unknown fields are allowed.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from mbgd.files.reading import Unreadable, read_json, read_yaml
 CONFIG, SUMMARY, RUN, MODEL = "config.yaml", "summary.json", "run.json", "model.safetensors"
 METRICS = "metrics.jsonl"
 OBJECTIVE = "objective.safetensors"
-"""Parameters and buffers of an objective that has some."""
+"""Parameters and buffers of the objective, if it has any."""
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
@@ -40,7 +40,7 @@ class Ranked(msgspec.Struct):
 
 
 class Config(msgspec.Struct):
-    """What is read of config.yaml."""
+    """The fields of config.yaml that are read."""
 
     data: Node = {}
     batch: Batch | None = None
@@ -99,7 +99,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """What the run came to; FileNotFoundError, or Unreadable, also where it has changed since it was written."""
+    """The run's results; FileNotFoundError, or Unreadable, also if the file has changed since it was written."""
     summary = read_json(folder / SUMMARY, Summary)
     if "sha256" in summary and summary["sha256"] != seal(summary):
         raise Unreadable(folder / SUMMARY, "it has other content than was written")
@@ -107,7 +107,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 
 def read_or_tell(reader: Callable[[Path], dict[str, Any]], *, folder: Path, problems: list[str]) -> dict[str, Any]:
-    """What the reader gives of the folder, or nothing; a file that cannot be read is added to the problems."""
+    """`reader(folder)`; {} if the file is missing or cannot be read. The latter is added to `problems`."""
     try:
         return reader(folder)
     except FileNotFoundError:
@@ -118,6 +118,6 @@ def read_or_tell(reader: Callable[[Path], dict[str, Any]], *, folder: Path, prob
 
 
 def seal(values: Mapping[str, Any]) -> str:
-    """A hash of what a file says, which it carries itself under `sha256`."""
+    """The hash of a file's values, which the file itself holds under `sha256`."""
     unsealed = {key: value for key, value in values.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(unsealed, sort_keys=True).encode()).hexdigest()

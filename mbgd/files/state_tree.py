@@ -1,6 +1,6 @@
-"""Nested state as JSON and named tensors, and back: what a checkpoint can hold of an object's state.
+"""Nested state as JSON and named tensors, and back: the form in which checkpoints hold an object's state.
 
-JSON's own values and lists stand for themselves; everything else is {kind: content}, a tensor {"tensor": its name}.
+JSON's own values and lists are stored as they are; everything else as {kind: content}, a tensor as {"tensor": name}.
 """
 
 import math
@@ -26,19 +26,19 @@ NUMPY_KINDS = "biufc"
 
 
 class Flattening:
-    """Turns nested values into JSON; `tensors` collects what they hold of tensors, as they lie."""
+    """Turns nested values into JSON; `tensors` collects their tensors, not copied."""
 
     def __init__(self, forbidden: Mapping[int, str] | None = None) -> None:
-        """forbidden: objects, by id, that must not occur, with what they are."""
+        """forbidden: objects that must not occur: id → a description for the error."""
         self.tensors: dict[str, Tensor] = {}
         self._forbidden = forbidden or {}
         self.names: dict[int, str] = {}
-        """Of each tensor by its id: one that is there twice has one name, and is one tensor again afterwards."""
-        self._kept: list[Any] = []  # so that no id is used again
+        """Tensor id → name. A tensor that occurs twice has one name, and is restored as one tensor."""
+        self._kept: list[Any] = []  # keeps the tensors alive, so that no id is reused
         self._inside: set[int] = set()
 
     def __call__(self, value: Any, path: str) -> Any:
-        """JSON for `value`; UsageError with the path of what cannot be held."""
+        """JSON for `value`; UsageError with the path of a value that cannot be stored."""
         kind = type(value)
         if id(value) in self._forbidden:
             raise _refusal(path, self._forbidden[id(value)])
@@ -101,10 +101,10 @@ class Flattening:
 
 
 def unflatten(tree: Any, tensor: Callable[[str, bool], Any]) -> Any:
-    """The value that a tree stands for.
+    """The value of a tree.
 
-    tensor: gives the tensor of a name, the same object at each call; told if it is complex, held as pairs of real ones.
-    Raises what Python raises where the tree makes no sense.
+    tensor: (name, is complex) → the tensor, the same object at each call; complex ones are stored as pairs of reals.
+    An invalid tree raises any of Python's errors (KeyError, TypeError, ValueError …).
     """
     if isinstance(tree, list):
         return [unflatten(one, tensor) for one in tree]
@@ -143,5 +143,5 @@ def _numpy_type(name: str) -> numpy.dtype[Any]:
 def _refusal(path: str, what: str) -> UsageError:
     return UsageError(
         f"{path} is {what}, which a checkpoint cannot hold: tensors, numbers, texts, None, and lists, tuples, sets, "
-        "deques and dicts of them. Keep it outside of the optimizer's state, or as one of these."
+        "deques and dicts of them. Keep it out of the optimizer's state, or store it as one of these."
     )

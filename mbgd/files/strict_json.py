@@ -1,4 +1,4 @@
-"""JSON as the standard has it: without nan and infinity, which Python would write and other programs refuse."""
+"""Standard JSON: without nan and infinity, which Python writes and other programs refuse."""
 
 import json
 import math
@@ -22,5 +22,5 @@ def _finite(value: Any) -> Any:
 
 
 def numbers(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Metrics as they are read back: null is what was not a number."""
+    """Metrics as they are read back: null becomes nan."""
     return {name: math.nan if value is None else value for name, value in values.items()}

@@ -1,4 +1,4 @@
-"""The models that ship: small, and of a size that follows from the data."""
+"""The models that ship: small, with input and output sizes taken from the data."""
 
 from mbgd.models.cnn import CNN
 from mbgd.models.gpt import GPT

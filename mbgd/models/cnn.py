@@ -28,7 +28,7 @@ class CNN(nn.Module):
         if len(input_shape) != 3 or min(input_shape[1:]) < 2 ** len(channels):
             raise UsageError(
                 f"input_shape={tuple(input_shape)}; the cnn takes images of shape (channels, height, width), at least "
-                f"{2 ** len(channels)} pixels high and wide, for each of its {len(channels)} stages halves them."
+                f"{2 ** len(channels)} pixels high and wide, because each of its {len(channels)} stages halves them."
             )
         depth, height, width = input_shape
         layers: list[nn.Module] = []

@@ -12,11 +12,11 @@ INITIAL_STD = 0.02
 
 
 class GPT(nn.Module):
-    """Token ids (N, T) → logits (N, T, num_outputs), each from the tokens up to its own; T ≤ context.
+    """Token ids (N, T) → logits (N, T, num_outputs), causal; T ≤ context.
 
-    Learned positions, blocks with LayerNorm first, GELU, no biases, and one matrix for the tokens' embedding and the
-    logits. Initialised like GPT-2: normal with standard deviation 0.02, what is added to the residual stream less by
-    the square root of how often that happens.
+    Learned position embeddings, pre-LayerNorm blocks, GELU, no biases, tied token embedding and output matrix.
+    Initialised like GPT-2: normal with standard deviation 0.02, and 0.02 / sqrt(2 num_layers) for the projections
+    added to the residual stream.
     """
 
     def __init__(

@@ -13,10 +13,10 @@ NUM_STAGES = 3
 class ResNet(nn.Module):
     """Images (N, channels, height, width), of about 28 × 28 or 32 × 32 pixels → (N, num_outputs).
 
-    A convolution, three stages of (depth − 2) / 6 blocks of two convolutions each, the second and third stage with
-    half the height and width and twice the channels, and the mean over all pixels. Shortcuts that change the shape are
-    1 × 1 convolutions. Every convolution is followed by BatchNorm; the one at the end of a block starts at 0, so that
-    the block starts as the identity (Goyal et al. 2017, section 5.1).
+    A convolution, three stages of (depth − 2) / 6 blocks of two convolutions each, a global average pooling and a
+    linear layer. The second and third stage halve height and width and double the channels. Shortcuts that change the
+    shape are 1 × 1 convolutions. Every convolution is followed by BatchNorm; the last one's scale in a block starts at
+    0, so that the block starts as the identity (Goyal et al. 2017, section 5.1).
     """
 
     def __init__(self, input_shape: Sequence[int], num_outputs: int, *, depth: int = 20, width: int = 16) -> None:

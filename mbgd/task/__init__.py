@@ -1,1 +1,1 @@
-"""Examples → losses: the model under its objective, what of it is trained, and its buffers."""
+"""Examples → losses: model and objective as one module, its trained parameters, and its buffers."""

@@ -1,14 +1,14 @@
-"""The buffers of model and objective, looked up by name in every step, so that none moves unseen.
+"""The buffers of model and objective, looked up by name in every step, so that no change goes unnoticed.
 
-Rule: every micro-batch starts from the buffers as they were before the step. After it a floating buffer is the mean of
-what the micro-batches made of it, each weighing as many examples as it has; an integer buffer, such as
-`num_batches_tracked`, is what every single micro-batch made of it. So buffers, like parameters, do not depend on which
-worker computed what. A buffer for which this makes no sense is refused by name.
+Rule: every micro-batch starts from the buffers as they were before the step. After the step a floating buffer is the
+mean of its values after each micro-batch, weighted by the micro-batch's number of examples; an integer buffer, such as
+`num_batches_tracked`, is the value that every micro-batch gave it. So buffers, like parameters, do not depend on which
+worker computed what. A buffer that cannot follow this rule is refused by name.
 
-Whether a forward changed a buffer in place or assigned it anew is seen by its version and its identity, without
-looking at the values: a GPU is not waited for. torch's batch and instance normalisation move their running statistics
-without raising the version; these move in training mode. Others of this kind are found by value: in the trial before
-training, and wherever the state is checked.
+A buffer that a forward changed in place or assigned is noticed by its `_version` and its identity, without reading the
+values, so a GPU need not be synchronised. torch's batch and instance normalisation change their running statistics
+without raising `_version`; they count as changed after every forward in training mode. Other such buffers are found by
+value: in the trial before training, and wherever the state is checked.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -23,17 +23,17 @@ from mbgd.task.task import Task, plain_name
 
 
 class Buffer:
-    """One place in a module where a buffer lies, and what lay there before the step."""
+    """One buffer slot of a module, and the buffer's value before the step."""
 
     def __init__(self, name: str, module: nn.Module, key: str) -> None:
         self.name, self._module, self._owner, self._key = name, module, module._buffers, key
         self.is_persistent = key not in module._non_persistent_buffers_set
         self._is_of_norm = isinstance(module, _NormBase) and key in ("running_mean", "running_var")
         self.moves_unseen = False
-        """Forwards change it without raising its version."""
+        """Forwards change it without raising its `_version`."""
         self.is_averaged = False
         self.is_cache = False
-        """A forward made it of another shape: it holds what can be computed again, and every worker has its own."""
+        """Not persistent, and a forward changed its shape or dtype: can be recomputed, so each worker has its own."""
         self.remember()
 
     @property
@@ -41,7 +41,7 @@ class Buffer:
         return self._owner[self._key]
 
     def is_another(self) -> bool:
-        """Whether it was assigned or changed in place, as far as its version tells."""
+        """Whether it was assigned or changed in place, judged by identity and `_version`."""
         now = self._owner[self._key]
         return now is not self.tensor or (now is not None and now._version != self.version)
 
@@ -50,19 +50,19 @@ class Buffer:
         return self.is_another() or self.moves_unseen or (self._is_of_norm and self._module.training)
 
     def remember(self) -> None:
-        """Take what lies there now for what lies there before the step."""
+        """Take the buffer's current value as its value before the step."""
         self.tensor = self._owner[self._key]
         self.version = -1 if self.tensor is None else self.tensor._version
         self.before = _copied(self.tensor)
         self.is_floating = self.tensor is not None and (self.tensor.is_floating_point() or self.tensor.is_complex())
 
     def put_in_place(self) -> None:
-        """Let the tensor lie there that did before the step, with whatever values."""
+        """Put the tensor from before the step back into its slot; its values are not restored."""
         self._owner[self._key] = self.tensor
 
 
 class Buffers:
-    """All buffers of a task; those that move are averaged over the minibatch."""
+    """All buffers of a task; those that change in training are averaged over the minibatch."""
 
     def __init__(self, task: Task, device: torch.device) -> None:
         self._nothing = torch.zeros(0, dtype=torch.float64, device=device)
@@ -74,21 +74,21 @@ class Buffers:
         self._integers: list[Buffer] = []
         self._moved: list[_Moved] = []
         self.late_names: set[str] = set()
-        """Names of buffers that have moved in this step without being known to; the workers agree on them."""
+        """Names of buffers that changed for the first time in this step; the workers agree on them."""
         self._find()
 
     def __bool__(self) -> bool:
-        """Whether any is known to move."""
+        """Whether any buffer is known to change."""
         return bool(self._floating or self._integers)
 
     @property
     def num_values(self) -> int:
-        """Length of what `sums` gives for a micro-batch."""
+        """Length of the vector that `sums` gives for a micro-batch."""
         num_floating = sum(_real(_known(buffer.before)).numel() for buffer in self._floating)
         return num_floating + 2 * sum(_known(buffer.before).numel() for buffer in self._integers)
 
     def expect(self, names: Iterable[str]) -> None:
-        """Buffers of these names move. The order in which they are named is the same on all workers."""
+        """Average the buffers of these names from now on; the names come in the same order on all workers."""
         for buffer in (self._all[name] for name in names):
             buffer.is_averaged = True
             (self._floating if buffer.is_floating else self._integers).append(buffer)
@@ -104,9 +104,9 @@ class Buffers:
         self.late_names.clear()
 
     def put_back(self, but: Collection[str] = ()) -> None:
-        """Undo what forwards have made of the buffers since the step's start, or since the last step.
+        """Restore the buffers that forwards have changed since the step's start, or since the last step.
 
-        but: names of buffers that stay as they are, as if they had been so before.
+        but: names of buffers that keep their current value, which then counts as the value before the step.
         """
         for name in but:
             self._all[name].remember()
@@ -116,12 +116,12 @@ class Buffers:
         _copy([buffer for buffer in changed if buffer.tensor is not None])
 
     def marks(self) -> dict[str, tuple[int, int]]:
-        """By name, what is another one once a forward has changed the buffer."""
+        """(id, _version) of each buffer, by name; it differs once a forward has changed the buffer."""
         tensors = {name: buffer.now for name, buffer in self._all.items()}
         return {name: (id(now), 0 if now is None else now._version) for name, now in tensors.items()}
 
     def find_unseen(self) -> list[str]:
-        """Names of buffers whose values have changed although nothing showed it, and from now on may at any time."""
+        """Names of buffers that changed unnoticed, found by value; from now on they count as changed by any forward."""
         found = []
         for buffer in self._all.values():
             now = buffer.now
@@ -133,16 +133,16 @@ class Buffers:
         return found
 
     def changed(self) -> list[str]:
-        """Names of the buffers that forwards have changed; UsageError where one has become what cannot be averaged."""
+        """Names of the buffers that forwards have changed; UsageError if one cannot be averaged any more."""
         found = [buffer for buffer in self._all.values() if not buffer.is_cache and buffer.has_changed()]
         for buffer in found:
             _check(buffer)
         return [buffer.name for buffer in found if not buffer.is_cache]
 
     def end_micro_batch(self, number: int, num_examples: int, *, is_stand_in: bool) -> None:
-        """Take in what the micro-batch made of the buffers.
+        """Record the buffers after a micro-batch.
 
-        is_stand_in: what it made is left out.
+        is_stand_in: the micro-batch is not recorded.
         """
         if not self._all:
             return
@@ -156,7 +156,7 @@ class Buffers:
         self._moved.append(_Moved(number, num_examples, floating, integers, late))
 
     def sums(self) -> list[tuple[int, Tensor]]:
-        """For each micro-batch its number and what is added up over all of them: float64, shape (num_values,)."""
+        """For each micro-batch its number and the vector to be summed over all: float64, shape (num_values,)."""
         before = self._cat([_known(buffer.before) for buffer in self._integers])
         vectors = []
         for moved in self._moved:
@@ -167,7 +167,7 @@ class Buffers:
         return vectors
 
     def _late(self, buffers: Sequence[Buffer], num_values: int, moved: "_Moved") -> Tensor:
-        """The values of those buffers that come behind `num_values` values: known to move only since this step."""
+        """Values of the buffers after the first `num_values` values: those known to change only since this step."""
         late = []
         for buffer in buffers:
             if num_values <= 0:
@@ -176,9 +176,9 @@ class Buffers:
         return self._cat(late)
 
     def take(self, totals: Tensor, num_examples: int) -> Tensor:
-        """Give the buffers their new values; whether every micro-batch made the same of the integer ones: shape ().
+        """Set the buffers' new values; returns whether all micro-batches gave the same integers: bool, shape ().
 
-        totals: of `sums` over the minibatch of `num_examples` examples.
+        totals: `sums` added up over the minibatch of `num_examples` examples.
         """
         before = self._cat([_known(buffer.before) for buffer in self._integers])
         means = totals / num_examples
@@ -187,23 +187,23 @@ class Buffers:
         _set(self._integers, before + change)
         self._moved.clear()
         are_alike: Tensor = (change.square() == square).all()
-        return are_alike  # only of equal values the square of the mean is the mean of squares
+        return are_alike  # the square of the mean is the mean of the squares only if all values are equal
 
     def unlike(self) -> str:
-        """The refusal of an integer buffer of which micro-batches made different values."""
+        """The error's text for an integer buffer to which micro-batches gave different values."""
         names = ", ".join(buffer.name for buffer in self._integers)
         return (
-            f"the micro-batches of one minibatch made different values of an integer buffer ({names}). Integers cannot "
-            "be averaged: what a forward makes of one must depend neither on the examples nor on their number. Count "
-            "minibatches instead of examples, or make it a floating buffer, which is averaged."
+            f"the micro-batches of one minibatch gave an integer buffer different values ({names}). Integers cannot "
+            "be averaged: the new value must depend neither on the examples nor on their number. Count minibatches "
+            "instead of examples, or make it a floating buffer, which is averaged."
         )
 
     def tensors(self, *, caches: bool = False) -> dict[str, Tensor]:
-        """Every buffer by name, as they lie, with or without those that are caches."""
+        """Every buffer by name, not copied, with or without the caches."""
         return {b.name: b.now for b in self._all.values() if b.now is not None and (caches or not b.is_cache)}
 
     def recomputable(self) -> set[str]:
-        """Names of non-persistent buffers: a checkpoint without them, or with others, fits all the same."""
+        """Names of non-persistent buffers: a checkpoint fits with or without them."""
         return {buffer.name for buffer in self._all.values() if not buffer.is_persistent}
 
     def _cat(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -211,7 +211,7 @@ class Buffers:
         return torch.cat([_real(tensor.detach()) for tensor in tensors]).double() if tensors else self._nothing
 
     def _find(self) -> None:
-        """Look for buffers that modules have registered since."""
+        """Look for buffers that modules have registered since the last look."""
         self._num_found = sum(map(len, self._owners))
         known, self._all = self._all, {}
         for prefix, module in self._modules:
@@ -221,19 +221,19 @@ class Buffers:
 
 
 class _Moved(NamedTuple):
-    """What one micro-batch made of the buffers that move."""
+    """The values of the averaged buffers after one micro-batch."""
 
     number: int
     num_examples: int
     floating: Tensor
-    """Of those that were known to move before: float64, one dimension."""
+    """Floating buffers known to change before this micro-batch: float64, one dimension."""
     integers: Tensor
     late: dict[str, Tensor]
-    """Of those that were not."""
+    """Buffers not known to change before, by name."""
 
 
 def _set(buffers: Sequence[Buffer], values: Tensor) -> None:
-    """Give buffers the values of a vector, float64, and take them for those before the next step."""
+    """Set buffers to the values of a float64 vector, which also become their values before the next step."""
     parts = torch.split(values, [_real(_known(buffer.before)).numel() for buffer in buffers])
     for buffer, part in zip(buffers, parts, strict=True):
         before = _known(buffer.before)
@@ -243,7 +243,7 @@ def _set(buffers: Sequence[Buffer], values: Tensor) -> None:
 
 
 def _copy(buffers: Sequence[Buffer]) -> None:
-    """Give buffers the values that they have in `before`."""
+    """Set buffers to their values in `before`."""
     if buffers:
         with torch.no_grad():
             torch._foreach_copy_([_known(b.tensor) for b in buffers], [_known(b.before) for b in buffers])
@@ -261,7 +261,7 @@ def _known(tensor: Tensor | None) -> Tensor:
 
 
 def _real(tensor: Tensor) -> Tensor:
-    """The values in one dimension, complex ones as pairs."""
+    """The values in one dimension, complex ones as (real, imaginary) pairs."""
     return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).flatten()
 
 
@@ -270,12 +270,12 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def _check(buffer: Buffer) -> None:
-    """UsageError where a forward has made of a buffer what cannot be averaged."""
+    """UsageError if a forward has changed a buffer so that it cannot be averaged."""
     now, before = buffer.now, buffer.before
     if now is not None and before is not None and now.requires_grad:
         raise UsageError(
             f"a forward assigned the buffer {buffer.name} a tensor that requires a gradient; its graph would grow from "
-            "step to step. Assign what detach() gives."
+            "step to step. Assign tensor.detach()."
         )
     if now is not None and before is not None and now.shape == before.shape and now.dtype == before.dtype:
         return

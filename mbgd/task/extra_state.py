@@ -1,6 +1,6 @@
-"""State of modules that is no tensor of theirs: what `get_extra_state` gives and `set_extra_state` takes.
+"""Modules' extra state: the result of `get_extra_state`, restored with `set_extra_state`.
 
-A tensor is kept among the tensors; anything else must be what JSON can hold, for checkpoints run no code when read.
+A tensor is kept among the checkpoint's tensors; anything else must be JSON, because reading a checkpoint runs no code.
 """
 
 import copy
@@ -15,11 +15,11 @@ from mbgd.errors import UsageError
 from mbgd.task.task import Task, plain_name
 
 KEY = "_extra_state"
-"""torch's own name of it in a state_dict."""
+"""torch's own key for it in a state_dict."""
 
 
 def _modules(task: Task) -> dict[str, nn.Module]:
-    """Modules with extra state, by the name that it has in a state_dict."""
+    """Modules with extra state, by the state's key in a state_dict."""
     return {
         plain_name(f"{name}.{KEY}"): module
         for name, module in task.named_modules()
@@ -28,7 +28,7 @@ def _modules(task: Task) -> dict[str, nn.Module]:
 
 
 def extra_state(task: Task) -> dict[str, Any]:
-    """By name, what each module gives now."""
+    """Each module's extra state now, by key."""
     return {name: module.get_extra_state() for name, module in _modules(task).items()}
 
 
@@ -39,13 +39,13 @@ def set_extra_state(task: Task, state: Mapping[str, Any]) -> None:
 
 
 def split(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors, and what JSON can hold."""
+    """(tensors, other values), each by key."""
     tensors = {name: value.detach() for name, value in state.items() if isinstance(value, Tensor)}
     return tensors, {name: value for name, value in state.items() if name not in tensors}
 
 
 def check(task: Task) -> None:
-    """UsageError where a module's extra state cannot be kept in a checkpoint."""
+    """UsageError if a module's extra state cannot be kept in a checkpoint."""
     for name, value in extra_state(task).items():
         if isinstance(value, Tensor):
             continue
@@ -55,15 +55,15 @@ def check(task: Task) -> None:
             is_kept = False
         if not is_kept:
             raise UsageError(
-                f"{name}: get_extra_state gives a {type(value).__name__} that JSON cannot hold; checkpoints hold "
-                "tensors and JSON, so that reading one runs no code. Give a tensor, or numbers, texts, lists and dicts "
-                "with keys that are texts."
+                f"{name}: get_extra_state returns a {type(value).__name__} that JSON cannot hold; checkpoints hold "
+                "tensors and JSON, so that reading one runs no code. Return a tensor, or numbers, strings, lists and "
+                "dicts with str keys."
             )
 
 
 @contextmanager
 def extra_state_kept(task: Task) -> Iterator[None]:
-    """Forwards inside leave it as it was."""
+    """Restores the extra state after forwards inside."""
     before = copy.deepcopy(extra_state(task))
     try:
         yield

@@ -17,8 +17,8 @@ class CrossEntropy:
     """Cross-entropy of class logits, equal to torch's weighted mean over the whole minibatch.
 
     Targets are class numbers of shape (N,), or (N, …) for a class per token or pixel. `model(inputs)` gives logits of
-    shape (N, C, …), as torch has them, or (N, …, C); … may be flattened. A target equal to `ignore_index` has weight 0
-    (None: every target counts); with `class_weights` (C values ≥ 0) a target's weight is that of its class.
+    shape (N, C, …), torch's layout, or (N, …, C); … may be flattened. A target equal to `ignore_index` has weight 0
+    (None: every target counts); with `class_weights` (C values ≥ 0) a target's weight is its class's weight.
     """
 
     def __init__(
@@ -29,8 +29,8 @@ class CrossEntropy:
         class_weights: Sequence[float] | None = None,
         class_dim: int | None = None,
     ) -> None:
-        """class_dim: the logits' dimension that holds the classes, 1 or -1; None: told by the shapes of the first batch
-        that tell it."""
+        """class_dim: the logits' dimension that holds the classes, 1 or -1; None: inferred from the first batch whose
+        shapes allow only one."""
         if not 0.0 <= label_smoothing <= 1.0:
             raise UsageError(f"label_smoothing={label_smoothing}; it must lie between 0 and 1.")
         if class_weights is not None and not all(0 <= weight < math.inf for weight in class_weights):
@@ -56,7 +56,7 @@ class CrossEntropy:
             targets = targets.long()
         rows, of_rows = logits, targets
         if targets.dim() > 1:
-            # One row per token: several times as fast as torch's way with (N, C, T).
+            # One row per token: several times as fast as F.cross_entropy on (N, C, T).
             rows, of_rows = logits.flatten(0, -2), targets.flatten()
         if rows.dtype.itemsize < 4:
             rows = rows.float()  # neither losses nor weights in 16 bits
@@ -73,17 +73,17 @@ class CrossEntropy:
         except IndexError:
             self.check_targets(targets, num_classes=logits.shape[-1])
             raise
-        if targets.dim() > 1:  # otherwise they have that shape, and the view would cost 10 µs
+        if targets.dim() > 1:  # otherwise the shape is right already, and the view would cost 10 µs
             losses = losses.view(targets.shape)
         weights = self._weights(targets, losses, class_weights)
         if self.label_smoothing and class_weights is not None and weights is not None:
-            # torch's smoothed losses carry the class weight already; the trainer multiplies by it.
+            # torch has multiplied smoothed losses by the class weight already; the trainer does it, too.
             losses = losses / weights.masked_fill(weights == 0, 1.0)
         accuracy = partial(_correct, logits, targets)
         return PerExample(losses, weights, {"accuracy": accuracy}, partial(_probabilities, logits, targets))
 
     def _classes_last(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """The logits in the targets' shape with the classes behind it; UsageError where the shapes do not say how."""
+        """The logits as (*targets.shape, C); UsageError if the shapes do not fit, or fit in two ways."""
         if logits.dim() == 2 and logits.shape[:1] == targets.shape:
             return logits
         dims = _class_dims(logits.shape, targets.shape)
@@ -96,26 +96,27 @@ class CrossEntropy:
         if logits.dim() > 2:
             if len(dims) > 1 and self.class_dim is None:
                 raise UsageError(
-                    f"{shapes} do not tell which dimension holds the classes. Set objective.class_dim=1 for "
+                    f"{shapes} fit with the classes in dimension 1 and in dimension -1. Set objective.class_dim=1 for "
                     "(N, C, …), or objective.class_dim=-1 for (N, …, C)."
                 )
             self.class_dim = self.class_dim or dims[0]
             if self.class_dim not in dims:
                 raise UsageError(
                     f"class_dim={self.class_dim}, by objective.class_dim or by an earlier batch, but {shapes} have the "
-                    f"classes in dimension {dims[0]}. Let the model give all outputs alike, or correct the option."
+                    f"classes in dimension {dims[0]}. Let the model give all outputs in one layout, or correct the "
+                    "option."
                 )
             logits = logits.movedim(self.class_dim, -1)
         return logits.reshape(*targets.shape, logits.shape[-1])
 
     def _class_weights(self, rows: Tensor) -> Tensor | None:
-        """One for each class, in the dtype and on the device of the rows of logits."""
+        """The class weights, in the dtype and on the device of the logits."""
         if self.class_weights is None:
             return None
         self._check_num_classes(rows.shape[-1])
         kind = rows.dtype, rows.device
         if kind not in self._weight_tensors:
-            with torch.inference_mode(mode=False):  # an evaluation may come first, and backward needs them later
+            with torch.inference_mode(mode=False):  # an evaluation may come first, and a later backward uses them
                 self._weight_tensors[kind] = torch.tensor(self.class_weights, dtype=rows.dtype, device=rows.device)
         return self._weight_tensors[kind]
 
@@ -148,7 +149,7 @@ class CrossEntropy:
             )
 
 
-_NO_TARGET = -(2**62)  # torch always ignores some number; one that no target can be
+_NO_TARGET = -(2**62)  # F.cross_entropy always has an ignore_index; no target can be this one
 
 
 def _check_integers(targets: Tensor) -> None:
@@ -166,11 +167,11 @@ def _probabilities(logits: Tensor, targets: Tensor) -> Predictions:
 
 
 def _class_dims(logits: Sequence[int], targets: Sequence[int]) -> tuple[int, ...]:
-    """Which of the dimensions 1 and -1 of logits of this shape may hold the classes, with targets of that shape.
+    """The dimensions, of 1 and -1, that may hold the classes, for these shapes of logits and targets.
 
-    Targets (N, …) go with logits (N, C, …) as torch has them, or (N, …, C). What stands for … may be flattened into one
-    dimension on either side. Two dimensions are (rows, C), a row for each target. None: the shapes do not fit; two:
-    they do not tell which.
+    Targets (N, …) fit logits (N, C, …), torch's layout, or (N, …, C). The dimensions … may be flattened into one on
+    either side. Logits of two dimensions are (rows, C), a row for each target. Empty: the shapes do not fit; two
+    dimensions: either is possible.
     """
     if len(logits) < 2 or not targets:
         return ()
@@ -189,8 +190,8 @@ def _are_same(positions: Sequence[int], others: Sequence[int]) -> bool:
 class MeanSquaredError:
     """Squared error of each example, averaged over the example's values.
 
-    `model(inputs)` gives predictions of the targets' shape, whichever that is. There may be one dimension of size 1
-    more, as in (N, 1) for targets (N,).
+    `model(inputs)` gives predictions of the targets' shape; one more dimension of size 1 is allowed, as in (N, 1) for
+    targets (N,).
     """
 
     def __call__(self, model: nn.Module, batch: Any) -> PerExample:

@@ -1,4 +1,4 @@
-"""Training and evaluation mode of every module, as the user set them."""
+"""Keeps every module in the training or evaluation mode that the user gave it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,10 +7,10 @@ from torch import nn
 
 
 def set_training(model: nn.Module) -> bool:
-    """Put a model that came wholly in evaluation mode into training mode; whether it did.
+    """Put a model that is entirely in evaluation mode into training mode; returns whether it did.
 
-    `from_pretrained` and a last evaluation leave models so. Where only parts are in evaluation mode, such as a frozen
-    BatchNorm, that was meant: they stay there.
+    `from_pretrained` and a last evaluation leave models in evaluation mode. If only parts are in evaluation mode, such
+    as a frozen BatchNorm, that is intended and stays.
     """
     if any(module.training for module in model.modules()):
         return False
@@ -20,12 +20,12 @@ def set_training(model: nn.Module) -> bool:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """All of the module is in evaluation mode inside; afterwards each part is in the mode that it was in before."""
+    """Inside, the whole module is in evaluation mode; afterwards each submodule has its previous mode."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
         yield
     finally:
-        module.train()  # by the modules' own methods, which may do more than set a flag
+        module.train()  # modules may override train() to do more than set the flag
         for part, is_training in modes:
             part.training = is_training

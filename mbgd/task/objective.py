@@ -26,18 +26,18 @@ class PerExample:
     """What an objective returns: unreduced losses, with their weights and metrics."""
 
     losses: Tensor
-    """Shape (N,) for N examples, or (N, …) for a token, pixel, box or the like at each place of …"""
+    """Shape (N,) for N examples, or (N, …) with one loss per token, pixel, box or the like."""
     weights: Tensor | None = None
     """w_i ≥ 0, same shape as `losses`; 0 leaves an example (or token) out. None: all 1."""
     metrics: Mapping[str, MetricValues] = field(default_factory=dict)
-    """Per-example values, same shape as `losses`, or functions that give them (called only where they are logged).
+    """Per-example values, same shape as `losses`, or functions that return them (called only when they are logged).
     A metric's mean is taken over the examples whose weight is not 0, each counted once."""
     predictions: Predictions | Callable[[], Predictions] | None = None
-    """Outputs and targets, each of the losses' shape and perhaps more dimensions, or a function that gives both: what
-    the metrics of the whole evaluation set (`Evaluation.metrics`) are computed from. Used in evaluations alone."""
+    """Outputs and targets, whose first dimensions are the losses' shape, or a function that returns both: the input of
+    the metrics of the whole evaluation set (`Evaluation.metrics`). Used in evaluations alone."""
 
     def check(self, num_examples: int) -> None:
-        """Raise UsageError unless the shapes keep the contract for a micro-batch of `num_examples`."""
+        """Raise UsageError unless the shapes follow the contract for a micro-batch of `num_examples`."""
         shape = self.losses.shape
         if not shape or shape[0] != num_examples:
             got = f"losses of shape {tuple(shape)} for {num_examples} examples" if shape else "a scalar loss"
@@ -66,7 +66,7 @@ class PerExample:
         """Outputs (n, …) and targets (n, …) of the n examples, or tokens, whose weight is not 0."""
         if self.predictions is None:
             raise UsageError(
-                "the objective gives no predictions, of which evaluation.metrics are computed. Let it return "
+                "the objective gives no predictions, but evaluation.metrics are computed from them. Let it return "
                 "PerExample(…, predictions=(outputs, targets)), or leave these metrics out."
             )
         given = self.predictions() if callable(self.predictions) else self.predictions
@@ -95,7 +95,10 @@ class PerExample:
         return self.weights.detach().double().sum()
 
     def sums(self, metric_names: Sequence[str]) -> Tensor:
-        """The sums that make exact means, of the loss and these metrics: float64, shape (NUM_SUMS + their number,)."""
+        """Σ w L, Σ w, the number of w ≠ 0, the number of w < 0, and each metric's sum: float64.
+
+        Shape (NUM_SUMS + number of metrics,).
+        """
         losses = self.losses.detach().double()
         if self.weights is None:
             count = losses.new_full((), losses.numel())  # filled by a kernel: new_tensor would wait for a GPU
@@ -115,16 +118,16 @@ NUM_SUMS = 4
 
 @dataclass(frozen=True)
 class Totals:
-    """`PerExample.sums` added up over micro-batches and workers."""
+    """`PerExample.sums`, summed over micro-batches and workers."""
 
     sums: Tensor
     metric_names: tuple[str, ...]
     wrong: Tensor | None = None
-    """More than 0 where any worker has noticed something wrong; shape (1,)."""
+    """More than 0 if any worker has noticed something wrong; shape (1,)."""
 
     @property
     def wrong_anywhere(self) -> bool:
-        """This waits for the device."""
+        """Waits for the device."""
         return self.wrong is not None and bool(self.wrong.item())
 
     @property
@@ -134,12 +137,12 @@ class Totals:
 
     @property
     def count(self) -> Tensor:
-        """How many examples, or tokens, have a weight other than 0; shape ()."""
+        """Number of examples, or tokens, whose weight is not 0; shape ()."""
         return self.sums[2]
 
     @cached_property
     def _values(self) -> list[float]:
-        """The sums on the host, for which it waits."""
+        """The sums on the host; waits for the device."""
         values: list[float] = self.sums.tolist()
         return values
 

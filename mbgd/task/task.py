@@ -1,7 +1,6 @@
-"""What one worker computes: the model under its objective, as one module that DistributedDataParallel can wrap.
+"""Model and objective as one module, which DistributedDataParallel can wrap.
 
-The objective gets the user's own model, never a wrapper, so that it may call any method of it on any number of
-workers.
+The objective gets the user's own model, never a wrapper, so it may call any of its methods on any number of workers.
 """
 
 from typing import Any
@@ -13,7 +12,7 @@ from mbgd.errors import UsageError
 from mbgd.task.objective import Objective, PerExample
 
 OBJECTIVE = "objective."
-"""What the names of the objective's parameters and buffers begin with; the model's stand as they are."""
+"""Prefix of the names of the objective's parameters and buffers; the model's names have none."""
 
 
 class Task(nn.Module):
@@ -23,7 +22,7 @@ class Task(nn.Module):
         super().__init__()
         self.model = model
         self.objective = _module_of(objective, model)
-        self._parts = (objective, model)  # nn.Module's own way to `self.model` costs microseconds in every step
+        self._parts = (objective, model)  # nn.Module.__getattr__ for `self.model` costs microseconds in every step
 
     def forward(self, batch: Any, num_examples: int) -> PerExample:
         objective, model = self._parts
@@ -46,12 +45,12 @@ class Task(nn.Module):
         return {plain_name(name): parameter for name, parameter in self.named_parameters()}
 
     def move_(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Move parameters and buffers to the device; floating ones to `dtype`, complex ones to its complex twin."""
+        """Move parameters and buffers to the device, floating ones as `dtype`, complex ones as `dtype.to_complex()`."""
         self._apply(lambda tensor: tensor.to(device, dtype_of(tensor, dtype)))  # type: ignore[no-untyped-call]
 
 
 def refuse_odd_parts(task: Task) -> None:
-    """UsageError where model or objective has a part whose state could not be told by name."""
+    """UsageError for lazy parameters, and for names that model and objective would share."""
     for name, parameter in task.named_parameters():
         if nn.parameter.is_lazy(parameter):
             raise UsageError(
@@ -60,24 +59,24 @@ def refuse_odd_parts(task: Task) -> None:
             )
     if task.objective is not None and any(name.startswith(OBJECTIVE) for name, _ in task.model.named_modules()):
         raise UsageError(
-            f"the model has a part named {OBJECTIVE[:-1]}, and the objective is a module too; the names of their "
-            "parameters could not be told apart. Rename that part of the model."
+            f"the model has a part named {OBJECTIVE[:-1]}, and the objective is a module too, so their parameters "
+            "would have the same names. Rename that part of the model."
         )
 
 
 def _module_of(objective: Objective, model: nn.Module) -> nn.Module | None:
-    """The module whose parameters the objective brings: itself, or what it is a method of."""
+    """The module whose parameters the objective adds: the objective itself, or the object it is a method of."""
     owner = objective if isinstance(objective, nn.Module) else getattr(objective, "__self__", None)
     return owner if isinstance(owner, nn.Module) and owner is not model else None
 
 
 def plain_name(name: str) -> str:
-    """A name within a `Task` as users know it: without the task's `model.` and without torch.compile's `_orig_mod.`."""
+    """The user's name for a name in a `Task`: without the task's `model.` and without torch.compile's `_orig_mod.`."""
     return ".".join(part for part in name.removeprefix("model.").split(".") if part != "_orig_mod")
 
 
 def dtype_of(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """What a tensor is cast to where the run computes in `dtype`; integers stay what they are."""
+    """The dtype that a tensor is cast to in a run of this dtype; integers keep theirs."""
     if tensor.is_complex():
         return dtype.to_complex()
     return dtype if tensor.is_floating_point() else tensor.dtype

@@ -1,7 +1,7 @@
-"""How many threads a CPU worker computes with, where neither the user nor a launcher has said it.
+"""The number of threads of a CPU worker, where neither the user nor a launcher sets it.
 
-On a machine that does other things, too, the threads of a short computation wait for each other longer than it takes
-alone. What a model needs is counted, not timed: a run that goes on has as many threads as before, and so the same bits.
+On a machine with other load, the threads of a short computation wait for each other longer than one thread would take.
+The model's work is counted, not timed, so that a resumed run chooses the same number of threads, and so the same bits.
 """
 
 import os
@@ -16,24 +16,24 @@ from mbgd.batches.plan import Plan
 from mbgd.config import Averaging, AveragingName
 
 SMALL = 2**22
-"""Multiplications in the forward of a micro-batch up to which one thread is as fast: some milliseconds at most."""
+"""Up to this many multiplications in a micro-batch's forward, one thread is as fast: a few milliseconds at most."""
 
 SHARED_OUT = "MBGD_THREADS_SHARED_OUT"
-"""Environment variable that is there where OMP_NUM_THREADS is a worker's share of the cores, not the user's wish."""
+"""Environment variable, set where OMP_NUM_THREADS is a worker's share of the cores and not the user's choice."""
 
 why: list[str] = []
-"""For people: why this process has as many threads as it has, where that was chosen here."""
+"""For people: the reason for the number of threads, if `choose` set it."""
 
 
 class Work:
-    """Multiplications in a forward of one example, about."""
+    """Approximate number of multiplications in the forward of one example."""
 
     per_example = 0.0
 
 
 @contextmanager
 def work_counted(model: nn.Module) -> Iterator[Work]:
-    """While inside, what the first forward of the model multiplies is counted, layer by layer."""
+    """Counts the multiplications of the model's first forward inside, layer by layer."""
     work, total, is_counted = Work(), 0.0, False
 
     def count(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
@@ -42,7 +42,7 @@ def work_counted(model: nn.Module) -> Iterator[Work]:
             return
         if isinstance(output, Tensor) and output.dim() > 0:
             weights = [one for one in module.parameters(recurse=False) if one.dim() > 1]
-            # Each weight is used once for every place of the output: (N, H, W) of a convolution, (N, T) of tokens.
+            # Each weight is used once per position of the output: (N, H, W) of a convolution, (N, T) of tokens.
             if not isinstance(module, nn.Embedding):
                 total += sum(weight.numel() * output.numel() / weight.shape[0] for weight in weights)
         if module is model:
@@ -58,7 +58,7 @@ def work_counted(model: nn.Module) -> Iterator[Work]:
 
 
 def choose(settings: Averaging, device: torch.device, plan: Plan, work: Work) -> None:
-    """One thread for a small model, where nobody has said how many."""
+    """Use one thread for a small model, unless the number of threads is set."""
     why.clear()
     is_said = "OMP_NUM_THREADS" in os.environ and SHARED_OUT not in os.environ
     is_said = is_said or settings.num_threads is not None or settings.name is AveragingName.reproducible

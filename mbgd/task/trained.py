@@ -1,6 +1,6 @@
-"""What is trained: the parameters that the optimizer holds. They are cleared, averaged, divided, clipped and saved.
+"""The trained parameters, which are those that the optimizer holds: cleared, averaged, divided, clipped and saved.
 
-Every step looks again at what users and forwards may have changed about them: hooks, `requires_grad` and values.
+Every step checks them for changes by users and forwards: hooks, `requires_grad` and values.
 """
 
 from collections.abc import Callable
@@ -21,14 +21,14 @@ _hooks = attrgetter("_backward_hooks")
 _accumulate_hooks = attrgetter("_post_accumulate_grad_hooks")
 
 AVERAGING_HOOK = "is_averaging_hook"
-"""An attribute of the hooks that an averaging has put on parameters itself."""
+"""Attribute that marks hooks that an averaging itself has registered."""
 
 
 class Trained:
     """The optimizer's parameters by name, those of the model first, in the order of the modules."""
 
     def __init__(self, task: Task, optimizer: Optimizer) -> None:
-        """UsageError where the optimizer holds a parameter that is neither the model's nor the objective's."""
+        """UsageError if the optimizer holds a parameter that is neither the model's nor the objective's."""
         of_task = task.parameters_by_name()
         names = {parameter: name for name, parameter in of_task.items()}
         held = dict.fromkeys(p for group in optimizer.param_groups for p in group["params"])
@@ -37,40 +37,40 @@ class Trained:
         self.by_name: dict[str, nn.Parameter] = {name: p for name, p in of_task.items() if p in held}
         self.parameters = list(self.by_name.values())
         self.not_held = [name for name, p in of_task.items() if p.requires_grad and p not in held]
-        """Names of parameters that require a gradient, but are in no optimizer: they are not trained."""
+        """Names of parameters that require a gradient but are not in the optimizer: they are not trained."""
         self._versions: list[int] = []
         self._flags: list[bool] = []
         self._requires_grad = list(map(_requires_grad, self.parameters))
 
     def with_gradient(self) -> list[nn.Parameter]:
-        """Those that require a gradient now."""
+        """The parameters that require a gradient now."""
         return [p for p in self.parameters if p.requires_grad]
 
     def start_step(self) -> None:
-        """Remember the values' versions, and clear the gradients."""
+        """Remember each parameter's `_version`, and clear the gradients."""
         self._versions = list(map(_version, self.parameters))
         for parameter in self.parameters:
             parameter.grad = None
 
     def changed(self) -> list[str]:
-        """Names of parameters whose values have changed since `start_step`; seen without looking at the values."""
+        """Names of parameters whose values have changed since `start_step`, found by `_version` alone."""
         versions = list(map(_version, self.parameters))
         if versions == self._versions:
             return []
         return [name for name, now, then in zip(self.by_name, versions, self._versions, strict=True) if now != then]
 
     def remember_flags(self) -> None:
-        """Before the first of several micro-batches: every one of them starts with `requires_grad` as it is now."""
+        """Call before the first of several micro-batches: each of them starts with `requires_grad` as it is now."""
         self._flags = list(map(_requires_grad, self.parameters))
 
     def put_back_flags(self) -> None:
-        """Undo what the forward of a micro-batch has changed about `requires_grad`; the next one does so again."""
+        """Restore `requires_grad` after a micro-batch's forward has changed it; the next forward does so again."""
         for parameter, requires_grad in zip(self.parameters, self._flags, strict=True):
             if parameter.requires_grad != requires_grad:
                 parameter.requires_grad_(requires_grad)
 
     def moved_on(self) -> bool:
-        """Whether other parameters require a gradient than when this was last asked; the others then have none."""
+        """Whether `requires_grad` of any parameter has changed since the last call; clears gradients of frozen ones."""
         requires_grad = list(map(_requires_grad, self.parameters))
         if requires_grad == self._requires_grad:
             return False
@@ -82,11 +82,11 @@ class Trained:
 
 
 class GradientHooks:
-    """Hooks that users put on parameters: called once a step, with the mean gradient of the whole minibatch.
+    """Users' parameter hooks, called once per step with the mean gradient of the whole minibatch.
 
-    In a backward they would see what one micro-batch adds to a sum, which is not what they see in plain torch. So they
-    are taken off for the forwards and backwards of a step, and called once the gradients are averaged and divided, in
-    the order in which they were registered: `Tensor.register_hook`, then `register_post_accumulate_grad_hook`.
+    In the backward they would see one micro-batch's part of a sum, unlike in plain torch. So they are removed for the
+    forwards and backwards of a step, and called after the gradients are averaged and divided: first those of
+    `Tensor.register_hook`, then those of `register_post_accumulate_grad_hook`, each in the order of registration.
     """
 
     def __init__(self, trained: Trained) -> None:
@@ -105,7 +105,7 @@ class GradientHooks:
                 self._taken.append((parameter, on_gradient, on_accumulated))
 
     def put_back(self) -> None:
-        """Also after a step that failed."""
+        """Register the hooks again, also after a failed step."""
         for parameter, on_gradient, on_accumulated in self._taken:
             if on_gradient:
                 _hooks(parameter).update(on_gradient)
@@ -114,7 +114,7 @@ class GradientHooks:
         self._taken.clear()
 
     def call(self) -> None:
-        """Call those that were taken off; every gradient is a mean now."""
+        """Call the removed hooks; every gradient is a mean now."""
         for parameter, on_gradient, on_accumulated in self._taken:
             if parameter.grad is None:
                 continue
@@ -127,7 +127,7 @@ class GradientHooks:
 
 
 def _take(hooks: dict[int, Any] | None) -> dict[int, Any]:
-    """Users' hooks, which are no longer in `hooks` afterwards; its handles go on working once they are put back."""
+    """Remove and return users' hooks from `hooks`; their handles work again after `put_back`."""
     if not hooks:
         return {}
     taken = {key: hook for key, hook in hooks.items() if not getattr(hook, AVERAGING_HOOK, False)}
@@ -137,7 +137,7 @@ def _take(hooks: dict[int, Any] | None) -> dict[int, Any]:
 
 
 def check_module_hooks(task: Task) -> None:
-    """UsageError where a module has a backward hook, which would see gradients of a sum instead of a mean."""
+    """UsageError if a module has a backward hook, which would see gradients of a sum instead of a mean."""
     for name, module in task.named_modules():
         if module._backward_hooks or module._backward_pre_hooks:
             raise UsageError(
@@ -155,7 +155,7 @@ def _describe_strangers(task: Task, optimizer: Optimizer, strangers: list[Tensor
         f"{len(strangers)} of the {num_held} parameters that the optimizer ({type(optimizer).__name__}) holds, of "
         f"shapes {shapes}, belong neither to the model ({model}, with {', '.join(list(own)[:3]) or 'no parameters'}"
         f"{', …' if len(own) > 3 else ''}) nor to the objective; nothing would train them. Make the optimizer from the "
-        "parameters of the very model that the trainer gets; an objective with parameters of its own must be an "
+        "parameters of the same model object that the trainer gets; an objective with parameters of its own must be an "
         "nn.Module."
     )
 

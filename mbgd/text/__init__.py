@@ -1,1 +1,1 @@
-"""Words for people: escaping what is foreign, plain ASCII where a terminal needs it, the nearest name, numbers."""
+"""Text for people: escaping of foreign text, plain ASCII where a terminal needs it, the nearest name, numbers."""

@@ -1,10 +1,10 @@
-"""Text from elsewhere, made safe to show: names and values may hold what a terminal obeys."""
+"""Makes foreign text safe to print: names and values may hold a terminal's control sequences."""
 
 import html
 
 
 def plain(text: object) -> str:
-    """The text in one line: newlines, control characters, invisible and half characters as escapes such as \\x1b."""
+    """The text in one line: newlines, control and invisible characters and lone surrogates as escapes such as \\x1b."""
     shown = str(text)
     if shown.isprintable():
         return shown
@@ -12,5 +12,5 @@ def plain(text: object) -> str:
 
 
 def in_html(text: object) -> str:
-    """As `plain`, and text wherever it stands in a page."""
+    """Like `plain`, and escaped for HTML."""
     return html.escape(plain(text))

@@ -1,11 +1,11 @@
-"""Numbers as people read them."""
+"""Numbers for people to read."""
 
 BYTES = ("B", "KiB", "MiB", "GiB", "TiB")
 SECONDS = ("s", "ms", "µs", "ns")
 
 
 def short(value: float, unit: str = "") -> str:
-    """Three or four digits that count: 0.0123, 4.56e-07, 12,300, 1.5 GiB, 12 ms."""
+    """Three or four significant digits: 0.0123, 4.56e-07, 12,300, 1.5 GiB, 12 ms."""
     if unit == "bytes":
         size = size_of_unit(value)
         return f"{value / size:.4g} {BYTES[size.bit_length() // 10]}"
@@ -20,7 +20,7 @@ def short(value: float, unit: str = "") -> str:
 
 
 def size_of_unit(num_bytes: float) -> int:
-    """Of the largest unit that a number of bytes holds: 1, 1024, 1024² …"""
+    """Bytes in the largest unit up to `num_bytes`: 1, 1024, 1024² …"""
     size = 1
     while abs(num_bytes) >= 1024 * size and size < 1024 ** (len(BYTES) - 1):
         size *= 1024

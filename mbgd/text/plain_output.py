@@ -1,4 +1,4 @@
-"""Output to terminals and files that cannot show every character: ASCII for what this program prints itself."""
+"""ASCII in place of the characters this program prints, for terminals and files whose encoding lacks them."""
 
 import codecs
 import io
@@ -29,14 +29,14 @@ PLAIN = {
     "╸": "-",
     "╺": "-",
 }
-"""What stands for a character that the encoding lacks; others become escapes, such as \\xe9."""
+"""Replacements of characters that the encoding lacks; other characters become escapes, such as \\xe9."""
 
 
 def start() -> None:
-    """From now on nothing that is printed raises UnicodeEncodeError."""
+    """From now on, printing never raises UnicodeEncodeError."""
     codecs.register_error("mbgd.plain", _plain)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # not where a test or a notebook put something else there
+        if isinstance(stream, io.TextIOWrapper):  # tests and notebooks replace it by other streams
             stream.reconfigure(errors="mbgd.plain")
 
 

@@ -1,11 +1,11 @@
-"""The nearest valid name: what somebody who mistyped a key or a value probably meant."""
+"""The nearest valid name for a mistyped key or value."""
 
 import difflib
 from collections.abc import Iterable
 
 
 def nearest(name: str, valid: Iterable[str], most: int = 2) -> list[str]:
-    """Valid names that are spelled alike, best first; keys of sections may lack their section or the end."""
+    """Valid names spelled like `name`, best first; `name` may lack its section or its end."""
     valid = list(dict.fromkeys(valid))
     if other_case := [one for one in valid if one.casefold() == name.casefold()]:
         return other_case[:most]
@@ -22,6 +22,6 @@ def nearest(name: str, valid: Iterable[str], most: int = 2) -> list[str]:
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
-    """' Did you mean batch.micro_batch_size?', or nothing where no valid name is near."""
+    """' Did you mean batch.micro_batch_size?', or empty if no valid name is near."""
     found = nearest(name, valid)
     return f" Did you mean {' or '.join(found)}?" if found else ""

@@ -1,1 +1,1 @@
-"""The process group: who is there, who is missing, what workers tell each other, stopping together."""
+"""The process group: its workers, missing workers, messages between workers, stopping together."""

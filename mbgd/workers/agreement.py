@@ -1,7 +1,7 @@
-"""Answers that all workers act on at the same step, such as whether one of them was asked to stop.
+"""Yes/no decisions that all workers take at the same step, such as to stop because one of them got a signal.
 
-About once a second the workers exchange them, all at the same step: it costs next to nothing, and what only one worker
-knows, a signal or the time that has passed, is known to all before any acts on it.
+About once a second, all at the same step, the workers exchange their answers. That costs next to nothing, and a signal
+or an elapsed time that only one worker knows of is known to all before any acts on it.
 """
 
 import time
@@ -14,7 +14,7 @@ SECONDS_BETWEEN = 1.0
 
 
 class Agreement:
-    """Asked by every worker after every step; the exchanges are at the same steps on all."""
+    """Called by every worker after every step; all exchange at the same steps."""
 
     def __init__(self, workers: Workers) -> None:
         self._workers = workers
@@ -28,11 +28,11 @@ class Agreement:
         if self._next_step is not None and step < self._next_step:
             return False
         if self._workers.device.type == "cuda":
-            torch.cuda.synchronize(self._workers.device)  # else the time would be that of launching the steps
+            torch.cuda.synchronize(self._workers.device)  # else only the launches would be timed
         now = time.monotonic()
         if self._next_step is not None:
             seconds_per_step = (now - self._last_time) / (step - self._last_step)
-            # Never more than twice the last: the first steps may have been faster than those that come.
+            # At most twice the last interval: later steps may be slower than the first.
             self._interval = max(1, min(int(SECONDS_BETWEEN / max(seconds_per_step, 1e-6)), 2 * self._interval))
         self._last_step, self._last_time = step, now
         # The shortest interval that any worker proposes, the same on all.

@@ -1,4 +1,4 @@
-"""torch's flight recorder: what exchanges this worker has begun, so that the one that is missing can be named."""
+"""torch's flight recorder: how many exchanges this worker has begun, so that errors can name the worker behind."""
 
 import json
 import os
@@ -13,29 +13,29 @@ DUMP_ON_TIMEOUT = "TORCH_NCCL_DUMP_ON_TIMEOUT"
 
 @dataclass(frozen=True)
 class Exchanges:
-    """Numbers of the last ones, which are the same on all workers."""
+    """Sequence numbers of this worker's last exchanges; all workers number them alike."""
 
     begun: int
     done: int
-    """Known of nccl alone: to gloo's recorder what has begun is done."""
+    """Meaningful with nccl only: gloo's recorder counts a begun exchange as done."""
 
 
 def turn_on() -> None:
-    """Before the process group is made; what the user has set stays."""
+    """Call before the process group is made; the user's own settings stay."""
     os.environ.setdefault(BUFFER_SIZE, "2000")
     os.environ.setdefault(DUMP_ON_TIMEOUT, "1")
 
 
 def exchanges(backend: str) -> Exchanges | None:
-    """None where nothing is recorded."""
-    # As JSON: torch's files are pickles, and reading one runs what it says.
+    """This worker's exchanges; None where nothing is recorded."""
+    # As JSON: torch's dump files are pickles, and unpickling can run code.
     name = "_dump_nccl_trace_json" if backend == "nccl" else "_dump_fr_trace_json"
     dump = getattr(torch._C._distributed_c10d, name, None)
     return None if dump is None else read(dump(includeCollectives=False, onlyActive=True))
 
 
 def read(dumped: bytes | str) -> Exchanges | None:
-    """What torch's dump says of the group of all workers."""
+    """The exchanges of the default process group in torch's dump."""
     status: dict[str, Any] = json.loads(dumped).get("pg_status", {}).get("0", {})
     try:
         return Exchanges(int(status["last_enqueued_collective"]), int(status["last_completed_collective"]))

@@ -1,4 +1,4 @@
-"""The workers of a run: their process group, rank, device and the few small collectives the program uses.
+"""The workers of a run: their process group, rank, device, and the few small collectives that the program uses.
 
 One process is a group of size 1: the same calls work and cost nothing.
 """
@@ -50,20 +50,20 @@ class Workers:
 
     @property
     def exchange_device(self) -> torch.device:
-        """Where what is exchanged has to lie: with gloo on the host, but for what is added up or broadcast.
+        """The device that tensors must be on for collectives other than all_reduce and broadcast.
 
-        Of a GPU's tensors, gloo takes those of all_reduce and broadcast: see docs/gpu.md.
+        With gloo that is the CPU: gloo takes GPU tensors in all_reduce and broadcast only. See docs/gpu.md.
         """
         return torch.device("cpu") if self.backend == "gloo" else self.device
 
     def sum_(self, values: Tensor) -> Tensor:
-        """Add up `values` over the workers, in place, on every worker."""
+        """Sum `values` over the workers, in place, on every worker."""
         if self.num_workers > 1:
             dist.all_reduce(values)
         return values
 
     def max_(self, values: Tensor) -> Tensor:
-        """The largest of each of `values` over the workers, in place, on every worker."""
+        """Elementwise maximum of `values` over the workers, in place, on every worker."""
         if self.num_workers > 1:
             dist.all_reduce(values, dist.ReduceOp.MAX)
         return values
@@ -71,7 +71,7 @@ class Workers:
     def broadcast(self, value: Any) -> Any:
         """The main worker's `value`, on every worker.
 
-        value: what JSON holds (None, bool, int, float, str, lists, dicts with str keys); tuples arrive as lists.
+        value: anything JSON can hold (None, bool, int, float, str, lists, dicts with str keys); tuples arrive as lists.
         TypeError for anything else.
         """
         mine = message(value)
@@ -85,12 +85,12 @@ class Workers:
         return value_of(received)
 
     def broadcast_(self, values: Tensor) -> None:
-        """Give `values` the main worker's, in place."""
+        """Overwrite `values` with the main worker's."""
         if self.num_workers > 1:
             dist.broadcast(values, src=0)
 
     def gather_values(self, value: Any) -> list[Any]:
-        """Every worker's `value` by rank, on every worker; for what it may be see `broadcast`."""
+        """Every worker's `value` by rank, on every worker; for the types allowed see `broadcast`."""
         mine = message(value)
         if self.num_workers == 1:
             return [value_of(mine)]
@@ -100,14 +100,17 @@ class Workers:
         return [value_of(values[:length]) for values, length in zip(padded, lengths, strict=True)]
 
     def all_gather(self, values: Tensor) -> list[Tensor]:
-        """Every worker's `values`, of one shape and dtype, by rank, on their device."""
+        """Every worker's `values` by rank, on their device; all have the same shape and dtype."""
         mine = values.to(self.exchange_device)
         gathered = [torch.empty_like(mine) for _ in range(self.num_workers)]
         dist.all_gather(gathered, mine)
         return [of_worker.to(values.device) for of_worker in gathered]
 
     def collect(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Every worker's tensors, on the host and of any shapes, by rank on the main worker; nothing on the others."""
+        """All workers' tensors in rank order, on the main worker; an empty list on the others.
+
+        tensors: on the CPU, as many as this worker has, of any shapes.
+        """
         kinds = self.gather_values([(tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors])
         if not self.is_main:
             for tensor in tensors:
@@ -131,13 +134,13 @@ class Workers:
 
 
 def num_workers_from_environment() -> int:
-    """Number of workers that torchrun (or another launcher) announces; 1 without a launcher."""
+    """WORLD_SIZE, as torchrun or another launcher sets it; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextmanager
 def start_workers(backend: str = "auto", timeout_seconds: float = 600.0, *, device: str = "auto") -> Iterator[Workers]:
-    """Join the process group that torchrun describes in the environment; leave it at the end.
+    """Join the process group that torchrun's environment variables describe; leave it at the end.
 
     backend: auto (nccl where every worker of this host has a GPU of its own, otherwise gloo), gloo or nccl.
     device: auto (a GPU with nccl, otherwise the CPU), cpu or cuda; over gloo several workers may share a GPU.
@@ -174,10 +177,10 @@ def start_workers(backend: str = "auto", timeout_seconds: float = 600.0, *, devi
     finally:
         if roll_call is not None:
             roll_call.end()
-            # The group's threads still have tensors to let go, for which they need Python; if it is shutting down by
-            # then, they abort the process.
+            # The group's threads still release tensors, for which they need the GIL. If the interpreter is shutting
+            # down by then, they abort the process.
             time.sleep(SECONDS_FOR_THREADS_TO_END)
-    # Only after success: with a failed peer, leaving in good order could wait for it.
+    # Only after success: destroying the group could wait for a failed peer.
     if num_workers > 1:
         dist.destroy_process_group()
 
@@ -185,7 +188,7 @@ def start_workers(backend: str = "auto", timeout_seconds: float = 600.0, *, devi
 def _form_group(rank: int, num_workers: int, backend: str, device: torch.device, timeout_seconds: float) -> RollCall:
     """Meet the other workers at the store and form the process group."""
     stay_on_this_host()
-    # Restarted workers must not read the addresses of the round that died.
+    # Restarted workers must not read addresses from the round before.
     run, restart = os.environ.get("TORCHELASTIC_RUN_ID", ""), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = PrefixStore(f"{run}/{restart}", join_store(timeout_seconds))
     flight_recorder.turn_on()
@@ -209,14 +212,14 @@ def _form_group(rank: int, num_workers: int, backend: str, device: torch.device,
 
 
 def _is_of_exchange(error: RuntimeError) -> bool:
-    """Whether an exchange between workers failed, not something that a worker computes."""
+    """Whether the error comes from an exchange between workers, not from a worker's own computation."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def choose_backend(backend: str, device: str, *, num_gpus: int, local_num_workers: int) -> tuple[str, str]:
-    """gloo or nccl, and cpu or cuda; UsageError for what is asked for and cannot work.
+    """(gloo or nccl, cpu or cuda); UsageError if the choice cannot work on this host.
 
-    num_gpus, local_num_workers: of this host.
+    num_gpus, local_num_workers: on this host.
     """
     if backend == "nccl" and device == "cpu":
         raise UsageError("backend=nccl with backend.device=cpu; nccl is for GPUs. Use backend=gloo for CPU workers.")
@@ -226,7 +229,7 @@ def choose_backend(backend: str, device: str, *, num_gpus: int, local_num_worker
         raise UsageError(f"{asked}, but torch sees no GPU on this host. {remedy} for CPU workers.")
     if backend == "nccl" and local_num_workers > num_gpus:
         raise UsageError(
-            f"{local_num_workers} workers on this host, but only {num_gpus} GPUs; each worker needs one of its own. "
+            f"{local_num_workers} workers on this host, but only {num_gpus} GPUs; each worker needs its own GPU. "
             f"Use --nproc-per-node {num_gpus}, backend=gloo for CPU workers, or backend=gloo backend.device=cuda for "
             "workers that share a GPU."
         )

@@ -1,8 +1,8 @@
-"""What a worker prints, warns of and dies of, also in a file of its own: `logs/worker-3.log`.
+"""A worker's output, warnings and traceback also go into its own file, such as `logs/worker-3.log`.
 
-Output is optional: where nobody reads it any more, or the disk is full, training goes on without it. `logging` cannot
-do this: prints, warnings and tracebacks go to `sys.stdout` and `sys.stderr` themselves, and one that fails in Python's
-last flush is the process's exit code. Nor can torchrun's `--tee`: it names its files before the run has a folder, and
+Output is optional: if its reader is gone or the disk is full, training goes on without it. `logging` cannot do this:
+prints, warnings and tracebacks go to `sys.stdout` and `sys.stderr` directly, and a failure in Python's last flush
+becomes the process's exit code. torchrun's `--tee` cannot either: it names its files before the run has a folder, and
 one worker has no torchrun.
 """
 
@@ -20,7 +20,7 @@ DESCRIPTORS = {"stdout": 1, "stderr": 2}
 
 
 class _MayFail(ABC):
-    """A text stream that may fail, which is told once; what it cannot take is lost."""
+    """A text stream whose first failure is reported; text that cannot be written is lost."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -52,17 +52,17 @@ class _MayFail(ABC):
 
 
 class LogFile(_MayFail):
-    """The log: it is tried again, as a disk may have room later."""
+    """The log file. Writing is tried again after a failure: the disk may have room later."""
 
     def _fail(self, error: OSError | ValueError) -> None:
         _warn(f"the log {self.name} cannot be written to ({error})", sys.stderr)
 
 
 class Tee(_MayFail):
-    """Standard output or error, which also goes into a file, but for what a terminal redraws (progress bars).
+    """Standard output or error, copied into a file, except for text that a terminal redraws (progress bars).
 
-    A stream that fails (its reader has ended, its terminal is gone, its disk is full) is given up, and the other says
-    so.
+    If the stream fails (its reader has ended, its terminal is gone, its disk is full), nothing more goes there, and the
+    other stream gets a warning.
     """
 
     def __init__(self, stream: TextIO, name: str, file: LogFile | None = None) -> None:
@@ -81,8 +81,8 @@ class Tee(_MayFail):
         super().flush()
 
     def _fail(self, error: OSError | ValueError) -> None:
-        # From here on it takes everything: what is still in buffers, what C libraries and child processes print, and
-        # the last flush, whose failure would be this process's exit code.
+        # From here on everything goes to /dev/null: buffered text, output of C libraries and child processes, and the
+        # last flush, whose failure would become this process's exit code.
         with suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
@@ -92,23 +92,23 @@ class Tee(_MayFail):
 
 
 def guard_output() -> None:
-    """From now on until the process ends, standard output and error that fail are given up, and end nothing."""
+    """Until the process ends, a failing standard output or error is given up and does not end the process."""
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
-        except OSError:  # closed at the start: the next file to be opened would get what is printed
+        except OSError:  # closed at the start: the next file opened would get this descriptor, and the output
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     for name, descriptor in DESCRIPTORS.items():
         stream = getattr(sys, name) or os.fdopen(descriptor, "w", closefd=False)
         if getattr(stream, "errors", "") == "strict" and hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # where the terminal's encoding lacks a character
+            stream.reconfigure(errors="backslashreplace")  # the terminal's encoding may lack a character
         setattr(sys, name, Tee(stream, name))
 
 
 def start_log(path: Path, rank: int, num_workers: int) -> None:
-    """From now on until the process ends, standard output and error go into the file too; appended to what is there.
+    """Until the process ends, append standard output and error to the file, too.
 
-    What C libraries write by themselves (NCCL_DEBUG) is not in it.
+    Output that C libraries write themselves (NCCL_DEBUG) is not in it.
     """
     file: LogFile | None = None
     now = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -128,12 +128,12 @@ def start_log(path: Path, rank: int, num_workers: int) -> None:
 
 
 def write_to_log(text: str) -> None:
-    """Details that only the log is to hold; standard error where there is no log."""
+    """Write details into the log only; to standard error if there is no log."""
     print(text, file=_log() or sys.stderr, flush=True)
 
 
 def write_to_log_alone(text: str) -> str:
-    """What the log is to hold and nobody needs to see; the log's path, nothing where there is none."""
+    """Write text into the log only; returns the log's path. Without a log: writes nothing and returns ""."""
     file = _log()
     if file is None:
         return ""

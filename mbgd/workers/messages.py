@@ -1,4 +1,4 @@
-"""What workers tell each other, as bytes of a fixed form: JSON for values, the plain bytes of tensors.
+"""Messages between workers as bytes: JSON for values, raw bytes for tensors.
 
 No pickle: reading a message runs no code, whoever sent it.
 """
@@ -12,18 +12,18 @@ from torch import Tensor
 
 
 def message(value: Any) -> Tensor:
-    """The value as JSON: uint8, shape (number of bytes,). TypeError for what JSON cannot hold."""
+    """The value as JSON: uint8, shape (number of bytes,). TypeError for values that JSON cannot hold."""
     _check_keys(value)
     return torch.frombuffer(bytearray(json.dumps(value), "ascii"), dtype=torch.uint8)
 
 
 def value_of(received: Tensor) -> Any:
-    """The value of a message; tuples have become lists."""
+    """The value of a message; tuples come back as lists."""
     return json.loads(received.cpu().numpy().tobytes())
 
 
 def _check_keys(value: Any) -> None:
-    """TypeError for keys that JSON would turn into strings without a word."""
+    """TypeError for keys that JSON would silently turn into strings."""
     if isinstance(value, dict):
         if wrong := [key for key in value if not isinstance(key, str)]:
             raise TypeError(
@@ -37,12 +37,12 @@ def _check_keys(value: Any) -> None:
 
 
 def bytes_of(tensor: Tensor) -> Tensor:
-    """The tensor's values as uint8, shape (number of bytes,); a view of a tensor that is contiguous."""
+    """The tensor's values as uint8, shape (number of bytes,); a view if the tensor is contiguous."""
     return tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
 
 
 def empty(shape: Sequence[int], dtype: str) -> Tensor:
-    """A tensor on the host to receive values of a dtype as `str` names it, such as torch.float32."""
+    """An uninitialised CPU tensor; dtype: its name by `str`, such as torch.float32."""
     kind = getattr(torch, dtype.removeprefix("torch."))
     if not isinstance(kind, torch.dtype):
         raise TypeError(f"{dtype!r} is no dtype of torch")

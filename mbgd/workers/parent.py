@@ -1,6 +1,6 @@
 """A worker ends with the process that started it: torchrun, or a sweep.
 
-Called first of all, before anything slow is imported: until the kernel has been asked, nobody tells that it has died.
+Call this before any slow import: until the kernel has been asked, the parent's death goes unnoticed.
 """
 
 import ctypes
@@ -11,32 +11,32 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PARENT = "MBGD_PARENT"
-"""Environment variable in which our launchers tell their process id."""
+"""Environment variable with the process id of mbgd's own launchers."""
 
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 NAME_OF_TORCHRUN = "pt_elastic"
-"""What torchrun calls its process."""
+"""The name that torchrun gives its process."""
 
 
 def end_with_parent() -> None:
-    """Have this process get SIGTERM when torchrun or the sweep that started it dies; end at once if it has.
+    """Have the kernel send SIGTERM when the torchrun or sweep that started this process dies; exit if it already has.
 
     Does nothing in a process that neither has started, and outside Linux.
     """
-    told = os.environ.pop(PARENT, None)  # not for the processes that this one starts
+    told = os.environ.pop(PARENT, None)  # this process's children must not inherit it
     if sys.platform != "linux" or (told is None and "TORCHELASTIC_RUN_ID" not in os.environ):
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    # Only now: from here on, the kernel tells.
+    # Checked after the call: from here on, the kernel notices.
     if not _has_parent(None if told is None else int(told)):
         sys.exit("error: the process that started this worker has ended")
 
 
 def _has_parent(told: int | None) -> bool:
-    """Whether the process that was told, or anything that may be torchrun, is among the ancestors.
+    """Whether process `told`, or without it anything that may be torchrun, is among the ancestors.
 
-    A wrapper may stand between. An orphan's only ancestors are the processes that adopt orphans.
+    A wrapper process may lie between. An orphan's only ancestors are the processes that adopt orphans.
     """
     try:
         ancestors = list(_ancestors())

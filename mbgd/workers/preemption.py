@@ -1,7 +1,7 @@
-"""Stopping in good order when the cluster asks: signals set a flag, and the workers agree at a step's end.
+"""Graceful stop when the cluster asks: signals set a flag, and the workers agree at the end of a step.
 
-A signal may reach some workers only, and also when a peer has died; so it never starts anything by itself. The workers
-exchange the flag (`agreement.py`); a worker that is alone cannot agree and does not save.
+A signal may reach some workers only, or come after a peer has died, so the handler does nothing but set the flag. The
+workers exchange it (`agreement.py`); a worker whose peers are gone cannot agree and does not save.
 """
 
 import os
@@ -13,14 +13,14 @@ from mbgd.workers.agreement import Agreement
 from mbgd.workers.group import Workers
 
 EXIT_CODE = 75
-"""EX_TEMPFAIL of sysexits.h: try again later. What a launcher may requeue on."""
+"""EX_TEMPFAIL of sysexits.h, "try again later": a launcher may requeue on it."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 class Stop(Protocol):
     def agreed(self, step: int) -> bool:
-        """Whether all workers stop after so many steps; asked after every step."""
+        """Whether all workers stop after step `step`; called after every step."""
 
 
 class NoStop:
@@ -40,7 +40,7 @@ class StopOnSignal:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._asked:
-            os._exit(128 + signal.SIGINT)  # the user insists; nothing is waited for
+            os._exit(128 + signal.SIGINT)  # the user insists: exit without waiting for anything
         self._asked = True
 
     def agreed(self, step: int) -> bool:

@@ -1,4 +1,4 @@
-"""Who is missing after an exchange between workers has failed, so that the error can name them."""
+"""Finds the missing workers after a failed exchange, so that the error can name them."""
 
 import sys
 import threading
@@ -12,27 +12,27 @@ from torch.distributed.distributed_c10d import Store
 from mbgd.workers.flight_recorder import Exchanges
 
 SHARE = 0.1
-"""Of the time that an exchange may take, for calling the roll."""
+"""Share of an exchange's timeout that the roll call takes."""
 LOOKS_PER_CALL = 4
 
 
 @dataclass(frozen=True)
 class Missing:
-    """Ranks by what is wrong with them."""
+    """Ranks of the missing workers, by cause."""
 
     lost: list[int]
     """Ended, stopped or cut off."""
     busy: list[int]
     """Running, but not in an exchange that failed."""
     begun: dict[int, int] = field(default_factory=dict)
-    """Exchanges begun, by rank, of those that answer and know."""
+    """Number of exchanges begun, by rank, of the workers that answer and know it."""
 
 
 class RollCall:
-    """Called by every worker whose exchange fails; answered, from a thread, by every worker that runs.
+    """A worker whose exchange fails calls the roll; every running worker answers, from a thread.
 
-    The thread is needed because the others' exchanges need not fail: one that waits for a worker that waits for a dead
-    one sees nothing of it. It looks a few times in as many seconds as a call takes.
+    The thread is needed because other workers' exchanges need not fail: one that waits for a worker that itself waits
+    for a dead worker sees no error. The thread looks for a call LOOKS_PER_CALL times in the time that a call takes.
     """
 
     def __init__(
@@ -45,10 +45,10 @@ class RollCall:
         exchanges: Callable[[], Exchanges | None],
         ends_unheard: bool,
     ) -> None:
-        """store: of this round of the run; timeout_seconds: of an exchange together with the call after it.
+        """store: of this round of the run; timeout_seconds: for an exchange together with the roll call after it.
 
-        exchanges: those of this worker. ends_unheard: an exchange that fails ends the process without an exception, as
-        nccl's do: the roll is called while it is still waited for.
+        exchanges: gives this worker's exchanges. ends_unheard: a failed exchange ends the process without an exception,
+        as nccl's does, so the roll is called while the worker still waits for the exchange.
         """
         self._store, self._rank, self._num_workers = store, rank, num_workers
         self._exchanges, self._timeout_seconds = exchanges, timeout_seconds
@@ -59,7 +59,7 @@ class RollCall:
         self._answering.start()
 
     def missing(self) -> Missing:
-        """Call, and wait for answers; takes all of `seconds` where one is missing."""
+        """Call the roll and wait for the answers; takes all of `seconds` if one is missing."""
         alive: set[int] = set()
         failed: set[int] = set()
         begun: dict[int, int] = {}
@@ -80,7 +80,8 @@ class RollCall:
                             alive.add(rank)
                     time.sleep(self.seconds / LOOKS_PER_CALL / 4)
 
-        # In a thread, for the store does not answer if its keeper has stopped: without torchrun, the main worker.
+        # In a thread: the store does not answer if the process that serves it has stopped (without torchrun, the main
+        # worker).
         asking = threading.Thread(target=ask, daemon=True)
         asking.start()
         asking.join(self.seconds)
@@ -103,7 +104,7 @@ class RollCall:
                     self._answer_call()
                     return
                 if self._stuck is not None and self._stuck.now(self._exchanges()):
-                    why = f"no end of it for {self._stuck.seconds:.0f} s"
+                    why = f"it has not ended for {self._stuck.seconds:.0f} s"
                     told = describe(self.missing(), self._timeout_seconds, why)
                     print(f"warning on worker {self._rank}: {told}", file=sys.stderr, flush=True)
                     return
@@ -114,7 +115,7 @@ class RollCall:
 
 
 class Stuck:
-    """Whether the same exchange has been waited for for longer than so many seconds."""
+    """Whether the same exchange has been pending for longer than `seconds`."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -122,7 +123,7 @@ class Stuck:
         self._since = 0.0
 
     def now(self, exchanges: Exchanges | None) -> bool:
-        """To be asked again and again."""
+        """Call it regularly."""
         now = time.monotonic()
         if exchanges is None or exchanges.done >= exchanges.begun or exchanges != self._last:
             self._last, self._since = exchanges, now
@@ -131,12 +132,12 @@ class Stuck:
 
 
 def describe(missing: Missing, timeout_seconds: float, reason: str) -> str:
-    """reason: what the failed exchange said."""
+    """The error's text; reason: the failed exchange's own error message."""
     reason = reason.splitlines()[0]
     if missing.lost:
         return (
-            f"{_workers(missing.lost)} not answer any more: ended, stopped or cut off. Look at the end of what was "
-            f"printed there; the exchange failed with: {reason}"
+            f"{_workers(missing.lost)} not answer any more: ended, stopped or cut off. Look at the end of the output "
+            f"there; the exchange failed with: {reason}"
         )
     if missing.busy:
         return (
@@ -155,7 +156,7 @@ def _workers(ranks: list[int]) -> str:
 
 
 def _exchanges(begun: dict[int, int]) -> str:
-    """How far the workers are, where they are not equally far."""
+    """Exchanges begun by each worker; empty if all have begun equally many."""
     if len(set(begun.values())) < 2:
         return ""
     return f"exchanges begun: {', '.join(f'{number} by worker {rank}' for rank, number in begun.items())}; "

@@ -1,4 +1,4 @@
-"""Where the workers of a run find each other.
+"""The store by which the workers of a run find each other.
 
 Under `mbgd.torchrun` on one host it is a file in memory, which the kernel opens to the same user alone. Otherwise it is
 torch's TCPStore: a port without a password.
@@ -21,7 +21,7 @@ GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
 def make_store() -> str:
-    """A path at which the processes of this user, and nobody else, can open a store while this process lives."""
+    """A path where only this user's processes can open a store, while this process lives."""
     if sys.platform == "linux":
         descriptor = os.memfd_create("mbgd-store", os.MFD_CLOEXEC)
         os.fchmod(descriptor, 0o600)
@@ -30,13 +30,13 @@ def make_store() -> str:
 
 
 def join_store(timeout_seconds: float) -> Store:
-    """The store that the environment describes."""
+    """The store that the environment variables describe."""
     timeout = timedelta(seconds=timeout_seconds)
     path = os.environ.get(STORE)
     if path is None:
         store: Store = next(rendezvous("env://", timeout=timeout))[0]
         return store
-    if sys.platform == "linux":  # opened for good: the store outlives the process that made it
+    if sys.platform == "linux":  # kept open: the store outlives the process that made it
         path = f"/proc/self/fd/{os.open(path, os.O_RDWR | os.O_CLOEXEC)}"
     store = FileStore(path)
     store.set_timeout(timeout)
@@ -44,7 +44,7 @@ def join_store(timeout_seconds: float) -> Store:
 
 
 def stay_on_this_host() -> None:
-    """Have gloo listen on loopback alone where all workers are announced to be of this host."""
+    """Have gloo listen on loopback only, if the launcher says that all workers are on this host."""
     environment = os.environ
     is_one_host = environment.get("LOCAL_WORLD_SIZE") == environment.get("WORLD_SIZE", "")
     if is_one_host and GLOO_INTERFACE not in environment:

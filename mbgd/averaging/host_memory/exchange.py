@@ -1,8 +1,8 @@
-"""The sum of all workers' gradients in shared memory, in the order of addition that an averaging wants.
+"""Sums all workers' gradients in shared memory, in the order of addition that the averaging chooses.
 
-Every worker has its gradients in memory that all have mapped. Behind a barrier, each adds up one slice of everybody's
-and writes the sum into everybody's memory, of which the gradients are views from then on. So each element is added up
-by one worker, and all have the same bits.
+Every worker puts its gradients into memory that all map. After a barrier, each worker sums one slice over all workers
+and writes the sum into every worker's memory; the parameters' gradients are views of it. So each element is summed by
+one worker, and all have the same bits.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,35 +17,36 @@ from mbgd.errors import UsageError
 Row = Sequence[Tensor | None]
 """A gradient for each parameter; None where the parameter took no part."""
 Fold = Callable[[Sequence[Tensor]], Tensor]
-"""All workers' rows, by rank and each one's in order → their sum, which may use their memory."""
+"""All rows, by rank and in each worker's order → their sum; may overwrite the rows."""
 
 LINE_BYTES = 64
-"""Each gradient begins a cache line, which is also what the widest vector instructions like."""
+"""Each gradient is aligned to a cache line, which also suits the widest vector instructions."""
 CHUNK_BYTES = 2**18
-"""What is added up of every row at once, so that it is still in the processor's cache when the sum is written."""
+"""Bytes of every row that are summed at once, so that they are still in the processor's cache when the sum is
+written."""
 
 
 NO_NOTE = 0
 MOVED_ON = 255
-"""A worker's note that the parameters it trains are no longer those of this exchange."""
+"""The note of a worker whose trained parameters are no longer those of this exchange."""
 
 
 class Exchange:
-    """Adds up rows of gradients over all workers of a host.
+    """Sums rows of gradients over all workers of a host.
 
-    Where no worker has a gradient for a parameter there is none afterwards; where some have, the others count as zeros.
-    Each worker gives a note of its own, which all have read before anything is added up.
+    A parameter for which no worker has a gradient has none afterwards; if some have one, the others count as zeros.
+    Each worker gives a note, which all read before anything is summed.
     """
 
     def __init__(self, parameters: Sequence[Tensor], num_rows: int, memory: HostMemory, *, rank: int) -> None:
-        """num_rows: the most that a worker has. Made by all workers alike; raises CannotShareError."""
+        """num_rows: the most rows that a worker has. All workers make it alike; raises CannotShareError."""
         self._parameters, self._memory = parameters, memory
         layout = _Layout(parameters)
         flags_bytes = _whole_lines(num_rows * len(parameters) + 1)
         pieces = memory.allocate(flags_bytes + num_rows * layout.num_bytes)
         rows = [piece[flags_bytes:].view(num_rows, layout.num_bytes) for piece in pieces]
         self.places = [layout.gradients(row) for row in rows[rank]]
-        """Where this worker's gradients belong: for each row, for each parameter."""
+        """This worker's gradients in shared memory: for each row, one view for each parameter."""
         self._chunks = list(_chunks(rows, layout, rank))
         self._flags = [piece[: num_rows * len(parameters)].view(num_rows, -1).numpy() for piece in pieces]
         self._my_flags = self._flags[rank]
@@ -55,15 +56,15 @@ class Exchange:
         self._read: list[bytes] = []
         self._used: list[bool] = []
         self.everywhere = True
-        """Whether what took part in any row of the last exchange took part in all."""
+        """Whether every parameter with a gradient in any row of the last exchange had one in all rows."""
 
     def __call__(
         self, rows: Sequence[Row], rows_of_workers: Sequence[int], fold: Fold, note: int = NO_NOTE
     ) -> list[int]:
-        """Make the parameters' gradients the sum of all workers' rows; every worker's note, by rank.
+        """Make the parameters' gradients the sum of all workers' rows; returns every worker's note, by rank.
 
-        rows: this worker's; what lies where it belongs is not copied. rows_of_workers: how many each worker has.
-        Where one worker's note is `MOVED_ON`, nothing is added up.
+        rows: this worker's; gradients that are already in `places` are not copied. rows_of_workers: the number of rows
+        of each worker. If any worker's note is `MOVED_ON`, nothing is summed.
         """
         for number, row in enumerate(rows):
             self._put(number, row)
@@ -71,7 +72,7 @@ class Exchange:
         self._memory.barrier()
         notes = [int(of_worker[0]) for of_worker in self._notes]
         if MOVED_ON in notes:
-            self._memory.barrier()  # all have read them
+            self._memory.barrier()  # until all have read the notes
             return notes
         self._read_flags(rows_of_workers)
         for of_workers in self._chunks:
@@ -97,7 +98,7 @@ class Exchange:
 
     def _read_flags(self, rows_of_workers: Sequence[int]) -> None:
         read = [flags[:held].tobytes() for flags, held in zip(self._flags, rows_of_workers, strict=True)]
-        if read != self._read:  # they seldom change
+        if read != self._read:  # flags seldom change
             self._read = read
             together = b"".join(read)
             of_parameters = [together[number :: len(self._parameters)] for number in range(len(self._parameters))]
@@ -106,7 +107,7 @@ class Exchange:
 
 
 def check_moved_on(notes: Sequence[int]) -> None:
-    """UsageError, on every worker alike, where parameters began or ceased to be trained on some workers only."""
+    """UsageError, on every worker alike, if `requires_grad` changed on some workers only."""
     if others := [rank for rank, note in enumerate(notes) if note != MOVED_ON]:
         changed = [rank for rank, note in enumerate(notes) if note == MOVED_ON]
         raise UsageError(
@@ -117,13 +118,13 @@ def check_moved_on(notes: Sequence[int]) -> None:
 
 
 class _Layout:
-    """Where in a row the gradient of each parameter lies; those of one dtype lie together."""
+    """Each gradient's place in a row; gradients of one dtype lie together."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self._parameters = parameters
         self._offsets = [0] * len(parameters)
         self.dtypes: list[tuple[torch.dtype, int, int]] = []
-        """Each dtype's first byte, and that behind its last."""
+        """Each dtype with the byte range [start, stop) of its gradients."""
         self.num_bytes = 0
         for dtype in dict.fromkeys(parameter.dtype for parameter in parameters):
             start = self.num_bytes
@@ -134,7 +135,7 @@ class _Layout:
             self.dtypes.append((dtype, start, self.num_bytes))
 
     def gradients(self, row: Tensor) -> list[Tensor]:
-        """Views of a row's bytes, one for each parameter, in the parameter's own order of elements."""
+        """Views of a row's bytes, one for each parameter, with the parameter's strides."""
         views = []
         for parameter, offset in zip(self._parameters, self._offsets, strict=True):
             flat = row[offset : offset + parameter.nbytes].view(parameter.dtype)
@@ -143,10 +144,10 @@ class _Layout:
 
 
 def _chunks(rows: Sequence[Tensor], layout: _Layout, rank: int) -> Iterator[list[list[Tensor]]]:
-    """What a worker adds up, in pieces: the same part of all rows, of one dtype, by worker and by row."""
+    """The worker's slice in chunks of one dtype: the same part of all rows, by worker and by row."""
     for dtype, start, stop in layout.dtypes:
         num_lines = (stop - start) // LINE_BYTES
-        # In whole cache lines, so that no two workers write into the same one.
+        # In whole cache lines, so that no two workers write to the same one.
         first, last = (start + LINE_BYTES * cut(num_lines, len(rows), edge) for edge in (rank, rank + 1))
         for begin in range(first, last, CHUNK_BYTES):
             end = min(begin + CHUNK_BYTES, last)

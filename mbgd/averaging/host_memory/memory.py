@@ -1,8 +1,8 @@
-"""Memory that all workers of one host read and write, and how they meet in it.
+"""Memory that all workers of one host read and write, and a barrier in it.
 
-Each piece is an anonymous file in memory (memfd_create): it has no name, takes nothing of /dev/shm, and ends with the
-processes that have mapped it, however they end. The others map it through /proc/<process>/fd, which the kernel allows
-to the same user alone, and which is there only until all have mapped it.
+Each piece is an anonymous file in memory (memfd_create): it has no name, does not use /dev/shm, and is freed with the
+last process that maps it, however that ends. The other workers map it through /proc/<process>/fd, which the kernel
+opens to the same user alone; the descriptor is closed once all have mapped it.
 """
 
 import os
@@ -33,7 +33,7 @@ class _Failed:
 class HostMemory:
     """Pieces of memory that all workers have mapped, and a barrier between the workers.
 
-    All workers make one and call its methods in the same order. Raises CannotShareError.
+    Every worker makes one, and all call its methods in the same order. Raises CannotShareError.
     """
 
     def __init__(self, workers: Workers) -> None:
@@ -52,7 +52,7 @@ class HostMemory:
         self._boards: dict[tuple[torch.Size, torch.dtype], _Boards] = {}
 
     def allocate(self, num_bytes: int) -> list[Tensor]:
-        """So many bytes for each worker, by rank: uint8, all 0."""
+        """`num_bytes` of zeroed shared memory for each worker, by rank: uint8."""
         descriptor = _try(lambda: _make_file(num_bytes))
         path = descriptor if isinstance(descriptor, _Failed) else f"/proc/{os.getpid()}/fd/{descriptor}"
         try:
@@ -61,25 +61,26 @@ class HostMemory:
             self._agree(pieces if isinstance(pieces, _Failed) else None)
         finally:
             if isinstance(descriptor, int):
-                os.close(descriptor)  # what is mapped stays; nobody else can get at it from here on
+                os.close(descriptor)  # the mappings stay; from here on no other process can map it
         assert isinstance(pieces, list)
         return pieces
 
     def all_gather(self, values: Tensor) -> list[Tensor]:
-        """Every worker's `values` by rank, good until the call after the next; for small tensors."""
+        """Every worker's `values` by rank, valid until the second call after this one; for small tensors."""
         kind = values.shape, values.dtype
         if kind not in self._boards:
             pieces = [piece.view(values.dtype) for piece in self.allocate(2 * values.nbytes)]
             self._boards[kind] = _Boards([[half.view(values.shape) for half in piece.chunk(2)] for piece in pieces])
         boards = self._boards[kind]
-        # Two in turn: when one is written again, every worker has read it, or it would not have come to the last call.
+        # Two boards in turn: a worker that came to the last call's barrier has finished reading the board before it,
+        # which is the one written now.
         boards.turn = 1 - boards.turn
         boards.of_workers[self._workers.rank][boards.turn].copy_(values)
         self.barrier()
         return [of_worker[boards.turn] for of_worker in boards.of_workers]
 
     def _agree(self, result: T | _Failed) -> list[T]:
-        """Every worker's result, of what JSON can hold, by rank; CannotShareError on every worker if one has failed."""
+        """Every worker's result (JSON values) by rank; CannotShareError on every worker if one has failed."""
         told = self._workers.gather_values({"why": result.why} if isinstance(result, _Failed) else {"result": result})
         for rank, one in enumerate(told):
             if "why" in one:
@@ -90,7 +91,7 @@ class HostMemory:
 @dataclass
 class _Boards:
     of_workers: list[list[Tensor]]
-    """Two of each worker."""
+    """Two per worker."""
     turn: int = 0
 
 
@@ -102,9 +103,9 @@ def _try(make: Callable[[], T]) -> T | _Failed:
 
 
 def _host() -> list[str]:
-    """The same for processes that see each other's process numbers, and so each other's memory.
+    """Equal for processes that share a PID namespace, and so can map each other's memory.
 
-    Namespaces of the network count as hosts too: whoever made them wants traffic between them to be seen.
+    Different network namespaces count as different hosts: whoever made them wants traffic to cross the network.
     """
     if sys.platform != "linux":
         raise OSError(f"this is {sys.platform}, not Linux")
@@ -116,11 +117,11 @@ def _make_file(num_bytes: int) -> int:
     descriptor = os.memfd_create("mbgd", os.MFD_CLOEXEC)
     os.fchmod(descriptor, 0o600)
     try:
-        # Taken at once: too little memory is an error here, not a SIGBUS at some later write.
+        # Allocated at once: too little memory is an error here, not a SIGBUS in a later write.
         os.posix_fallocate(descriptor, 0, num_bytes)
     except OSError as error:
         os.close(descriptor)
-        raise OSError(f"{num_bytes:,} bytes of memory to share are not to be had: {error.strerror}") from error
+        raise OSError(f"{num_bytes:,} bytes of shared memory cannot be allocated: {error.strerror}") from error
     return descriptor
 
 
