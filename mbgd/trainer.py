@@ -17,7 +17,7 @@ from mbgd.checks.replicas import Replicas
 from mbgd.checks.setup import set_up
 from mbgd.config import Settings
 from mbgd.errors import NotSaved, Preempted
-from mbgd.evaluation.evaluator import Evaluator
+from mbgd.evaluation.evaluator import Evaluations
 from mbgd.measuring.garbage import collected_at_steps
 from mbgd.measuring.profiling import NoProfiler, Profiler
 from mbgd.step.train_step import TrainStep
@@ -61,7 +61,7 @@ class Trainer:
         workers: Workers | None = None,
     ) -> None:
         self.setup = setup = set_up(model, objective, optimizer, data, settings, workers or Workers())
-        self.evaluator = Evaluator.of(setup)
+        self.evaluations = Evaluations(setup)
         self.log = TrainingLog(setup)
         self.train_step = TrainStep(setup, self.log.logs, self.log.clock.lap)
         self.train_step.observers.append(self.log)
@@ -92,6 +92,9 @@ class Trainer:
         evaluation: dict[str, float] = {}
         is_time_for_checkpoint = Agreement(setup.workers)
         self.log.clock.restart()
+        if first_step == 0 and setup.settings.evaluation.at_start:
+            with self.log.clock.paused():
+                self._log(tracker, self.evaluate())
         for shard in self._shards(profiler or NoProfiler()):
             done = self.train_step(shard)
             state.step = done.step + 1
@@ -161,9 +164,7 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """Metrics of the evaluation examples by names such as eval/loss; empty without an evaluation dataset."""
-        if self.evaluator is None:
-            return {}
-        return {f"eval/{name}": value for name, value in self.evaluator(self.train_step.averaging.sum).items()}
+        return self.evaluations(self.train_step.averaging.sum)
 
     def weights_sha256(self) -> str:
         """Hash of the parameters of model and objective: equal if and only if the parameters are equal, bit for bit."""
@@ -174,7 +175,5 @@ class Trainer:
         return num_steps == self.setup.num_steps or any(num_steps % one == 0 for one in every)
 
     def _evaluates_after(self, num_steps: int) -> bool:
-        if self.evaluator is None:
-            return False
         every = self.setup.settings.evaluation.every_steps or self.setup.plan.steps_per_epoch
-        return num_steps % every == 0 or num_steps == self.setup.num_steps
+        return bool(self.evaluations) and (num_steps % every == 0 or num_steps == self.setup.num_steps)

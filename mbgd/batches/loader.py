@@ -1,7 +1,8 @@
 """Plan + order + dataset → this worker's micro-batches, step by step, on its device."""
 
+import re
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ class Data:
 
     train: Any
     evaluation: Any = None
-    """None: no evaluation."""
+    """A dataset, or several by name, whose metrics are called eval/NAME/loss; None: no evaluation."""
     shuffle: bool = True
     """Shuffle the training examples anew in every epoch, keyed by the seed."""
     num_workers: int = 0
@@ -35,10 +36,27 @@ class Data:
 
     def __post_init__(self) -> None:
         check_dataset("training", self.train)
-        if self.evaluation is not None:
-            check_dataset("evaluation", self.evaluation)
+        for name, dataset in self.evaluation_sets.items():
+            check_dataset(f"evaluation ({name})" if name else "evaluation", dataset)
         if self.num_workers < 0:
             raise UsageError(f"data.num_workers={self.num_workers}; it must be ≥ 0.")
+
+    @property
+    def evaluation_sets(self) -> dict[str, Any]:
+        """The evaluation datasets by name; a single one has the name ""."""
+        if self.evaluation is None:
+            return {}
+        if not isinstance(self.evaluation, Mapping):
+            return {"": self.evaluation}
+        for name in self.evaluation:
+            if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
+                raise UsageError(
+                    f"data.evaluation has a set named {name!r}; a name has letters, digits, -, _ and . alone, and "
+                    "becomes part of its metrics' names: eval/NAME/loss."
+                )
+        if not self.evaluation:
+            raise UsageError("data.evaluation={} names no evaluation set. Name at least one, or use null for none.")
+        return dict(self.evaluation)
 
 
 def check_dataset(name: str, dataset: Any) -> None:

@@ -204,7 +204,7 @@ def build_trainer(config: Config, workers: Workers) -> Trainer:
         trainer = Trainer(model, objective, optimizer, data, settings, workers)
     trainer.setup.warnings.extend(notes)
     threads.choose(config.averaging, workers.device, plan, work)
-    saving.check(config.checkpoint, [] if trainer.evaluator is None else trainer.evaluator.names)
+    saving.check(config.checkpoint, trainer.evaluations.names)
     profiling.check(config.profile, trainer.setup.num_steps)
     return trainer
 
@@ -213,7 +213,9 @@ def build_data(config: Config) -> Data:
     """The datasets, and how they are read."""
     data = {key: config.data[key] for key in get_type_hints(Data) if key in config.data}
     for key, value in data.items():
-        if isinstance(value, dict) or (key in ("train", "evaluation") and value is not None):
+        if key == "evaluation" and isinstance(value, dict) and "_target_" not in value:
+            data[key] = {name: make(f"data.evaluation.{name}", node) for name, node in value.items()}
+        elif isinstance(value, dict) or (key in ("train", "evaluation") and value is not None):
             data[key] = make(f"data.{key}", value)
     return Data(**data)
 

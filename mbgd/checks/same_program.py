@@ -102,15 +102,19 @@ def _program(
     yield from _of_part("objective", objective)
     for name, module in model.named_modules():
         yield f"model.{name}" if name else "model", description(module)
+    datasets = _datasets(data)
+    for name, dataset in datasets.items():
+        yield from _of_dataset(name, dataset)
     for key, value in vars(data).items():
-        if key in _NAMES_OF_DATASETS:
-            yield from _of_dataset(_NAMES_OF_DATASETS[key], value)
-        elif not may_differ(key):
+        if key not in ("train", "evaluation") and not may_differ(key):
             yield f"data.{key}", description(value)
-    yield from _of_code(*model.modules(), objective, optimizer, data.train, data.evaluation, settings.schedule)
+    yield from _of_code(*model.modules(), objective, optimizer, *datasets.values(), settings.schedule)
 
 
-_NAMES_OF_DATASETS = {"train": "training", "evaluation": "evaluation"}
+def _datasets(data: Data) -> dict[str, Any]:
+    """By the name that errors use."""
+    sets = data.evaluation_sets or {"": None}
+    return {"training": data.train} | {f"evaluation {name}".rstrip(): dataset for name, dataset in sets.items()}
 
 
 def _of_settings(settings: Any, its_fields: Iterable[Field[Any]], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -158,9 +162,9 @@ def _length(name: str) -> str:
 
 def _examples(data: Data) -> Iterator[tuple[str, tuple[str, Any, str]]]:
     """Name of each compared example → (name of its dataset's length, the dataset, "first" or "last")."""
-    for key, name in _NAMES_OF_DATASETS.items():
+    for name, dataset in _datasets(data).items():
         for end in ("first", "last"):
-            yield f"the {end} {name} example", (_length(name), getattr(data, key), end)
+            yield f"the {end} {name} example", (_length(name), dataset, end)
 
 
 def _look(dataset: Any, end: str) -> str:

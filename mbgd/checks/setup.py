@@ -74,7 +74,7 @@ def set_up(
     own_copies = settings.averaging.name is AveragingName.reproducible
     loader = Loader(data, plan, settings.seed, workers, dtype=dtype, own_copies=own_copies)
     buffers = Buffers(task, workers.device)
-    for dataset in (data.train, data.evaluation):
+    for dataset in (data.train, *data.evaluation_sets.values()):
         check_skipping(dataset, objective)
     findings = Trial(task, trained, buffers, data, plan, settings, workers.device)(loader.minibatch_indices(0))
     check_targets(data.train, objective, findings.output_shape)

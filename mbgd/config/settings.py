@@ -66,6 +66,8 @@ class Averaging(Typed):
 class Evaluation(Typed):
     every_steps: int | None = None
     """Optimizer steps between evaluations; None: at the end of each epoch. There is always one at the end."""
+    at_start: bool = False
+    """Evaluate also before the first step."""
     batch_size: int = 256
     """Largest number of examples in one forward."""
     metrics: dict[str, Any] = field(default_factory=dict)

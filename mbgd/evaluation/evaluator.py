@@ -33,22 +33,11 @@ class AddUp(Protocol):
 class Evaluator:
     """Evaluates a task on a dataset: every example exactly once, a contiguous share on each worker."""
 
-    @classmethod
-    def of(cls, setup: Setup) -> "Evaluator | None":
-        """None if there is no evaluation dataset."""
-        if setup.data.evaluation is not None:
-            return cls(setup)
-        if metrics := setup.settings.evaluation.metrics:
-            raise UsageError(
-                f"evaluation.metrics={', '.join(metrics)}, but there is no evaluation dataset. Give data.evaluation, "
-                "or leave them out."
-            )
-        return None
-
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, name: str, dataset: Any) -> None:
         """Tries the first and the last examples; UsageError if something is wrong with them."""
-        settings, workers, data = setup.settings, setup.workers, setup.data
-        self._task, self._buffers, self._data = setup.task, setup.buffers, data
+        settings, workers = setup.settings, setup.workers
+        self._name, self._dataset = name, dataset
+        self._task, self._buffers = setup.task, setup.buffers
         self._workers, self._precision = workers, settings.precision
         self._how: dict[str, Any] = {
             "device": workers.device,
@@ -56,19 +45,20 @@ class Evaluator:
             "seed": settings.seed,
         }
         self._metrics = Metrics(settings.evaluation.metrics, workers)
-        self.num_examples = num_examples = len(data.evaluation)
+        self.num_examples = num_examples = len(dataset)
         self._num_parts = -(-num_examples // settings.evaluation.batch_size)
         shard = micro_batches(0, num_examples, self._num_parts, workers.rank, workers.num_workers)
         self._shard = [micro_batch for micro_batch in shard if not micro_batch.is_stand_in]
-        check_targets(data.evaluation, setup.task.given_objective, setup.findings.output_shape)
+        check_targets(dataset, setup.task.given_objective, setup.findings.output_shape)
         self.metric_names = self._try_out(num_examples, settings)
-        self.names = [f"eval/{name}" for name in ("loss", *self.metric_names, *settings.evaluation.metrics)]
+        self._prefix = f"eval/{name}/" if name else "eval/"
+        self.names = [f"{self._prefix}{one}" for one in ("loss", *self.metric_names, *settings.evaluation.metrics)]
         """Names of the metrics that an evaluation returns."""
         # One loader: its processes are kept for all evaluations.
         self._batches = Batches(
-            data.evaluation,
+            dataset,
             [np.arange(micro_batch.start, micro_batch.stop) for micro_batch in self._shard],
-            num_workers=data.num_workers,
+            num_workers=setup.data.num_workers,
             keep_processes=True,
             **self._how,
         )
@@ -79,8 +69,8 @@ class Evaluator:
         first, last = np.arange(num_examples)[:NUM_EXAMPLES], np.arange(num_examples)[-NUM_EXAMPLES:]
         with random_state_kept(self._workers.device), self._evaluating():
             for position, indices in (("first", first), ("last", last)):
-                with _told_of(position):
-                    (batch,) = read(self._data.evaluation, [indices], num_workers=0, **self._how)
+                with _told_of(position, self._name):
+                    (batch,) = read(self._dataset, [indices], num_workers=0, **self._how)
                     terms = self._task(batch, len(indices))
                     names = self._names(terms, names if position == "last" else None)
                     terms.sums(names)
@@ -113,7 +103,7 @@ class Evaluator:
             num_values = NUM_SUMS + len(self.metric_names)
             total = add_up(leaves, num_leaves=self._num_parts, num_values=num_values)
             means = Totals(total, self.metric_names).means()
-        return {**means, **self._metrics(predictions)}
+        return {f"{self._prefix}{name}": value for name, value in {**means, **self._metrics(predictions)}.items()}
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -143,13 +133,38 @@ class Evaluator:
             )
 
 
+class Evaluations:
+    """Evaluates a task on every evaluation set."""
+
+    def __init__(self, setup: Setup) -> None:
+        sets = setup.data.evaluation_sets
+        if not sets and (metrics := setup.settings.evaluation.metrics):
+            raise UsageError(
+                f"evaluation.metrics={', '.join(metrics)}, but there is no evaluation dataset. Give data.evaluation, "
+                "or leave them out."
+            )
+        self._evaluators = [Evaluator(setup, name, dataset) for name, dataset in sets.items()]
+        self.num_examples = {name: len(dataset) for name, dataset in sets.items()}
+        """By the name of the set; a single set has the name ""."""
+        self.names = [name for evaluator in self._evaluators for name in evaluator.names]
+        """Names of the metrics that an evaluation returns, such as eval/loss or eval/NAME/loss."""
+
+    def __bool__(self) -> bool:
+        return bool(self._evaluators)
+
+    def __call__(self, add_up: AddUp) -> dict[str, float]:
+        """The metrics of all sets; see `Evaluator`."""
+        return {name: value for evaluator in self._evaluators for name, value in evaluator(add_up).items()}
+
+
 @contextmanager
-def _told_of(position: str) -> Iterator[None]:
+def _told_of(position: str, name: str) -> Iterator[None]:
     """Add to exceptions of the user's code that these examples were tried before training."""
+    of_set = f"evaluation set {name}".rstrip()
     try:
         yield
     except UsageError as error:
-        raise UsageError(f"the {position} examples of the evaluation set, tried before training: {error}") from error
+        raise UsageError(f"the {position} examples of the {of_set}, tried before training: {error}") from error
     except Exception as error:
-        error.add_note(f"(the {position} examples of the evaluation set were tried before training)")
+        error.add_note(f"(the {position} examples of the {of_set} were tried before training)")
         raise

@@ -1,6 +1,6 @@
 """Which curves belong in one picture, and in what order people look at them."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from mbgd.report.history import History
@@ -27,8 +27,9 @@ def panels(runs: Sequence[History]) -> list[Panel]:
     """A picture for each metric, training and evaluation together, most important first."""
     parts_of_time = {name for run in runs for name in _parts_of_time(run)}
     groups: dict[str, list[str]] = {}
-    for name in dict.fromkeys(name for run in runs for name in run.curves):
-        short = name.partition("/")[2] or name
+    names = dict.fromkeys(name for run in runs for name in run.curves)
+    for name in names:
+        short = _short(name, names)
         if short in LEFT_OUT or name in parts_of_time or (short in BORING_UNLESS_THEY_CHANGE and _is_flat(name, runs)):
             continue
         groups.setdefault(short, []).append(name)
@@ -36,6 +37,14 @@ def panels(runs: Sequence[History]) -> list[Panel]:
         Panel(_title(short), _unit(short), tuple(sorted(groups[short], reverse=True)), short not in LINEAR)
         for short in sorted(groups, key=lambda short: _rank(short, groups[short]))
     ]
+
+
+def _short(name: str, names: Collection[str]) -> str:
+    """The metric's name without train/ or eval/, and without the name of an evaluation set."""
+    group, _, rest = name.partition("/")
+    _, _, last = rest.partition("/")
+    is_of_a_set = group == "eval" and f"train/{last}" in names
+    return last if is_of_a_set else rest or name
 
 
 def time_split(run: History) -> dict[str, float]:

@@ -22,10 +22,11 @@ def plan_lines(trainer: Trainer) -> dict[str, str]:
     """The plan of a run, line by line."""
     plan, workers = trainer.setup.plan, trainer.setup.workers
     parameters = sum(p.numel() for p in trainer.setup.model.parameters() if p.requires_grad)
-    num_evaluation_examples = 0 if trainer.evaluator is None else trainer.evaluator.num_examples
+    sets = trainer.evaluations.num_examples
+    evaluation = " + ".join(f"{number:,} {name}".rstrip() for name, number in sets.items()) or "0"
     return {
         "minibatch": describe_cut(plan),
-        "examples": f"{plan.num_examples:,} for training, {num_evaluation_examples:,} for evaluation",
+        "examples": f"{plan.num_examples:,} for training, {evaluation} for evaluation",
         "steps": f"{trainer.setup.num_steps:,}, {plan.steps_per_epoch:,} an epoch",
         "parameters": f"{parameters:,} in {describe_precision(trainer.setup.settings.precision)}",
         "averaging": trainer.train_step.averaging.describe(),
