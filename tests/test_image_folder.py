@@ -294,7 +294,7 @@ def test_examples_in_memory_can_be_augmented_too() -> None:
         (lambda folder: shutil.rmtree(folder / "val"), {"split": "val"}, r"data.evaluation=null"),
         (lambda folder: empty(folder / "train/cat"), {}, r"train/cat holds no image"),
         (lambda folder: empty(folder / "val/dog"), {"split": "val"}, r"val holds no image"),
-        (lambda folder: [shutil.rmtree(path) for path in (folder / "train").iterdir()], {}, r"train is empty"),
+        (lambda folder: [shutil.rmtree(path) for path in (folder / "train").iterdir()], {}, r"train holds no folders"),
         (lambda folder: (folder / "val/bird").mkdir(), {"split": "val"}, r"class bird, which the training"),
         (lambda folder: folder.rename(folder.parent / "other"), {}, r"data.held_out=0.1 to keep a tenth"),
         (lambda folder: None, {"split": "test"}, r"no split 'test'"),
