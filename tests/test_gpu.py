@@ -321,7 +321,7 @@ def test_snapshots_do_not_tear_while_training_goes_on(device: str, fused: bool) 
     assert not torch.equal(kept[0][0]["classifier.1.weight"], kept[1][0]["classifier.1.weight"])
     again = make_trainer(alone(device), "cnn with BatchNorm", optimizer=optimizer, steps=30, log_every_steps=100)
     again.restore(kept[2][1])
-    for shard in again._loader.shards(15, 20):
+    for shard in again.setup.loader.shards(15, 20):
         again.train_step(shard)
     assert all(torch.equal(tensor, kept[3][0][name]) for name, tensor in state(again).items())
 

@@ -54,7 +54,7 @@ def test_what_json_holds_arrives_on_any_number_of_workers(num_workers: int) -> N
 def refuse(workers: mbgd.Workers) -> list[str]:
     refused = []
     for value in REFUSED:
-        for send in (workers.broadcast, workers.gather):
+        for send in (workers.broadcast, workers.gather_values):
             with pytest.raises(TypeError) as caught:
                 send(value)
             refused.append(str(caught.value))

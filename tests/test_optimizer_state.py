@@ -172,7 +172,9 @@ def test_any_state_is_saved_and_resumed(tmp_path: Path, name: str, stop: int) ->
     path = checkpoint.write(tmp_path, stopped.snapshot(), {})
     resumed = make_trainer(name)
     resumed.restore(checkpoint.read(path)[0])
-    assert nested(resumed.optimizer.state_dict()["state"]) == nested(stopped.optimizer.state_dict()["state"])
+    assert nested(resumed.setup.optimizer.state_dict()["state"]) == nested(
+        stopped.setup.optimizer.state_dict()["state"]
+    )
     resumed.fit()
     assert torch.equal(weights(resumed), weights(whole))
     assert not torch.equal(weights(resumed), weights(stopped))
@@ -292,8 +294,8 @@ def test_shapes_are_compared_with_what_the_optimizer_makes(
     with pytest.raises(mbgd.UsageError, match=message):
         fresh.restore(changed(taken, name, tensor))
     assert torch.equal(weights(fresh), before)
-    assert nested(fresh.optimizer.state_dict()["state"]) == nested(
-        make_trainer(optimizer).optimizer.state_dict()["state"]
+    assert nested(fresh.setup.optimizer.state_dict()["state"]) == nested(
+        make_trainer(optimizer).setup.optimizer.state_dict()["state"]
     )
     fresh.restore(taken)
 

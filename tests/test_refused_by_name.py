@@ -171,7 +171,7 @@ def test_counting_examples_is_right_where_nothing_is_cut() -> None:
     case = Case(partial(Odd, "counts examples"))
     one = trainer_of(ONE, case, "ddp", None)
     one.fit()
-    assert one.model.count == 2 * 22
+    assert one.setup.model.count == 2 * 22
 
 
 def test_a_cache_of_another_shape_is_each_workers_own() -> None:
@@ -179,7 +179,7 @@ def test_a_cache_of_another_shape_is_each_workers_own() -> None:
     trained = trainer_of(ONE, case, "ddp", 3)
     trained.fit()
     wanted = plain_torch(case)
-    for name, value in state(trained.model, None).items():
+    for name, value in state(trained.setup.model, None).items():
         assert torch.allclose(value, wanted[name], rtol=1e-11), name
 
 
@@ -238,7 +238,7 @@ def test_it_is_plain_torch_with_one_worker_and_one_micro_batch(model: Callable[[
     trained = trainer_of(ONE, case, "ddp", None, evaluates=False)
     trained.fit()
     for name, value in plain_torch(case).items():
-        assert torch.allclose(state(trained.model, None)[name], value, rtol=1e-11, atol=1e-13), name
+        assert torch.allclose(state(trained.setup.model, None)[name], value, rtol=1e-11, atol=1e-13), name
 
 
 def test_lazy_layers_are_refused() -> None:
@@ -320,9 +320,9 @@ def test_an_evaluation_may_come_first_and_changes_nothing() -> None:
 def evaluate_first(workers: mbgd.Workers, averaging: str) -> Any:
     case = Case(partial(Running, "in place"))
     trained = trainer_of(workers, case, averaging, None)
-    before = state(trained.model, None)
+    before = state(trained.setup.model, None)
     metrics = trained.evaluate()
-    kept = state(trained.model, None)
+    kept = state(trained.setup.model, None)
     trained.fit()
     return metrics, (kept, before)
 
@@ -340,7 +340,7 @@ class CountsEvaluations(Linear):
 def test_buffers_that_an_evaluation_moves_are_put_back() -> None:
     trained = trainer_of(ONE, Case(CountsEvaluations), "ddp", None)
     trained.fit()
-    assert trained.model.evaluated == 0
+    assert trained.setup.model.evaluated == 0
 
 
 def test_metrics_may_differ_between_training_and_evaluation() -> None:
@@ -508,7 +508,7 @@ def loss_not_finite(
 def test_a_state_that_is_not_finite_is_not_saved() -> None:
     trained = trainer_of(ONE, Case(Linear), "ddp", None)
     trained.fit()
-    trained.model.layer.weight.data[0, 1] = torch.nan
+    trained.setup.model.layer.weight.data[0, 1] = torch.nan
     with pytest.raises(mbgd.UsageError, match=r"is not finite, so it is not saved: layer.weight"):
         trained.snapshot()
 
@@ -538,14 +538,14 @@ def corrupt(workers: mbgd.Workers, what: str, averaging: str) -> str:
         held = {
             "parameter": model.layer.weight,
             "buffer": model.mean,
-            "optimizer": trained.optimizer.state[model.layer.weight].get("momentum_buffer"),
+            "optimizer": trained.setup.optimizer.state[model.layer.weight].get("momentum_buffer"),
         }[what]
         held.data.view(-1)[1] += 1e-9
 
     case = Case(partial(Running, "in place"))
     trained = trainer_of(workers, case, averaging, None)
     with pytest.raises(ReplicasDiffer) as caught:
-        trained.fit(AfterStep(partial(flip, trained.model)))
+        trained.fit(AfterStep(partial(flip, trained.setup.model)))
     return str(caught.value)
 
 

@@ -217,7 +217,7 @@ def test_every_worker_starts_with_the_main_ones_values_and_the_same_kind_of_mode
 
 
 def describe_auto(workers: mbgd.Workers) -> str:
-    return trainer(workers, "auto", wide()).averaging_description
+    return trainer(workers, "auto", wide()).train_step.averaging.describe()
 
 
 def be_elsewhere(workers: mbgd.Workers) -> tuple[str, str, str]:
@@ -226,7 +226,11 @@ def be_elsewhere(workers: mbgd.Workers) -> tuple[str, str, str]:
         memory._host = lambda: ("another", "host")  # type: ignore[attr-defined]
     with pytest.raises(mbgd.UsageError) as caught:
         trainer(workers, "shared_memory", wide())
-    return str(caught.value), describe_auto(workers), trainer(workers, "reproducible", wide()).averaging_description
+    return (
+        str(caught.value),
+        describe_auto(workers),
+        trainer(workers, "reproducible", wide()).train_step.averaging.describe(),
+    )
 
 
 def test_several_hosts_are_refused_on_every_worker_and_auto_takes_ddp() -> None:
@@ -250,7 +254,7 @@ def have_too_little(workers: mbgd.Workers) -> tuple[str, str, str]:
     for averaging in ("auto", "reproducible"):
         made = trainer(workers, averaging, wide())
         assert made.fit().steps == 12
-        descriptions.append(made.averaging_description)
+        descriptions.append(made.train_step.averaging.describe())
     return str(caught.value), *descriptions
 
 
@@ -283,7 +287,7 @@ def train_with_a_small_dev_shm(workers: mbgd.Workers) -> str:
     assert libc.mount(b"tmpfs", b"/dev/shm", b"tmpfs", 0, b"size=4k") == 0
     made = trainer(workers, "auto", wide())
     made.fit()
-    return made.averaging_description
+    return made.train_step.averaging.describe()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting takes root")
