@@ -441,3 +441,38 @@ def test_trying_an_optimizer_out_leaves_no_trace() -> None:
     assert parameter.grad is None
     assert torch.equal(parameter, torch.ones(2, 3))
     assert torch.equal(torch.get_rng_state(), random)
+
+
+class ByColumns(torch.optim.SGD):
+    """Keeps a matrix by columns, as torch.linalg.qr returns Q."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["basis"] = torch.arange(6.0).reshape(2, 3).t()
+        super().step()
+
+
+@pytest.mark.parametrize("order", [[1, 0], [0, 0], [0], ["1", "0"], 3, None])
+def test_the_order_of_dimensions_in_memory_is_kept(order: Any) -> None:
+    """Products with a matrix by columns may have other last bits than with the same matrix by rows."""
+    parameter = nn.Parameter(torch.zeros(3))
+    optimizer = ByColumns([parameter], lr=1.0)
+    parameter.grad = torch.ones(3)
+    optimizer.step()
+    before = OptimizerState(optimizer, has_schedule=False)
+    tensors = {name: one.clone(memory_format=torch.contiguous_format) for name, one in before.tensors().items()}
+    values = json.loads(json.dumps(before.values()))
+    ((_, (_, node)),) = [(key, pairs["dict"][0]) for key, pairs in values["state"]]
+    assert node == {"tensor": "0.basis", "order": [1, 0]}
+    node["order"] = order
+    fresh = ByColumns([parameter], lr=1.0)
+    again = OptimizerState(fresh, has_schedule=False)
+    if order != [1, 0]:
+        assert "is no order of its 2 dimensions" in again.mismatches(tensors, values)[0]
+        return
+    assert again.mismatches(tensors, values) == []
+    again.restore(tensors, values)
+    basis = fresh.state[parameter]["basis"]
+    assert basis.stride() == optimizer.state[parameter]["basis"].stride() == (1, 3)
+    assert torch.equal(basis, optimizer.state[parameter]["basis"])

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mbgd.building.configuration import OURS
+from mbgd.building.configuration import OURS, spelled_out
 from mbgd.config.renamed import RENAMED_BEGINS, new_name
 from mbgd.errors import USAGE, UsageError
 from mbgd.text.suggestions import did_you_mean
@@ -43,7 +43,7 @@ def call(task: Callable[[Any], None], configuration: Path, arguments: Sequence[s
     from omegaconf.errors import OmegaConfBaseException
 
     check_arguments(arguments, configuration.parent)
-    sys.argv[1:] = arguments
+    sys.argv[1:] = spelled_out(arguments)
     # Otherwise Hydra prints exceptions itself and ends the process.
     utils.run_and_report = lambda func: func()
     try:

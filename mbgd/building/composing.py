@@ -24,7 +24,7 @@ def compose(overrides: Sequence[str]) -> Any:
     configuration.use_folder(Path.cwd())
     with initialize_config_dir(str(CONFIGURATION.parent), version_base="1.3"):
         try:
-            return composed_by_hydra(CONFIGURATION.stem, list(overrides))
+            return composed_by_hydra(CONFIGURATION.stem, configuration.spelled_out(overrides))
         except (HydraException, OmegaConfBaseException) as error:
             reason = str(error).strip().splitlines()[0]
             problem = error

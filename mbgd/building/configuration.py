@@ -1,7 +1,8 @@
 """The folders of configurations: mbgd's own, and conf/ of the current folder."""
 
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,3 +60,8 @@ def _shown(path: Path) -> str:
     if path.is_relative_to(OURS):
         return f"mbgd's own {path.relative_to(OURS)}"
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def spelled_out(overrides: Sequence[str]) -> list[str]:
+    """The overrides with resume=VALUE as resume.from=VALUE, so that resume.force can be given beside it."""
+    return [re.sub(r"^resume=(?!\{)", "resume.from=", one) for one in overrides]

@@ -1,6 +1,7 @@
 """Nested state as JSON and named tensors, and back: the form in which checkpoints hold an object's state.
 
-JSON's own values and lists are stored as they are; everything else as {kind: content}, a tensor as {"tensor": name}.
+JSON's own values and lists are stored as they are; everything else as {kind: content}, a tensor as {"tensor": name}
+with the order of its dimensions in memory, if that is not the usual one.
 """
 
 import math
@@ -70,7 +71,12 @@ class Flattening:
             self._kept.append(tensor)
             # safetensors has no complex128.
             self.tensors[name] = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-        return {"tensor": name, "complex": True} if tensor.is_complex() else {"tensor": name}
+        node: dict[str, Any] = {"tensor": name}
+        if tensor.is_complex():
+            node["complex"] = True
+        if order := _order(tensor):
+            node["order"] = order
+        return node
 
     def _container(self, value: Any, path: str) -> Any:
         if id(value) in self._inside:
@@ -98,6 +104,25 @@ class Flattening:
         if isinstance(key, Tensor):
             raise _refusal(path, "a dict with a tensor as key")
         return self(key, f"{path} (key {key!r})")
+
+
+def _order(tensor: Tensor) -> list[int] | None:
+    """The dimensions from the slowest to the fastest; None for a tensor in the usual order, or with gaps.
+
+    The results of matrix products may depend on it in the last bit; Q of torch.linalg.qr is stored by columns.
+    """
+    if tensor.is_contiguous():
+        return None
+    strides = tensor.stride()
+    order = sorted(range(tensor.dim()), key=lambda dim: -strides[dim])
+    return order if tensor.permute(order).is_contiguous() else None
+
+
+def in_order(tensor: Tensor, order: list[int], device: torch.device) -> Tensor:
+    """A copy of the tensor whose dimensions lie in memory in this order, from the slowest to the fastest."""
+    permuted = tensor.permute(order)
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return torch.empty(permuted.shape, dtype=tensor.dtype, device=device).copy_(permuted).permute(inverse)
 
 
 def unflatten(tree: Any, tensor: Callable[[str, bool], Any]) -> Any:

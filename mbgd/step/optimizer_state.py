@@ -1,6 +1,6 @@
 """An optimizer's state for checkpoints: its whole `state_dict`, checked against the state that it makes itself."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mbgd.errors import UsageError
-from mbgd.files.state_tree import Flattening, unflatten
+from mbgd.files.state_tree import Flattening, in_order, unflatten
 from mbgd.step.optimizer_trial import Kind, parameters_of, try_out
 
 
@@ -78,6 +78,10 @@ class OptimizerState:
                 paths(of_parameter, str(number))
         except Exception as error:
             return [f"optimizer state cannot be read ({type(error).__name__}: {error})"]
+        for name, order in _orders(tensors, values).items():
+            dims = list(range(loaded[name].dim()))
+            if not isinstance(order, list) or any(type(one) is not int for one in order) or sorted(order) != dims:
+                return [f"optimizer state {name}: {order!r} is no order of its {len(dims)} dimensions"]
         found += self._odd_keys(values, state)
         for name in tensors.keys() - loaded.keys():
             number = name.partition(".")[0]
@@ -109,7 +113,8 @@ class OptimizerState:
         loaded, paths = _loaded(tensors, values), Flattening()
         for number, of_parameter in self._decode(values, loaded, numbers).state.items():
             paths(of_parameter, str(number))
-        placed = {name: self._placed(one, paths.names.get(id(one))) for name, one in loaded.items()}
+        orders = _orders(tensors, values)
+        placed = {name: self._placed(one, paths.names.get(id(one)), orders.get(name)) for name, one in loaded.items()}
         found = self._decode(values, placed, numbers)
         whole = self._optimizer.state_dict()
         more: dict[str, Any] = dict(found.more)
@@ -213,13 +218,18 @@ class OptimizerState:
             return f"{of_parameter}; this optimizer makes {tuple(made.shape)}"
         return f"optimizer state {name}: {got}, where this optimizer makes {made}"
 
-    def _placed(self, tensor: Tensor, name: str | None) -> Tensor:
-        """A copy of a checkpoint's tensor, on the device and with the strides that this optimizer would use."""
+    def _placed(self, tensor: Tensor, name: str | None, order: list[int] | None) -> Tensor:
+        """A copy of a checkpoint's tensor, on the device and with the strides that this optimizer would use.
+
+        order: of the dimensions in memory when it was saved; None for the usual one.
+        """
         made = None if self._made is None or name is None else self._made.get(name)
         parameter = None if name is None else self._parameter(name)
         if parameter is None:
             return tensor.clone()
         device = parameter.device if made is None else made.device
+        if order is not None and not self._is_torchs:
+            return in_order(tensor, order, device)
         if tensor.shape == parameter.shape:  # with its strides: fused kernels go through both in memory order
             return torch.empty_like(parameter, dtype=tensor.dtype, device=device, requires_grad=False).copy_(tensor)
         return torch.empty_like(tensor, device=device).copy_(tensor)
@@ -248,25 +258,32 @@ class OptimizerState:
 def _loaded(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors that the values refer to."""
     loaded: dict[str, Tensor] = {}
-
-    def load(name: str, is_complex: bool) -> None:
+    for node in _nodes(_trees(tensors, values)):
+        name = node["tensor"]
         if name not in loaded:
-            loaded[name] = torch.view_as_complex(tensors[name]) if is_complex else tensors[name]
-
-    trees = [values.get("more", {}), values["groups"], _state_tree(values, tensors)]
-    _visit(trees, load)
+            loaded[name] = torch.view_as_complex(tensors[name]) if node.get("complex") else tensors[name]
     return loaded
 
 
-def _visit(tree: Any, load: Any) -> None:
+def _orders(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The order of the dimensions in memory of those tensors that are not in the usual one."""
+    return {node["tensor"]: node["order"] for node in _nodes(_trees(tensors, values)) if "order" in node}
+
+
+def _trees(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> list[Any]:
+    return [values.get("more", {}), values["groups"], _state_tree(values, tensors)]
+
+
+def _nodes(tree: Any) -> Iterator[Mapping[str, Any]]:
+    """Those that stand for a tensor."""
     if isinstance(tree, Mapping):
-        if "tensor" in tree and isinstance(tree["tensor"], str):
-            load(tree["tensor"], bool(tree.get("complex")))
+        if isinstance(tree.get("tensor"), str):
+            yield tree
         for value in tree.values():
-            _visit(value, load)
+            yield from _nodes(value)
     elif isinstance(tree, list | tuple):
         for value in tree:
-            _visit(value, load)
+            yield from _nodes(value)
 
 
 def _state_tree(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Sequence[Any]:
