@@ -29,6 +29,10 @@ class Net(nn.Module):
             self.first.weight.register_hook(_clamped)  # type: ignore[no-untyped-call]
         if wrong == "unused":
             self.spare = nn.Linear(3, 3)
+        if wrong == "kink":
+            self.branch = nn.Linear(16, 16)
+            nn.init.zeros_(self.branch.weight)
+            nn.init.zeros_(self.branch.bias)
 
     def forward(self, inputs: Tensor) -> Tensor:
         hidden = self.norm(torch.tanh(self.first(inputs.flatten(1))))
@@ -36,6 +40,8 @@ class Net(nn.Module):
             hidden = hidden.detach()
         if self.wrong == "partly_detached":
             hidden = hidden + hidden.detach() ** 2
+        if self.wrong == "kink":  # half of what the second ReLU gets is exactly 0
+            hidden = torch.relu(torch.relu(hidden) + self.branch(hidden))
         if self.wrong == "rank_seeded":
             seeded = torch.Generator().manual_seed(int(os.environ.get("RANK", "0")))
             hidden = hidden * (torch.rand(hidden.shape, generator=seeded, dtype=torch.float64) < 0.8).to(hidden)

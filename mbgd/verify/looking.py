@@ -35,6 +35,9 @@ SAME = 1e-5
 STEP = 1e-6
 """Of finite differences, as a share of a parameter's norm."""
 
+NEARBY = 1e-3
+"""How far off the point nearby is, as a share of a parameter's norm."""
+
 DERIVATIVE_TOLERANCE = 1e-3
 
 
@@ -44,8 +47,25 @@ class Looking:
     def __init__(self, reference: Reference, indices: Indices) -> None:
         """indices: the examples of the first minibatch."""
         self._reference, self._task = reference, reference.task
-        self._few = indices[:NUM_EXAMPLES]
+        self._few = self._counting(indices)
         self.is_random = False
+
+    def _counting(self, indices: Indices) -> Indices:
+        """The first few examples that have a weight: nothing shows in the loss of one that does not count."""
+        found = indices[:0]
+        for start in range(0, len(indices), NUM_EXAMPLES):
+            some = indices[start : start + NUM_EXAMPLES]
+            with torch.no_grad():
+                weights = self._terms(some, 1).weights
+            counts = (
+                np.ones(len(some), bool)
+                if weights is None
+                else (weights.reshape(len(some), -1) != 0).any(1).cpu().numpy()
+            )
+            found = np.concatenate([found, some[counts]])[:NUM_EXAMPLES]
+            if len(found) == NUM_EXAMPLES:
+                break
+        return found if len(found) else indices[:NUM_EXAMPLES]
 
     def __call__(self) -> list[Finding]:
         with self._reference.without_hooks():
@@ -127,18 +147,49 @@ class Looking:
         return any(_distance(a, b) > SAME * scale for a, b in zip(*pairs, strict=True))
 
     def _look_at_derivatives(self) -> Iterator[Finding]:
-        """Gradients against finite differences, parameter by parameter where they do not agree as a whole."""
-        trained = {name: p for name, p in self._reference.trained.by_name.items() if p.requires_grad}
-        gradients = dict(zip(trained, self._gradient(_of_each(self._terms(self._few, 1)).sum()), strict=True))
-        silent = [name for name, g in gradients.items() if g is None or not g.any()]
-        cut_off = [name for name in silent if abs(self._derivative(trained[name])[0]) > self._noise()]
-        if cut_off:
-            yield findings.detached(cut_off)
-        if idle := [name for name in silent if gradients[name] is None and name not in cut_off]:
-            yield findings.unused(idle)
-        partly = [name for name, g in gradients.items() if name not in silent and not self._agrees(trained[name], g)]
+        """Gradients against finite differences, parameter by parameter.
+
+        What disagrees is compared again at a point nearby: at a kink, such as a ReLU of exactly 0 behind a branch that
+        starts at zero, finite differences measure the mean of two slopes, and the gradient is one of them.
+        """
+        detached, partly, unused = self._compare_derivatives()
+        if detached or partly:
+            with self._nearby():
+                detached_there, partly_there, _ = self._compare_derivatives()
+            partly = [name for name in partly_there if name in detached + partly]
+            detached = [name for name in detached_there if name in detached]
+        if detached:
+            yield findings.detached(detached)
+        if unused:
+            yield findings.unused(unused)
         if partly:
             yield findings.partly_detached(partly)
+
+    def _compare_derivatives(self) -> tuple[list[str], list[str], list[str]]:
+        """Names of parameters: (that the loss depends on but no gradient reaches, with another gradient, unused)."""
+        trained = self._reference.with_gradient()
+        gradients = dict(zip(trained, self._gradient(_of_each(self._terms(self._few, 1)).sum()), strict=True))
+        silent = [name for name, g in gradients.items() if g is None or not g.any()]
+        detached = [name for name in silent if abs(self._derivative(trained[name])[0]) > self._noise()]
+        partly = [name for name, g in gradients.items() if name not in silent and not self._agrees(trained[name], g)]
+        unused = [name for name in silent if gradients[name] is None and name not in detached]
+        return detached, partly, unused
+
+    @contextmanager
+    def _nearby(self) -> Iterator[None]:
+        """All parameters are moved inside, a thousand times as far as for a finite difference."""
+        trained = self._reference.with_gradient()
+        before = {name: p.detach().clone() for name, p in trained.items()}
+        with torch.no_grad():
+            for seed, parameter in enumerate(trained.values(), start=1):
+                distance = NEARBY * max(parameter.norm().item(), 1.0)
+                parameter.add_(_direction(parameter, seed), alpha=distance)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in trained.items():
+                    parameter.copy_(before[name])
 
     def _agrees(self, parameter: Tensor, gradient: Tensor | None) -> bool:
         """Whether the gradient is what finite differences measure, twice the length of the step apart."""
@@ -156,9 +207,7 @@ class Looking:
 
     def _derivative(self, parameter: Tensor, scale: float = 1.0) -> tuple[float, Tensor]:
         """(derivative of the losses' sum in a direction, the direction)."""
-        generator = torch.Generator().manual_seed(0)
-        direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
-        direction *= 1.0 / direction.norm().clamp(min=1e-300)
+        direction = _direction(parameter, 0)
         distance = STEP * scale * max(parameter.norm().item(), 1.0)
         before, sums = parameter.detach().clone(), []
         with torch.no_grad():
@@ -194,7 +243,7 @@ class Looking:
             return _of_each(self._terms(indices, key))
 
     def _gradient(self, loss: Tensor) -> tuple[Tensor | None, ...]:
-        held = [p for p in self._reference.trained.parameters if p.requires_grad]
+        held = list(self._reference.with_gradient().values())
         return torch.autograd.grad(loss, held, allow_unused=True)
 
 
@@ -262,6 +311,14 @@ def _of_each(terms: PerExample) -> Tensor:
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return bool(torch.allclose(a, b.expand_as(a), rtol=SAME, atol=SAME * 1e-3, equal_nan=True))
+
+
+def _direction(parameter: Tensor, seed: int) -> Tensor:
+    """A random one, of length 1."""
+    generator = torch.Generator().manual_seed(seed)
+    direction: Tensor = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
+    direction /= direction.norm().clamp(min=1e-300)
+    return direction
 
 
 def _norm(gradients: Sequence[Tensor | None]) -> float:
