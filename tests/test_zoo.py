@@ -21,7 +21,7 @@ from mbgd.building.build import build_trainer, typed
 from mbgd.checkpoints.fingerprint import weights_sha256
 from mbgd.config import AveragingName
 from mbgd.data import TokenWindows, text, tokens
-from mbgd.models import GPT
+from mbgd.models import GPT, MLP, Linear
 
 import reference
 from experiments import goal
@@ -237,6 +237,11 @@ def test_a_token_is_predicted_from_those_up_to_its_own() -> None:
         (lambda: GPT((1, 8, 8), 10), "sequences of token ids"),
         (lambda: GPT((8,), 10, width=10, num_heads=3), "model.num_heads=3"),
         (lambda: GPT((8,), 10)(torch.randn(2, 8)), "torch.float32; it takes token ids"),
+        (lambda: MLP((8,), 10)(torch.ones(2, 8, dtype=torch.int64)), "the mlp got inputs of dtype torch.int64"),
+        (
+            lambda: Linear((8,), 10)(torch.ones(2, 8, dtype=torch.int64)),
+            "the linear model got inputs of dtype torch.int64",
+        ),
     ],
 )
 def test_what_a_gpt_cannot_be(make: Callable[[], Any], message: str) -> None:

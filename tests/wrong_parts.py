@@ -29,6 +29,10 @@ class Net(nn.Module):
             self.first.weight.register_hook(_clamped)  # type: ignore[no-untyped-call]
         if wrong == "unused":
             self.spare = nn.Linear(3, 3)
+        if wrong == "kink":
+            self.branch = nn.Linear(16, 16)
+            nn.init.zeros_(self.branch.weight)
+            nn.init.zeros_(self.branch.bias)
 
     def forward(self, inputs: Tensor) -> Tensor:
         hidden = self.norm(torch.tanh(self.first(inputs.flatten(1))))
@@ -36,6 +40,8 @@ class Net(nn.Module):
             hidden = hidden.detach()
         if self.wrong == "partly_detached":
             hidden = hidden + hidden.detach() ** 2
+        if self.wrong == "kink":  # half of what the second ReLU gets is exactly 0
+            hidden = torch.relu(torch.relu(hidden) + self.branch(hidden))
         if self.wrong == "rank_seeded":
             seeded = torch.Generator().manual_seed(int(os.environ.get("RANK", "0")))
             hidden = hidden * (torch.rand(hidden.shape, generator=seeded, dtype=torch.float64) < 0.8).to(hidden)
@@ -104,7 +110,8 @@ def gpt2() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 40, "n_positions": 12}
-    model: nn.Module = GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+    ends = {"bos_token_id": 0, "eos_token_id": 0}  # inside the vocabulary; the defaults are GPT-2's own
+    model: nn.Module = GPT2LMHeadModel(GPT2Config(**sizes, **ends, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
     return model
 
 

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from mbgd.errors import UsageError
+
 
 class Linear(nn.Module):
     """Inputs of any shape (N, …), flattened → (N, num_outputs), by one matrix and a bias."""
@@ -14,5 +16,10 @@ class Linear(nn.Module):
         self.output = nn.Linear(math.prod(input_shape), num_outputs)
 
     def forward(self, inputs: Tensor) -> Tensor:
+        if not inputs.is_floating_point():
+            raise UsageError(
+                f"the linear model got inputs of dtype {inputs.dtype}; it takes floating-point numbers. "
+                "For token ids use model=gpt."
+            )
         outputs: Tensor = self.output(inputs.flatten(1))
         return outputs

@@ -6,6 +6,8 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from mbgd.errors import UsageError
+
 
 class MLP(nn.Module):
     """Inputs of any shape (N, …), flattened → (N, num_outputs), with ReLU and dropout after each hidden layer."""
@@ -23,5 +25,10 @@ class MLP(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], num_outputs))
 
     def forward(self, inputs: Tensor) -> Tensor:
+        if not inputs.is_floating_point():
+            raise UsageError(
+                f"the mlp got inputs of dtype {inputs.dtype}; it takes floating-point numbers. "
+                "For token ids use model=gpt."
+            )
         outputs: Tensor = self.layers(inputs.flatten(1))
         return outputs

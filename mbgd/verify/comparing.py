@@ -14,7 +14,7 @@ from mbgd.batches.randomness import random_state_kept
 from mbgd.building.build import build_trainer
 from mbgd.checkpoints.fingerprint import weights_sha256
 from mbgd.config import AveragingName, Config, Precision
-from mbgd.verify import findings, looking
+from mbgd.verify import findings, looking, trainers
 from mbgd.verify.findings import Finding, Severity
 from mbgd.verify.reference import Reference, digests
 from mbgd.verify.subject import Done, Gradient, Subject
@@ -95,15 +95,15 @@ def compare(
     num_bytes = sum(p.nbytes for p in subject.parameters.values())
     comparison = Comparison(precision, subject.about(), num_bytes)
     indices = subject.trainer.setup.loader.minibatch_indices(0)
-    of_workers = workers.gather_values(looking.losses_here(subject.trainer, indices))
+    of_workers = workers.gather_values(trainers.losses_here(subject.trainer, indices))
     judge = _Judge(config, subject, comparison, num_steps) if workers.is_main else None
     if judge is not None:
         if known is None:
             judge.look(indices)
-            comparison.found += looking.compare_workers(of_workers)
+            comparison.found += trainers.compare_workers(of_workers)
         else:
             comparison.is_random = known.is_random
-        comparison.found += looking.look_at_trainer(subject.trainer)
+        comparison.found += trainers.look_at_trainer(subject.trainer)
     for shard in subject.shards(num_steps):
         if judge is not None:
             judge.before()

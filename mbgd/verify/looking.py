@@ -4,9 +4,8 @@ All in float64 and on one worker, except `losses_here`, which all workers comput
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,27 +13,21 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from mbgd.batches.describing import content
-from mbgd.batches.loader import Examples
-from mbgd.batches.plan import MicroBatch
-from mbgd.batches.randomness import key_generators
-from mbgd.batches.reading import Indices, read
+from mbgd.batches.reading import Indices
 from mbgd.checks.finite import shown
 from mbgd.config import Precision
 from mbgd.task.objective import PerExample
-from mbgd.task.precision import parameter_dtype
 from mbgd.task.task import plain_name
-from mbgd.trainer import Trainer
 from mbgd.verify import findings
 from mbgd.verify.findings import Finding
 from mbgd.verify.reference import Reference
-
-NUM_EXAMPLES = 8
-SAME = 1e-5
-"""Relative difference up to which losses count as equal; models may compute partly in float32."""
+from mbgd.verify.trainers import NUM_EXAMPLES, SAME, of_each, read_examples, same
 
 STEP = 1e-6
 """Step of finite differences, relative to the parameter's norm."""
+
+NEARBY = 1e-3
+"""Distance of the nearby point, relative to the parameter's norm."""
 
 DERIVATIVE_TOLERANCE = 1e-3
 
@@ -45,8 +38,25 @@ class Looking:
     def __init__(self, reference: Reference, indices: Indices) -> None:
         """indices: the examples of the first minibatch."""
         self._reference, self._task = reference, reference.task
-        self._few = indices[:NUM_EXAMPLES]
+        self._few = self._counting(indices)
         self.is_random = False
+
+    def _counting(self, indices: Indices) -> Indices:
+        """The first few examples that have a weight: nothing shows in the loss of one that does not count."""
+        found = indices[:0]
+        for start in range(0, len(indices), NUM_EXAMPLES):
+            some = indices[start : start + NUM_EXAMPLES]
+            with torch.no_grad():
+                weights = self._terms(some, 1).weights
+            counts = (
+                np.ones(len(some), bool)
+                if weights is None
+                else (weights.reshape(len(some), -1) != 0).any(1).cpu().numpy()
+            )
+            found = np.concatenate([found, some[counts]])[:NUM_EXAMPLES]
+            if len(found) == NUM_EXAMPLES:
+                break
+        return found if len(found) else indices[:NUM_EXAMPLES]
 
     def __call__(self) -> list[Finding]:
         with self._reference.without_hooks():
@@ -54,7 +64,7 @@ class Looking:
 
     def _look(self) -> list[Finding]:
         first, again = self._each(self._few, 1), self._each(self._few, 1)
-        if not _same(first, again):
+        if not same(first, again):
             self.is_random = True
             number = int((first - again).abs().argmax())
             return [findings.unkeyed(first=first[number].item(), again=again[number].item())]
@@ -66,7 +76,7 @@ class Looking:
         return found
 
     def _look_for_keyed(self, losses: Tensor) -> Iterator[Finding]:
-        if not _same(losses, self._each(self._few, 2)):
+        if not same(losses, self._each(self._few, 2)):
             self.is_random = True
             names = [name for name, module in _modules(self._task, _DropoutNd) if getattr(module, "p", 0) > 0]
             yield findings.keyed(where=f" ({shown(names)})" if names else "")
@@ -78,7 +88,7 @@ class Looking:
         in_company = self._each(np.repeat(self._few[:1], len(self._few)), 1)[:1]
         norms = [name for name, module in _modules(self._task, _BatchNorm) if module.training]
         if norms:
-            if not _same(together[:1], in_company) or self._gradients_differ():
+            if not same(together[:1], in_company) or self._gradients_differ():
                 yield findings.batch_norm(names=norms)
             with _in_evaluation(self._task, _BatchNorm):  # is BatchNorm the only cause?
                 found = list(self._coupling(self._each(self._few, 1)))
@@ -88,12 +98,12 @@ class Looking:
 
     def _coupling(self, together: Tensor) -> Iterator[Finding]:
         in_company = self._each(np.repeat(self._few[:1], len(self._few)), 1)[:1]
-        is_coupled = not _same(together[:1], in_company)
+        is_coupled = not same(together[:1], in_company)
         with _in_evaluation(self._task, _DropoutNd):
             batch = self._each(self._few, 1)
-            is_fixed = _same(batch, self._each(self._few, 2))
+            is_fixed = same(batch, self._each(self._few, 2))
             repeated = self._each(np.repeat(self._few[:1], len(self._few)), 1)
-            if is_fixed and not _same(repeated, repeated[:1]):
+            if is_fixed and not same(repeated, repeated[:1]):
                 yield findings.seeded(least=min(repeated.tolist()), greatest=max(repeated.tolist()))
                 is_fixed = False
             try:
@@ -101,14 +111,14 @@ class Looking:
             except Exception as error:  # a model that needs several examples may raise anything
                 yield findings.not_alone(reason=f"{type(error).__name__}: {error}")
                 is_fixed = False
-        if is_fixed and not _same(batch, alone):
-            if (batch.max() - batch.min()).abs() <= SAME * batch.abs().max() and not _same(alone, alone[:1]):
+        if is_fixed and not same(batch, alone):
+            if (batch.max() - batch.min()).abs() <= SAME * batch.abs().max() and not same(alone, alone[:1]):
                 yield findings.reduced(
                     size=len(batch), losses="all examples have one and the same loss, although alone they have not"
                 )
                 return
             ratio = batch / alone
-            if ratio.isfinite().all() and _same(ratio, ratio.mean().expand_as(ratio)):
+            if ratio.isfinite().all() and same(ratio, ratio.mean().expand_as(ratio)):
                 losses = f"each example's loss is {ratio.mean().item():.4g} times its loss alone"
                 yield findings.reduced(size=len(batch), losses=losses)
                 return
@@ -124,24 +134,55 @@ class Looking:
         """Whether the gradient of the first example's loss depends on the other examples."""
         pairs = []
         for indices in (self._few, np.repeat(self._few[:1], len(self._few))):
-            loss = _of_each(self._terms(indices, 1))[0]
+            loss = of_each(self._terms(indices, 1))[0]
             pairs.append(self._gradient(loss))
         scale = max(_norm(one) for one in pairs)
         return any(_distance(a, b) > SAME * scale for a, b in zip(*pairs, strict=True))
 
     def _look_at_derivatives(self) -> Iterator[Finding]:
-        """Compares each parameter's gradient with finite differences."""
-        trained = {name: p for name, p in self._reference.trained.by_name.items() if p.requires_grad}
-        gradients = dict(zip(trained, self._gradient(_of_each(self._terms(self._few, 1)).sum()), strict=True))
-        silent = [name for name, g in gradients.items() if g is None or not g.any()]
-        cut_off = [name for name in silent if abs(self._derivative(trained[name])[0]) > self._noise()]
-        if cut_off:
-            yield findings.detached(names=cut_off)
-        if idle := [name for name in silent if gradients[name] is None and name not in cut_off]:
-            yield findings.unused(names=idle)
-        partly = [name for name, g in gradients.items() if name not in silent and not self._agrees(trained[name], g)]
+        """Gradients against finite differences, parameter by parameter.
+
+        What disagrees is compared again at a point nearby: at a kink, such as a ReLU of exactly 0 behind a branch that
+        starts at zero, finite differences measure the mean of two slopes, and the gradient is one of them.
+        """
+        detached, partly, unused = self._compare_derivatives()
+        if detached or partly:
+            with self._nearby():
+                detached_there, partly_there, _ = self._compare_derivatives()
+            partly = [name for name in partly_there if name in detached + partly]
+            detached = [name for name in detached_there if name in detached]
+        if detached:
+            yield findings.detached(names=detached)
+        if unused:
+            yield findings.unused(names=unused)
         if partly:
             yield findings.partly_detached(names=partly)
+
+    def _compare_derivatives(self) -> tuple[list[str], list[str], list[str]]:
+        """Names of parameters: (that the loss depends on but no gradient reaches, with another gradient, unused)."""
+        trained = self._reference.with_gradient()
+        gradients = dict(zip(trained, self._gradient(of_each(self._terms(self._few, 1)).sum()), strict=True))
+        silent = [name for name, g in gradients.items() if g is None or not g.any()]
+        detached = [name for name in silent if abs(self._derivative(trained[name])[0]) > self._noise()]
+        partly = [name for name, g in gradients.items() if name not in silent and not self._agrees(trained[name], g)]
+        unused = [name for name in silent if gradients[name] is None and name not in detached]
+        return detached, partly, unused
+
+    @contextmanager
+    def _nearby(self) -> Iterator[None]:
+        """All parameters are moved inside, a thousand times as far as for a finite difference."""
+        trained = self._reference.with_gradient()
+        before = {name: p.detach().clone() for name, p in trained.items()}
+        with torch.no_grad():
+            for seed, parameter in enumerate(trained.values(), start=1):
+                distance = NEARBY * max(parameter.norm().item(), 1.0)
+                parameter.add_(_direction(parameter, seed), alpha=distance)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in trained.items():
+                    parameter.copy_(before[name])
 
     def _agrees(self, parameter: Tensor, gradient: Tensor | None) -> bool:
         """Whether the gradient equals central finite differences, for one of two step lengths."""
@@ -159,15 +200,13 @@ class Looking:
 
     def _derivative(self, parameter: Tensor, scale: float = 1.0) -> tuple[float, Tensor]:
         """(derivative of the summed loss along a random direction, the direction)."""
-        generator = torch.Generator().manual_seed(0)
-        direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
-        direction *= 1.0 / direction.norm().clamp(min=1e-300)
+        direction = _direction(parameter, 0)
         distance = STEP * scale * max(parameter.norm().item(), 1.0)
         before, sums = parameter.detach().clone(), []
         with torch.no_grad():
             for sign in (1, -1):
                 parameter.copy_(before + sign * distance * direction)
-                sums.append(_of_each(self._terms(self._few, 1)).sum().item())
+                sums.append(of_each(self._terms(self._few, 1)).sum().item())
             parameter.copy_(before)
         self._size = abs(sums[0]) + 1.0
         return (sums[0] - sums[1]) / (2 * distance), direction
@@ -183,7 +222,7 @@ class Looking:
             warnings.simplefilter("always")
             torch.use_deterministic_algorithms(True, warn_only=True)
             try:
-                self._gradient(_of_each(self._terms(self._few, 1)).sum())
+                self._gradient(of_each(self._terms(self._few, 1)).sum())
             finally:
                 torch.use_deterministic_algorithms(was, warn_only=only_warned)
         texts = [str(one.message) for one in caught if "deterministic implementation" in str(one.message)]
@@ -194,77 +233,19 @@ class Looking:
 
     def _each(self, indices: Indices, key: int) -> Tensor:
         with torch.no_grad():
-            return _of_each(self._terms(indices, key))
+            return of_each(self._terms(indices, key))
 
     def _gradient(self, loss: Tensor) -> tuple[Tensor | None, ...]:
-        held = [p for p in self._reference.trained.parameters if p.requires_grad]
+        held = list(self._reference.with_gradient().values())
         return torch.autograd.grad(loss, held, allow_unused=True)
 
 
-def read_examples(trainer: Trainer, indices: Indices, precision: Precision) -> Examples:
-    """Examples by number, read as in evaluations."""
-    device, dtype = trainer.setup.workers.device, parameter_dtype(precision)
-    data = trainer.setup.data.train
-    (batch,) = read(data, [indices], num_workers=0, device=device, dtype=dtype, seed=trainer.setup.settings.seed)
-    return Examples(MicroBatch(0, 1, 0, len(indices)), batch)
-
-
-def losses_here(trainer: Trainer, indices: Indices) -> dict[str, Any]:
-    """The first examples' losses on this worker's model; every worker should have the same."""
-    examples = read_examples(trainer, indices[:NUM_EXAMPLES], trainer.setup.settings.precision)
-    trainer.setup.buffers.put_back()
-    key_generators(trainer.setup.workers.device, trainer.setup.settings.seed)
-    with torch.no_grad(), trainer.train_step.autocast:
-        terms = trainer.setup.task(examples.batch, examples.micro_batch.size)
-    trainer.setup.buffers.put_back()
-    return {"losses": [float(loss) for loss in _of_each(terms)], "examples": content(examples.batch)}
-
-
-def look_at_trainer(trainer: Trainer) -> Iterator[Finding]:
-    """Findings that the trainer already knows."""
-    if names := trainer.setup.trained.not_held:
-        yield findings.not_held(names=names)
-    if names := list(trainer.setup.findings.moving_buffers):
-        yield findings.moving(names=names)
-    hooked = [
-        name
-        for name, p in trainer.setup.trained.by_name.items()
-        if any(not getattr(hook, "is_averaging_hook", False) for hook in (p._backward_hooks or {}).values())
-        or any(
-            not getattr(hook, "is_averaging_hook", False)
-            for hook in (getattr(p, "_post_accumulate_grad_hooks", None) or {}).values()
-        )
-    ]
-    if hooked:
-        yield findings.hooks(names=hooked)
-    if trainer.setup.settings.precision in (Precision.bf16, Precision.fp16):
-        yield findings.autocast(precision=trainer.setup.settings.precision.value)
-
-
-def compare_workers(of_workers: Sequence[Mapping[str, Any]]) -> list[Finding]:
-    """Findings from the results of `losses_here`, by rank."""
-    main, *others = of_workers
-    mine = torch.tensor(main["losses"], dtype=torch.float64)
-    for rank, other in enumerate(others, start=1):
-        if other["examples"] != main["examples"]:
-            return [findings.other_examples(rank=rank, step=1)]
-        theirs = torch.tensor(other["losses"], dtype=torch.float64)
-        if not _same(mine, theirs):
-            number = int((mine - theirs).abs().nan_to_num().argmax())
-            return [findings.of_worker(rank=rank, mine=mine[number].item(), theirs=theirs[number].item())]
-    return []
-
-
-def _of_each(terms: PerExample) -> Tensor:
-    """One float64 per example: Σ w L over its elements."""
-    losses = terms.losses.double()
-    if terms.weights is not None:
-        losses = torch.where(terms.weights != 0, losses, 0.0) * terms.weights.double()
-    return losses.flatten(1).sum(1) if losses.dim() > 1 else losses
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return bool(torch.allclose(a, b.expand_as(a), rtol=SAME, atol=SAME * 1e-3, equal_nan=True))
+def _direction(parameter: Tensor, seed: int) -> Tensor:
+    """A random one, of length 1."""
+    generator = torch.Generator().manual_seed(seed)
+    direction: Tensor = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
+    direction /= direction.norm().clamp(min=1e-300)
+    return direction
 
 
 def _norm(gradients: Sequence[Tensor | None]) -> float:

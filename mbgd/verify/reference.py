@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mbgd.batches.describing import content
 from mbgd.batches.loader import Examples, Loader, Shard
@@ -54,6 +54,10 @@ class Reference:
                 if name in buffers and buffers[name].shape == buffer.shape:
                     buffer.copy_(buffers[name])
         self._buffers.start_step()
+
+    def with_gradient(self) -> dict[str, nn.Parameter]:
+        """The optimizer's parameters that require a gradient now, by name."""
+        return {name: p for name, p in self.trained.by_name.items() if p.requires_grad}
 
     def shards(self, num_steps: int) -> Iterator[Shard]:
         """The whole minibatches."""
@@ -134,7 +138,7 @@ class Reference:
 
     def _gradient(self, loss: Tensor) -> Gradient:
         scale = FP16_SCALE if self._precision is Precision.fp16 else 1.0
-        held = {name: p for name, p in self.trained.by_name.items() if p.requires_grad}
+        held = self.with_gradient()
         found = torch.autograd.grad(loss * scale, list(held.values()), allow_unused=True)
         gradients = dict(zip(held, found, strict=True))
         wide = {name: torch.promote_types(p.dtype, torch.float64) for name, p in self.trained.by_name.items()}
