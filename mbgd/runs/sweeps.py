@@ -12,6 +12,7 @@ from typing import Any
 from mbgd.config import Direction
 from mbgd.errors import UsageError
 from mbgd.files import run_files
+from mbgd.files.atomic import write_atomically
 from mbgd.files.reading import convert, read_json
 from mbgd.files.run_files import METRICS, read_config, read_summary
 from mbgd.text.escaping import plain
@@ -38,9 +39,7 @@ class Record:
 
     def write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / (RECORD + ".tmp")
-        temporary.write_text(json.dumps(asdict(self), indent=2) + "\n")
-        temporary.replace(folder / RECORD)
+        write_atomically(folder / RECORD, (json.dumps(asdict(self), indent=2) + "\n").encode())
 
     @staticmethod
     def read(folder: Path) -> "Record | None":

@@ -82,7 +82,7 @@ class NoiseMeter:
         return NUM_NOISE_SUMS
 
     def begin(self, step: int) -> bool:
-        self.norms, self._total = None, None
+        self.norms, self._leaves, self._total = None, {}, None
         if self.measures(step):
             self.norms = MicroBatchNorms(self._parameters)
         return self.norms is not None
@@ -93,8 +93,7 @@ class NoiseMeter:
             self._leaves[micro_batch.number] = noise_sums(squared_norm, weight=terms.total_weight())
 
     def leaves(self) -> Mapping[int, Tensor]:
-        leaves, self._leaves = self._leaves, {}
-        return leaves
+        return self._leaves
 
     def take(self, total: Tensor, minibatch: Minibatch) -> None:
         self._total = total  # used in after_update, which knows the gradient's norm

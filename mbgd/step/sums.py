@@ -86,7 +86,7 @@ class Means:
     def begin(self, step: int) -> bool:
         self._names = self._findings.metric_names if self.is_logged else ()
         self._is_wanted = self.is_logged or self.is_measured or self._findings.has_weights
-        self._step, self.totals = step, None
+        self._step, self._leaves, self.totals = step, {}, None
         return self._is_wanted
 
     def add(self, terms: PerExample, micro_batch: MicroBatch) -> None:
@@ -97,9 +97,7 @@ class Means:
 
     def leaves(self) -> Mapping[int, Tensor]:
         indicator = self._alarm.indicator()
-        leaves = {number: torch.cat([sums, indicator]) for number, sums in self._leaves.items()}
-        self._leaves.clear()
-        return leaves
+        return {number: torch.cat([sums, indicator]) for number, sums in self._leaves.items()}
 
     def take(self, total: Tensor, minibatch: Minibatch) -> None:
         self.totals = Totals(total[:-1], self._names, total[-1:])

@@ -2,12 +2,14 @@
 
 import argparse
 import csv
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from mbgd.cli.tools.sweep_plot import plot
 from mbgd.config import Direction
+from mbgd.files.atomic import write_atomically
 from mbgd.runs.sweeps import LOG, Job, Ranking, read_ranking
 from mbgd.text.escaping import plain
 
@@ -31,8 +33,9 @@ def show(folder: Path, metric: str | None = None, direction: str | None = None, 
     ranking = read_ranking(folder, metric, direction, target)
     rows = table(ranking)
     _print(rows, ranking)
-    with (folder / "sweep.csv").open("w", newline="") as file:
-        csv.writer(file).writerows(full_table(ranking))
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(full_table(ranking))
+    write_atomically(folder / "sweep.csv", text.getvalue().encode())
     print(f"table       {folder / 'sweep.csv'}")
     if any(math.isfinite(ranking.value(job)) for job in ranking.jobs) and ranking.keys:
         plot(ranking, folder / "sweep.svg")
