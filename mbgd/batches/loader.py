@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from mbgd.batches.collating import Collate
 from mbgd.batches.order import Order
 from mbgd.batches.plan import MicroBatch, Minibatch, Plan, micro_batches
 from mbgd.batches.reading import BLOCK_EXAMPLES, Indices, keys, read
@@ -33,6 +34,9 @@ class Data:
     """Shuffle the training examples anew in every epoch, keyed by the seed."""
     num_workers: int = 0
     """Loader processes per worker, for datasets without `gather`."""
+    collate: Collate | None = None
+    """Makes a batch of a list of examples, such as padded ones, for datasets without `gather`; None: equal shapes are
+    stacked. It must keep all examples and their order, and draw nothing."""
 
     def __post_init__(self) -> None:
         check_dataset("training", self.train)
@@ -40,6 +44,14 @@ class Data:
             check_dataset(f"evaluation ({name})" if name else "evaluation", dataset)
         if self.num_workers < 0:
             raise UsageError(f"data.num_workers={self.num_workers}; it must be ≥ 0.")
+        if self.collate is not None and not callable(self.collate):
+            raise UsageError(f"data.collate={self.collate!r}; it must be a function of a list of examples.")
+        gathering = [one for one in (self.train, *self.evaluation_sets.values()) if hasattr(one, "gather")]
+        if self.collate is not None and gathering:
+            raise UsageError(
+                f"data.collate with {type(gathering[0]).__name__}, whose gather makes the batches: collate would never "
+                "be called. Leave out the one or the other."
+            )
 
     @property
     def evaluation_sets(self) -> dict[str, Any]:
@@ -115,6 +127,7 @@ class Loader:
             dtype=self._dtype,
             own_copies=self._own_copies,
             augment=self._augments,
+            collate=self._data.collate,
         )
         for batch in batches:
             step, minibatch, micro_batches = planned.popleft()
@@ -131,8 +144,15 @@ class Loader:
         num_parts = self._plan.num_micro_batches(minibatch.size)
         wanted = micro_batches(minibatch.start, minibatch.stop, num_parts, 0, 1)[number]
         indices = self._order_of(minibatch.epoch, [wanted])
-        device, dtype = self._device, self._dtype
-        (batch,) = read(self._data.train, indices, num_workers=0, device=device, dtype=dtype, augment=self._augments)
+        (batch,) = read(
+            self._data.train,
+            indices,
+            num_workers=0,
+            device=self._device,
+            dtype=self._dtype,
+            augment=self._augments,
+            collate=self._data.collate,
+        )
         return Examples(wanted, batch)
 
     def _indices(

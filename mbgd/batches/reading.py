@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
+from mbgd.batches.collating import Collate, collated
 from mbgd.batches.describing import content
 from mbgd.batches.order import mix, mix_array
 from mbgd.batches.randomness import has_drawn_since, key_reading, undisturbed
@@ -38,6 +39,7 @@ class Batches:
 
     augment: the arrays hold keys, and examples come from `augmented`, even if the dataset has `gather`.
     seed: for arrays without keys; reading an example is then seeded by (seed, index).
+    collate: makes a batch of the examples of a dataset without `gather`; None: equal shapes are stacked.
     keep_processes: the batches are iterated several times; `indices` must allow that, and the loader processes stay
     alive in between.
     """
@@ -54,6 +56,7 @@ class Batches:
         augment: bool = False,
         seed: int = 0,
         keep_processes: bool = False,
+        collate: Collate | None = None,
     ) -> None:
         self._dataset, self._indices, self._dtype = dataset, indices, dtype
         self._own_copies = own_copies
@@ -64,7 +67,7 @@ class Batches:
                 _Fetched(dataset, augment),
                 batch_sampler=_Wanted(indices, seed),
                 num_workers=num_workers,
-                collate_fn=partial(_collate, dtype),
+                collate_fn=partial(_collate, dtype, collate),
                 pin_memory=device.type == "cuda",
                 generator=torch.Generator(),  # otherwise each pass draws from the default generator
                 persistent_workers=keep_processes and num_workers > 0,
@@ -175,9 +178,17 @@ class _Fetched(Dataset[Any]):
         return [dataset[index] for index, _ in wanted]
 
 
-def _collate(dtype: torch.dtype, examples: Any) -> Any:
-    """Collates in the loader process and casts there, so that the copy to the device need not convert."""
-    return examples if isinstance(examples, UsageError) else cast(default_collate(examples), dtype)
+def _collate(dtype: torch.dtype, collate: Collate | None, examples: Any) -> Any:
+    """Collates in the loader process and casts there, so that the copy to the device need not convert.
+
+    Returns a UsageError, as `_Fetched` does.
+    """
+    if isinstance(examples, UsageError):
+        return examples
+    try:
+        return cast(collated(examples, collate), dtype)
+    except UsageError as error:
+        return error
 
 
 @dataclass

@@ -215,6 +215,8 @@ def build_data(config: Config) -> Data:
     for key, value in data.items():
         if key == "evaluation" and isinstance(value, dict) and "_target_" not in value:
             data[key] = {name: make(f"data.evaluation.{name}", node) for name, node in value.items()}
+        elif key == "collate" and value is not None:
+            data[key] = make("data.collate", value, _partial_=_is_function(value))
         elif isinstance(value, dict) or (key in ("train", "evaluation") and value is not None):
             data[key] = make(f"data.{key}", value)
     return Data(**data)

@@ -119,7 +119,8 @@ class Trial:
         settings = self._settings
         dtype = parameter_dtype(settings.precision)
         data, device, seed = self._data.train, self._device, settings.seed
-        (batch,) = read(data, [indices], num_workers=0, device=device, dtype=dtype, seed=seed)
+        how: dict[str, Any] = {"num_workers": 0, "device": device, "dtype": dtype, "seed": seed}
+        (batch,) = read(data, [indices], collate=self._data.collate, **how)
         key_generators(self._device, settings.seed)
         with autocast(settings.precision, self._device):
             terms: PerExample = self._task(batch, len(indices))

@@ -43,6 +43,7 @@ class Evaluator:
             "device": workers.device,
             "dtype": parameter_dtype(settings.precision),
             "seed": settings.seed,
+            "collate": setup.data.collate,
         }
         self._metrics = Metrics(settings.evaluation.metrics, workers)
         self.num_examples = num_examples = len(dataset)

@@ -35,7 +35,8 @@ class Explained:
         self._config, self._seconds = config, seconds
         self._reference = Reference(config, torch.device("cpu"), Precision.fp64)
         trainer = self._reference.trainer
-        self.dataset, self._task = trainer.setup.data.train, self._reference.task
+        self.dataset, self._collate = trainer.setup.data.train, trainer.setup.data.collate
+        self._task = self._reference.task
         if config.batch.size > len(self.dataset):
             raise UsageError(
                 f"batch.size={config.batch.size}, but there are {len(self.dataset)} training examples; a minibatch "
@@ -184,6 +185,7 @@ class Explained:
                 device=torch.device("cpu"),
                 dtype=torch.float64,
                 seed=seed,
+                collate=self._collate,
             )
             losses, weights = sums(self._task(batch, len(numbers)))
             found = self._gradient(losses.sum() / weights.sum().clamp(min=1e-300))

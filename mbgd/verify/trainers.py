@@ -26,8 +26,9 @@ SAME = 1e-5
 def read_examples(trainer: Trainer, indices: Indices, precision: Precision) -> Examples:
     """Examples by number, read as in evaluations."""
     device, dtype = trainer.setup.workers.device, parameter_dtype(precision)
-    data = trainer.setup.data.train
-    (batch,) = read(data, [indices], num_workers=0, device=device, dtype=dtype, seed=trainer.setup.settings.seed)
+    data, seed = trainer.setup.data, trainer.setup.settings.seed
+    how: dict[str, Any] = {"num_workers": 0, "device": device, "dtype": dtype, "seed": seed}
+    (batch,) = read(data.train, [indices], collate=data.collate, **how)
     return Examples(MicroBatch(0, 1, 0, len(indices)), batch)
 
 
