@@ -145,3 +145,51 @@ def test_mistakes_are_refused_before_training(data: dict[str, Any], message: str
 def test_what_cannot_be_stacked_is_named(examples: list[Any], message: str) -> None:
     with pytest.raises(mbgd.UsageError, match=message):
         collated(examples, None)
+
+
+class Gathered:
+    """Examples in memory under names, nested."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self._inputs = torch.randn(NUM_EXAMPLES, WIDTH, generator=generator, dtype=torch.float64)
+
+    def __len__(self) -> int:
+        return NUM_EXAMPLES
+
+    def __getitem__(self, index: int) -> Any:
+        raise AssertionError("gather is there")
+
+    def gather(self, indices: Tensor) -> Any:
+        inputs = self._inputs[indices]
+        return {"inputs": inputs, "of_targets": [inputs.sum(1), (inputs.prod(1),)]}
+
+
+def squared_error_of_names(model: nn.Module, batch: Any) -> mbgd.PerExample:
+    total, (product,) = batch["of_targets"]
+    return mbgd.PerExample((model(batch["inputs"]).squeeze(-1) - total - product).square())
+
+
+def train_gathered(workers: mbgd.Workers) -> tuple[Tensor, Tensor]:
+    """The parameters, and those of plain torch on whole minibatches."""
+    torch.manual_seed(0)
+    model, plain = nn.Linear(WIDTH, 1), nn.Linear(WIDTH, 1).double()
+    plain.load_state_dict(model.state_dict())
+    settings = mbgd.Settings(epochs=2, batch=mbgd.Batch(8, 3), precision="fp64")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    trainer = mbgd.Trainer(model, squared_error_of_names, optimizer, mbgd.Data(train=Gathered()), settings, workers)
+    by_hand = torch.optim.SGD(plain.parameters(), lr=0.01)
+    for step in range(trainer.setup.num_steps):
+        by_hand.zero_grad()
+        batch = Gathered().gather(torch.from_numpy(trainer.setup.loader.minibatch_indices(step)))
+        squared_error_of_names(plain, batch).losses.mean().backward()
+        by_hand.step()
+    trainer.fit()
+    flat = nn.utils.parameters_to_vector
+    return flat(model.parameters()).detach(), flat(plain.parameters()).detach()
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_gather_may_give_nested_dicts(num_workers: int) -> None:
+    found, wanted = run_workers(train_gathered, num_workers)[0]
+    assert torch.allclose(found, wanted, rtol=1e-12, atol=1e-14)

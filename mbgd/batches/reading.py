@@ -1,6 +1,6 @@
 """Reads examples of a dataset by index, as batches on the device."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -90,7 +90,17 @@ class Batches:
             sizes = [len(part) for part in block]
             if not self._own_copies:
                 limit.num_examples = most_at_once(gathered, sum(sizes))
-            yield from zip(*(tensor.split(sizes) for tensor in self._transfer(gathered)), strict=True)
+            yield from _split(self._transfer(gathered), sizes)
+
+
+def _split(batch: Any, sizes: list[int]) -> Iterable[Any]:
+    """The batch, a tensor or tuples, lists and mappings of tensors, in parts of these sizes."""
+    if isinstance(batch, Tensor):
+        return torch.split(batch, sizes)
+    if isinstance(batch, Mapping):
+        parts = zip(*(_split(value, sizes) for value in batch.values()), strict=True)
+        return (dict(zip(batch, part, strict=True)) for part in parts)
+    return zip(*(_split(value, sizes) for value in batch), strict=True)
 
 
 def read(dataset: Any, indices: Iterable[Indices], **how: Any) -> Iterator[Any]:
@@ -199,8 +209,14 @@ class _Limit:
 
 def most_at_once(gathered: Any, num_examples: int) -> int:
     """Examples that may be gathered at once, by the size of `gathered`, which holds `num_examples` examples."""
-    bytes_of_one = sum(tensor.nbytes for tensor in gathered) / num_examples
+    bytes_of_one = _num_bytes(gathered) / num_examples
     return min(BLOCK_EXAMPLES, int(BLOCK_BYTES / max(bytes_of_one, 1.0)))
+
+
+def _num_bytes(batch: Any) -> int:
+    if isinstance(batch, Tensor):
+        return batch.nbytes
+    return sum(map(_num_bytes, batch.values() if isinstance(batch, Mapping) else batch))
 
 
 def _blocks(indices: Iterable[Indices], limit: _Limit) -> Iterator[list[Indices]]:
