@@ -152,6 +152,7 @@ class Trainer:
         """Raise, the same on every worker, if the state is not finite or differs between workers."""
         self.train_step.alarm.check_state(self.state.step)
         self._replicas.compare_parts(self.state.step, self._compared)
+        self.train_step.alarm.check_buffers(self.state.step)
 
     def snapshot(self) -> Snapshot:
         """The whole state of the run, in memory of its own; UsageError if it is not finite."""

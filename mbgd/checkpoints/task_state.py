@@ -83,6 +83,15 @@ def exported(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def exported_tensors(snapshot: Snapshot) -> dict[str, Tensor]:
+    """The tensors for the model's `load_state_dict`; checkpoints of older versions hold other buffers, too."""
+    tensors = snapshot.tensors["model"]
+    names = snapshot.values.get("export")
+    if not isinstance(names, dict) or not set(names.values()) <= tensors.keys():
+        return dict(tensors)
+    return {name: tensors[kept].clone() for name, kept in names.items()}
+
+
 def _storable(tensor: Tensor) -> Tensor:
     """The tensor; complex128, which safetensors does not have, as a view of float64 pairs."""
     return torch.view_as_real(tensor) if tensor.dtype is torch.complex128 else tensor

@@ -82,6 +82,9 @@ class Alarm:
                 f"after step {num_steps} parameters are not finite: {shown(spoilt)}. The gradient of that step was "
                 f"not finite, although its loss was. {diagnosis.remedy(self._setup.findings.has_weights)}"
             )
+
+    def check_buffers(self, num_steps: int) -> None:
+        """Stop if a buffer has moved unseen; to be asked once the replicas were compared, which may differ in it."""
         if unseen := self._setup.buffers.find_unseen():
             raise UsageError(
                 f"by step {num_steps} the buffers {shown(unseen)} have changed without raising their version in "

@@ -24,6 +24,7 @@ from mbgd.config import Config, must_match
 from mbgd.errors import FAILED, ComputedWrongly, NotSaved, Preempted, ReplicasDiffer, UsageError, WorkersLost
 from mbgd.measuring import profiling
 from mbgd.runs import wording
+from mbgd.runs.initial_weights import start_from
 from mbgd.runs.resume import resume
 from mbgd.runs.run_folder import RunFolder, open_run_folder
 from mbgd.runs.trackers import check_installed, open_trackers
@@ -64,6 +65,8 @@ def _train(
             if workers.is_main:
                 print(f"{folder.path} holds this run already, complete; give another run.dir for a new one.")
             return None
+        if trainer.state.step == 0:
+            start_from(trainer, config.init)
         profiler = profiling.create(config.profile, folder.path, workers, quiet=config.tracking.quiet)
         checkpoints = saving.create(config.checkpoint, folder.path, folder.checkpoints_path, must_match(plain), workers)
         if workers.is_main:

@@ -82,7 +82,7 @@ def _problems_of_a_run(config: Config) -> list[str]:
         )
     texts = {f"run.{name}": value for name, value in vars(config.run).items()}
     texts |= {"checkpoint.best": checkpoint.best, "sweep.metric": config.sweep.metric}
-    texts["resume.from"] = config.resume.from_
+    texts |= {"resume.from": config.resume.from_, "init.from": config.init.from_}
     return found + [f"{name} is empty; leave it out, or give a value." for name, text in texts.items() if text == ""]
 
 

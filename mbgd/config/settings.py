@@ -166,6 +166,16 @@ class Checkpoint(Typed):
 
 
 @dataclass(frozen=True)
+class Init(Typed):
+    from_: str | None = None
+    """`init.from`. Weights to start from: a .safetensors file, a run's folder or a checkpoint's; None: random ones."""
+    strict: bool = True
+    """False: names that only the file or only the model has are listed and skipped."""
+    rename: dict[str, Any] = field(default_factory=dict)
+    """Names in the file → names in the model; * stands for any part."""
+
+
+@dataclass(frozen=True)
 class Resume(Typed):
     from_: str = "auto"
     """`resume.from`. auto: resume from the run's own folder; never: start anew; or the path of another run or
@@ -219,6 +229,7 @@ class Config(Settings):
     sweep: Sweep = field(default_factory=Sweep)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     tracking: Tracking = field(default_factory=Tracking)
+    init: Init = field(default_factory=Init, metadata=MUST_MATCH)
     resume: Resume = field(default_factory=Resume)
     profile: str | None = None
     """Optimizer steps to trace with the profiler, counted from 1, such as steps:10-20; None: none."""

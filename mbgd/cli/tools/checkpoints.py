@@ -4,10 +4,9 @@ import argparse
 from pathlib import Path
 
 from safetensors.torch import save
-from torch import Tensor
 
 from mbgd.checkpoints import format as checkpoint
-from mbgd.checkpoints.snapshot import Snapshot
+from mbgd.checkpoints.task_state import exported_tensors
 from mbgd.config import Direction
 from mbgd.errors import UsageError
 from mbgd.files.atomic import write_atomically
@@ -76,17 +75,8 @@ def _export(path: Path, target: Path) -> int:
     if "model" not in snapshot.tensors:
         raise UsageError(f"{path} holds no model.")
     try:
-        write_atomically(target, save(_model(snapshot)))
+        write_atomically(target, save(exported_tensors(snapshot)))
     except OSError as error:
         raise UsageError(f"{plain(target)} cannot be written: {error.strerror or error}.") from error
     print(f"the model after step {snapshot.step} is in {target}")
     return 0
-
-
-def _model(snapshot: Snapshot) -> dict[str, Tensor]:
-    """The tensors for the model's `load_state_dict`; checkpoints of older versions hold other buffers, too."""
-    tensors = snapshot.tensors["model"]
-    names = snapshot.values.get("export")
-    if not isinstance(names, dict) or not set(names.values()) <= tensors.keys():
-        return dict(tensors)
-    return {name: tensors[kept].clone() for name, kept in names.items()}
