@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import CompactHydraException
 from hydra.plugins.launcher import Launcher
@@ -112,9 +113,12 @@ class TorchrunLauncher(Launcher):
         config = self.context.config_loader.load_sweep_config(self.config, list(overrides))
         with open_dict(config):
             config.hydra.job.id = config.hydra.job.num = number
-        constant = self.config.hydra.overrides.task
-        swept = [one.lstrip("+").split("=", 1) for one in overrides if one not in constant and one[0] != "~"]
-        record = sweeps.Record(number, dict(swept), list(overrides))
+        # By key: sweepers write values in their own way, such as True for true.
+        given = OverridesParser.create().parse_overrides(list(self.config.hydra.overrides.task))
+        constant = {one.key_or_group for one in given if not one.is_sweep_override()}
+        values = dict(one.lstrip("+").split("=", 1) for one in overrides if one[0] != "~")
+        swept = {key: value for key, value in values.items() if key not in constant}
+        record = sweeps.Record(number, swept, list(overrides))
         return Job(record, config, self.folder / str(config.hydra.sweep.subdir))
 
     def _command(self, job: Job, gpus: str | None) -> Command:
