@@ -17,7 +17,7 @@ from mbgd.checks.setup import Setup
 from mbgd.checks.targets import check_targets
 from mbgd.config import Settings
 from mbgd.errors import UsageError
-from mbgd.evaluation.metrics import Metrics, check
+from mbgd.evaluation.metrics import WholeSetMetrics, check
 from mbgd.task.extra_state import extra_state_kept
 from mbgd.task.modes import evaluating
 from mbgd.task.objective import NUM_SUMS, PerExample, Totals
@@ -45,7 +45,7 @@ class Evaluator:
             "seed": settings.seed,
             "collate": setup.data.collate,
         }
-        self._metrics = Metrics(settings.evaluation.metrics, workers)
+        self._metrics = WholeSetMetrics(settings.evaluation.metrics, workers)
         self.num_examples = num_examples = len(dataset)
         self._num_parts = -(-num_examples // settings.evaluation.batch_size)
         shard = micro_batches(0, num_examples, self._num_parts, workers.rank, workers.num_workers)

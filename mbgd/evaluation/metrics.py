@@ -26,7 +26,7 @@ class Metric(Protocol):
         """Forget the examples added so far."""
 
 
-class Metrics:
+class WholeSetMetrics:
     """Computed by the main worker, on the host, from every worker's predictions in the order of the examples.
 
     So a metric gets the same values on any number of workers, and needs no rule for adding up states. The price is that
