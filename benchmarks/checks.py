@@ -1,4 +1,4 @@
-"""The cost of checking the state: `python benchmarks/checks.py [--before COMMIT]`.
+"""The cost of checking the state: `python benchmarks/checks.py [--before COMMIT] [--rounds N]`.
 
 Steps of this tree against those of another commit, in alternating processes, so that a noisy machine slows both
 equally; and the time of one comparison of the replicas, relative to the steps of the default interval, an epoch.
@@ -27,7 +27,6 @@ from step import ADAMW, WORKS, Work, make_data, make_model
 ROOT = Path(__file__).parent.parent
 BEFORE = "1530fc9"
 """The commit before replicas, buffers and values were looked at in every step."""
-ROUNDS = 9
 
 
 def train(rank: int, num_workers: int, port: int, number: int, file: str) -> None:
@@ -90,9 +89,9 @@ def run(folder: Path, number: int, num_workers: int) -> tuple[float, float]:
         return seconds, check_seconds
 
 
-def compare(before: str) -> str:
+def compare(before: str, num_rounds: int) -> str:
     lines = [
-        f"Seconds of a step: this tree and commit {before}, medians of {ROUNDS} processes each, in turn; AdamW, fused.",
+        f"Seconds of a step: this tree and commit {before}, medians of {num_rounds} processes each, in turn; AdamW, fused.",
         "Ratio: of the medians; > 1: this tree is faster. A comparison: of parameters and optimizer state between the",
         "workers; share: of the time of an epoch of 20,000 examples, after which one is made by default.",
         "",
@@ -104,7 +103,8 @@ def compare(before: str) -> str:
         for number, work in enumerate(WORKS):
             for num_workers in (1, 2):
                 rounds = [
-                    (run(Path(folder), number, num_workers)[0], *run(ROOT, number, num_workers)) for _ in range(ROUNDS)
+                    (run(Path(folder), number, num_workers)[0], *run(ROOT, number, num_workers))
+                    for _ in range(num_rounds)
                 ]
                 old, new, check = (statistics.median(column) for column in zip(*rounds, strict=True))
                 share = check / (new * 20_000 / work.minibatch)
@@ -119,12 +119,13 @@ def compare(before: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--before", default=BEFORE, help="the commit to compare with")
+    parser.add_argument("--rounds", type=int, default=9, help="processes of each commit")
     parser.add_argument("--work", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--workers", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--file", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work is None:
-        publish("checks", compare(arguments.before))
+        publish("checks", compare(arguments.before, arguments.rounds))
         return
     port = 20000 + os.getpid() % 20000
     torch.multiprocessing.spawn(train, (arguments.workers, port, arguments.work, arguments.file), arguments.workers)
