@@ -91,7 +91,7 @@ def run(folder: Path, number: int, num_workers: int) -> tuple[float, float]:
 
 def compare(before: str, num_rounds: int) -> str:
     lines = [
-        f"Seconds of a step: this tree and commit {before}, medians of {num_rounds} processes each, in turn; AdamW, fused.",
+        f"Seconds of a step: this tree and commit {before}, medians of {num_rounds} processes each, in turn; AdamW.",
         "Ratio: of the medians; > 1: this tree is faster. A comparison: of parameters and optimizer state between the",
         "workers; share: of the time of an epoch of 20,000 examples, after which one is made by default.",
         "",
@@ -102,10 +102,8 @@ def compare(before: str, num_rounds: int) -> str:
         subprocess.run(["tar", "-x", "-C", folder], input=archive, check=True)
         for number, work in enumerate(WORKS):
             for num_workers in (1, 2):
-                rounds = [
-                    (run(Path(folder), number, num_workers)[0], *run(ROOT, number, num_workers))
-                    for _ in range(num_rounds)
-                ]
+                one = partial(run, number=number, num_workers=num_workers)
+                rounds = [(one(Path(folder))[0], *one(ROOT)) for _ in range(num_rounds)]
                 old, new, check = (statistics.median(column) for column in zip(*rounds, strict=True))
                 share = check / (new * 20_000 / work.minibatch)
                 lines.append(
