@@ -57,6 +57,13 @@ def test_a_run_that_goes_on_needs_the_file_no_more_and_another_file_is_refused(t
     assert "init.from: first before, None now" in done.stderr
 
 
+def test_a_quiet_run_does_not_tell_what_it_started_from(tmp_path: Path) -> None:
+    save_file({"output.weight": torch.ones(1, 32), "output.bias": torch.zeros(1)}, tmp_path / "w.safetensors")
+    done = train(tmp_path, "steps=0", "run.dir=out", "init.from=w.safetensors", "tracking.quiet=true", *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+
+
 def test_what_does_not_fit_is_refused_on_every_worker(tmp_path: Path) -> None:
     save_file({"other": torch.zeros(2)}, tmp_path / "other.safetensors")
     done = train(tmp_path, "steps=1", "init.from=other.safetensors", "run.dir=out", *SMALL, num_workers=2)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from mbgd.checkpoints import manifest
 from mbgd.checkpoints.manifest import FORMAT
 from mbgd.checkpoints.snapshot import Snapshot
+from mbgd.errors import UsageError
 from mbgd.files import folder_lock, strict_json
 from mbgd.files import reading as files
 from mbgd.files.reading import Unreadable, check_regular
@@ -128,6 +129,18 @@ def newest_of_another(folder: Path) -> Path | None:
             return path
         print(f"warning: checkpoint {path} is broken ({problem}) and is passed over", flush=True)
     return None
+
+
+def named(path: Path, key: str) -> Path | None:
+    """The checkpoint that a user names by `key`=PATH: that folder, or the newest of the run there, if any.
+
+    Both are only read. UsageError for a folder that is a broken checkpoint.
+    """
+    if not os.path.lexists(path / MANIFEST):
+        return newest_of_another(path / "checkpoints")
+    if problem := verify(path, whole_run=True):
+        raise UsageError(f"{key}={plain(path)}: the checkpoint is broken ({problem}). Name another one.")
+    return path
 
 
 def best(folder: Path, metric: str, *, highest: bool) -> tuple[Path, float] | None:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from mbgd.checkpoints.snapshot import Snapshot, SnapshotMemory
-from mbgd.checks.finite import not_finite, shown
+from mbgd.checks.finite import not_finite
 from mbgd.errors import UsageError
+from mbgd.text.listing import shown
 
 
 class Part(Protocol):

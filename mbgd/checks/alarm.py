@@ -7,11 +7,12 @@ from torch import Tensor
 
 from mbgd.batches.loader import Examples, Shard
 from mbgd.checks import diagnosis
-from mbgd.checks.finite import Watch, Wrong, not_finite, shown
+from mbgd.checks.finite import Watch, Wrong, not_finite
 from mbgd.checks.setup import Setup
 from mbgd.config import Precision
 from mbgd.errors import UsageError
 from mbgd.task.objective import PerExample, Totals
+from mbgd.text.listing import shown
 
 NOT_FINITE, LATE_BUFFERS = 1, 2
 """Notes that workers exchange with the gradients, as bits."""
@@ -102,7 +103,3 @@ class Alarm:
             indices = setup.loader.minibatch_indices(step)
             examples = diagnosis.examples_not_finite(shard, self._forward_again, indices)
         raise diagnosis.stop(step, found, setup.trained, setup.findings.has_weights, examples, setup.workers)
-
-    def indicator(self) -> Tensor:
-        """1 if this worker has noticed a fault, otherwise 0: float64, shape (1,), on the device."""
-        return self.here.indicator()

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from mbgd.batches.loader import Examples, Shard
 from mbgd.batches.reading import Indices
-from mbgd.checks.finite import Wrong, not_finite, shown
+from mbgd.checks.finite import Wrong, not_finite
 from mbgd.errors import UsageError
 from mbgd.task.objective import PerExample
 from mbgd.task.trained import Trained
+from mbgd.text.listing import shown
 from mbgd.workers.group import Workers
 
 MOST_EXAMPLES = 5

@@ -5,7 +5,7 @@ first wrong step is kept on the device, and read at steps that log, evaluate or 
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from enum import Enum
 
 import torch
@@ -114,9 +114,3 @@ def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     # The largest absolute value is nan or infinite if any value is; unlike a sum, it cannot overflow.
     largest = torch.stack([norm.double() for norm in torch._foreach_norm(list(floating.values()), math.inf)])
     return [name for name, finite in zip(floating, largest.isfinite().tolist(), strict=True) if not finite]
-
-
-def shown(names: Iterable[str], most: int = 5) -> str:
-    """a, b, c, …"""
-    names = list(names)
-    return ", ".join(names[:most]) + (", …" if len(names) > most else "")

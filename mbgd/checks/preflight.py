@@ -16,7 +16,6 @@ from mbgd.batches.loader import Data
 from mbgd.batches.plan import Plan
 from mbgd.batches.randomness import key_generators, random_state_kept
 from mbgd.batches.reading import Indices, read
-from mbgd.checks.finite import shown
 from mbgd.config import AveragingName, Precision, Settings
 from mbgd.errors import UsageError
 from mbgd.task.buffers import Buffers
@@ -25,6 +24,7 @@ from mbgd.task.objective import PerExample, Totals
 from mbgd.task.precision import autocast, parameter_dtype
 from mbgd.task.task import Task
 from mbgd.task.trained import GradientHooks, Trained
+from mbgd.text.listing import shown
 
 NUM_EXAMPLES = 4
 SCALES = 2.0**-10, 2.0**10

@@ -19,6 +19,7 @@ from mbgd.batches.plan import cut
 from mbgd.checks.replicas import checksum
 from mbgd.checks.setup import Setup
 from mbgd.errors import ComputedWrongly
+from mbgd.text.listing import shown
 
 _CHOICE = 0x6C656166  # different from all other keys
 
@@ -127,8 +128,8 @@ class Recomputing:
             guilty = guilty if len(guilty) == 1 else [owner, checker]
         names = [name for name, a, b in zip(self._names, first or again, again, strict=True) if a != b]
         raise ComputedWrongly(
-            f"step {step + 1}: the gradient of micro-batch {self.leaf(step)} (of {', '.join(names[:3])}"
-            f"{', …' if len(names) > 3 else ''}), computed by worker {owner}, has other bits when worker {checker} "
+            f"step {step + 1}: the gradient of micro-batch {self.leaf(step)} (of {shown(names, 3)}), "
+            f"computed by worker {owner}, has other bits when worker {checker} "
             f"computes it. {self._convict(guilty, by_vote=third is not None)}"
         )
 
@@ -140,7 +141,7 @@ class Recomputing:
         guilty = [rank for rank, one in enumerate(of_workers) if one != usual or not has_majority]
         names = [name for n, name in enumerate(self._names) if any(one[n] != of_workers[0][n] for one in of_workers)]
         raise ComputedWrongly(
-            f"step {step + 1}: the workers' copies of {', '.join(names[:3])}{', …' if len(names) > 3 else ''} differ "
+            f"step {step + 1}: the workers' copies of {shown(names, 3)} differ "
             f"before the update; at the last comparison they were the same. "
             f"{self._convict(guilty, by_vote=has_majority)}"
         )

@@ -66,7 +66,7 @@ def _train(
                 print(f"{folder.path} holds this run already, complete; give another run.dir for a new one.")
             return None
         if trainer.state.step == 0:
-            start_from(trainer, config.init)
+            start_from(trainer, config.init, quiet=config.tracking.quiet)
         profiler = profiling.create(config.profile, folder.path, workers, quiet=config.tracking.quiet)
         checkpoints = saving.create(config.checkpoint, folder.path, folder.checkpoints_path, must_match(plain), workers)
         if workers.is_main:

@@ -11,7 +11,6 @@ from torch import Tensor
 from mbgd.batches.plan import micro_batches
 from mbgd.batches.randomness import random_state_kept
 from mbgd.batches.reading import Batches, read
-from mbgd.checks.finite import shown
 from mbgd.checks.preflight import NUM_EXAMPLES
 from mbgd.checks.setup import Setup
 from mbgd.checks.targets import check_targets
@@ -22,6 +21,7 @@ from mbgd.task.extra_state import extra_state_kept
 from mbgd.task.modes import evaluating
 from mbgd.task.objective import NUM_SUMS, PerExample, Totals
 from mbgd.task.precision import autocast, parameter_dtype
+from mbgd.text.listing import shown
 
 
 class AddUp(Protocol):
@@ -46,7 +46,7 @@ class Evaluator:
             "collate": setup.data.collate,
         }
         self._metrics = WholeSetMetrics(settings.evaluation.metrics, workers)
-        self.num_examples = num_examples = len(dataset)
+        num_examples = len(dataset)
         self._num_parts = -(-num_examples // settings.evaluation.batch_size)
         shard = micro_batches(0, num_examples, self._num_parts, workers.rank, workers.num_workers)
         self._shard = [micro_batch for micro_batch in shard if not micro_batch.is_stand_in]

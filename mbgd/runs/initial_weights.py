@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -19,20 +19,23 @@ from mbgd.files.reading import Unreadable, check_regular
 from mbgd.files.run_files import MODEL
 from mbgd.task.task import plain_name
 from mbgd.text.escaping import plain
+from mbgd.text.listing import shown
 from mbgd.text.suggestions import nearest
 from mbgd.trainer import Trainer
 
 MOST_NAMES = 10
 
 
-def start_from(trainer: Trainer, init: Init) -> None:
+def start_from(trainer: Trainer, init: Init, *, quiet: bool) -> None:
     """Give the model the weights that `init.from` names; UsageError, on every worker, if they do not fit."""
     if init.from_ is None:
         return
     setup, problem = trainer.setup, ""
     if setup.workers.is_main:
         try:
-            print(load_weights(setup.model, Path(init.from_), strict=init.strict, rename=init.rename), flush=True)
+            note = load_weights(setup.model, Path(init.from_), strict=init.strict, rename=init.rename)
+            if not quiet:
+                print(note, flush=True)
         except UsageError as error:
             problem = str(error)
     if problem := str(setup.workers.broadcast(problem)):
@@ -56,9 +59,9 @@ def load_weights(model: nn.Module, source: Path, *, strict: bool, rename: Mappin
         for name in common
         if given[name].shape != wanted[name].shape
     ]
-    found = [f"other shapes: {_shown(shapes, separator='; ')}"] if shapes else []
-    left_out = [f"not in the file: {_shown(sorted(missing))}"] if missing else []
-    left_out += [f"not in the model: {_shown(sorted(map(plain, unexpected)))}"] if unexpected else []
+    found = [f"other shapes: {shown(shapes, MOST_NAMES, '; ')}"] if shapes else []
+    left_out = [f"not in the file: {shown(sorted(missing), MOST_NAMES)}"] if missing else []
+    left_out += [f"not in the model: {shown(sorted(map(plain, unexpected)), MOST_NAMES)}"] if unexpected else []
     if found or (strict and left_out) or not common:
         raise UsageError(
             f"init.from={plain(source)}: the weights do not fit the model. "
@@ -74,17 +77,16 @@ def load_weights(model: nn.Module, source: Path, *, strict: bool, rename: Mappin
 
 def _read(source: Path) -> dict[str, Tensor]:
     try:
-        if os.path.lexists(source / checkpoint.MANIFEST):
-            return _of_checkpoint(source)
-        if source.is_dir() and not (source / MODEL).exists():
-            newest = checkpoint.newest_of_another(source / "checkpoints")
-            if newest is None:
+        file = source / MODEL if source.is_dir() else source
+        if source.is_dir() and (os.path.lexists(source / checkpoint.MANIFEST) or not file.exists()):
+            found = checkpoint.named(source, "init.from")
+            if found is None:
                 raise UsageError(
                     f"init.from={plain(source)}: the folder holds neither {MODEL} nor a checkpoint. Name a run's "
                     "folder, a checkpoint's folder, or a .safetensors file."
                 )
-            return _of_checkpoint(newest)
-        file = source / MODEL if source.is_dir() else source
+            snapshot, _ = checkpoint.read(found)
+            return exported_tensors(snapshot)
         check_regular(file)
         return load_file(file)
     except (OSError, Unreadable, SafetensorError) as error:
@@ -92,13 +94,6 @@ def _read(source: Path) -> dict[str, Tensor]:
             f"init.from={plain(source)} cannot be read ({plain(error)}). Name a run's folder, a checkpoint's folder, "
             "or a .safetensors file."
         ) from error
-
-
-def _of_checkpoint(path: Path) -> dict[str, Tensor]:
-    if problem := checkpoint.verify(path, whole_run=True):
-        raise UsageError(f"init.from={plain(path)}: the checkpoint is broken ({problem}). Name another one.")
-    snapshot, _ = checkpoint.read(path)
-    return exported_tensors(snapshot)
 
 
 def _renamed(tensors: Mapping[str, Tensor], rename: Mapping[str, str]) -> dict[str, Tensor]:
@@ -119,7 +114,7 @@ def _renamed(tensors: Mapping[str, Tensor], rename: Mapping[str, str]) -> dict[s
     for pattern in rename.keys() - used:
         meant = nearest(pattern.strip("*."), list(tensors)) or list(tensors)[:5]
         raise UsageError(
-            f"init.rename: no name in the file matches {pattern!r}. Names there are {_shown(map(plain, meant))}, …"
+            f"init.rename: no name in the file matches {pattern!r}. Names there are {', '.join(map(plain, meant))}, …"
         )
     return renamed
 
@@ -128,8 +123,3 @@ def _as(tensor: Tensor, wanted: Tensor) -> Tensor:
     """The tensor in the form that it has in the model: complex128 is stored as pairs of float64."""
     is_pairs = wanted.dtype is torch.complex128 and not tensor.is_complex() and tensor.shape[-1:] == (2,)
     return torch.view_as_complex(tensor) if is_pairs else tensor
-
-
-def _shown(names: Iterable[str], separator: str = ", ") -> str:
-    names = list(names)
-    return separator.join(names[:MOST_NAMES]) + (f"{separator}…" if len(names) > MOST_NAMES else "")

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,12 +182,8 @@ def _identity_of_begun(folder: RunFolder) -> dict[str, Any] | None:
 
 
 def _named(path: Path) -> Path:
-    """The checkpoint that `resume=PATH` names: that folder, or the newest of the run there. Both are only read."""
-    if os.path.lexists(path / checkpoint.MANIFEST):
-        if problem := checkpoint.verify(path, whole_run=True):
-            raise UsageError(f"resume={plain(path)}: the checkpoint is broken ({problem}). Name another one.")
-        return path
-    found = checkpoint.newest_of_another(path / "checkpoints")
+    """The checkpoint that `resume=PATH` names; see `checkpoint.named`."""
+    found = checkpoint.named(path, "resume")
     if found is None:
         raise UsageError(
             f"resume={plain(path)}: there is no checkpoint. Name a run's folder, a checkpoint's folder, auto or never."

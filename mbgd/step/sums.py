@@ -1,6 +1,6 @@
 """Sums over the minibatch beside the gradients: losses and metrics, noise scale, moving buffers; in one exchange."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -69,10 +69,13 @@ class Sums:
 class Means:
     """Sums of loss, weight and metrics; the last value is > 0 if any worker has noticed a fault."""
 
-    def __init__(self, findings: Findings, alarm: Alarm) -> None:
-        self._findings, self._alarm = findings, alarm
+    def __init__(
+        self, findings: Findings, alarm: Alarm, logs: Callable[[int], bool], measures: Callable[[int], bool]
+    ) -> None:
+        """logs(step), measures(step): whether a step is logged, and whether its noise is measured."""
+        self._findings, self._alarm, self._logs, self._measures = findings, alarm, logs, measures
         self.is_logged = self.is_measured = False
-        """Whether the step is logged, and whether its noise is measured; set before it begins."""
+        """Of the step that has begun last."""
         self._leaves: dict[int, Tensor] = {}
         self._names: tuple[str, ...] = ()
         self._is_wanted, self._step = False, 0
@@ -84,6 +87,7 @@ class Means:
         return NUM_SUMS + len(self._names) + 1
 
     def begin(self, step: int) -> bool:
+        self.is_logged, self.is_measured = self._logs(step), self._measures(step)
         self._names = self._findings.metric_names if self.is_logged else ()
         self._is_wanted = self.is_logged or self.is_measured or self._findings.has_weights
         self._step, self._leaves, self.totals = step, {}, None
@@ -96,7 +100,7 @@ class Means:
             self._alarm.check_losses(self._step, terms.losses)
 
     def leaves(self) -> Mapping[int, Tensor]:
-        indicator = self._alarm.indicator()
+        indicator = self._alarm.here.indicator()
         return {number: torch.cat([sums, indicator]) for number, sums in self._leaves.items()}
 
     def take(self, total: Tensor, minibatch: Minibatch) -> None:

@@ -28,7 +28,7 @@ class TrainStep:
 
     def __init__(self, setup: Setup, logs: Callable[[int], bool], lap: Callable[[str], None]) -> None:
         """logs(step): whether a step is logged. lap(part): the time since the last lap belongs to this part."""
-        self._setup, self._logs, self._lap = setup, logs, lap
+        self._setup, self._lap = setup, lap
         settings, workers, trained = setup.settings, setup.workers, setup.trained
         varies = bool(setup.findings.unused_parameters)
         self.averaging = averagings.create(
@@ -38,7 +38,8 @@ class TrainStep:
         self.alarm = Alarm(setup, self._forward_again)
         self.update = Update(setup, self.alarm.everywhere)
         self.noise_scale = NoiseMeter(settings.noise_scale, setup.plan, trained.parameters, self.update.loss_scale)
-        self._means, self._moving = Means(setup.findings, self.alarm), MovingBuffers(setup.buffers, self.alarm)
+        self._means = Means(setup.findings, self.alarm, logs, self.noise_scale.measures)
+        self._moving = MovingBuffers(setup.buffers, self.alarm)
         self._sums = Sums((self._means, self.noise_scale, self._moving), self.averaging, setup.plan)
         self.recomputing = Recomputing.of(setup, self._gradients_again)
         self.observers: list[Observer] = [self.noise_scale]
@@ -70,10 +71,8 @@ class TrainStep:
     def _begin(self, step: int) -> None:
         self._setup.trained.start_step()
         self._setup.buffers.start_step()
-        means, noise = self._means, self.noise_scale
-        means.is_logged, means.is_measured = self._logs(step), noise.measures(step)
         self._sums.begin(step)
-        norms = noise.norms
+        norms = self.noise_scale.norms
         self.averaging.start(norms if self.recomputing is None else self.recomputing.watch(step, norms))
         self.update.hooks.take_off()
 

@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from mbgd.errors import UsageError
+from mbgd.text.listing import shown
 from mbgd.text.suggestions import did_you_mean, nearest
 
 Groups = Sequence[Mapping[str, Any]]
@@ -28,7 +29,7 @@ def parameter_groups(named: Mapping[str, nn.Parameter], groups: Groups) -> tuple
                 raise UsageError(_matches_none(number, pattern, named))
             if taken := [name for name in matched if owner.setdefault(name, number) != number]:
                 told.append(
-                    f"note: optimizer.groups[{number}] also matches {_shown(taken)}, which an earlier group has: the "
+                    f"note: optimizer.groups[{number}] also matches {shown(taken)}, which an earlier group has: the "
                     "first one counts."
                 )
     made = []
@@ -69,7 +70,3 @@ def _matches_none(number: int, pattern: str, names: Iterable[str]) -> str:
         f"optimizer.groups[{number}].match: no parameter's name matches {pattern!r}. Names of this model are "
         f"{', '.join(meant)}{', …' if len(names) > len(meant) else ''}."
     )
-
-
-def _shown(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from mbgd.errors import UsageError
 from mbgd.task.task import Task
+from mbgd.text.listing import shown
 
 GradientHook = Callable[[Tensor], Tensor | None]
 
@@ -148,7 +149,7 @@ def check_module_hooks(task: Task) -> None:
 
 
 def _describe_strangers(task: Task, optimizer: Optimizer, strangers: list[Tensor], *, num_held: int) -> str:
-    shapes = ", ".join(str(tuple(p.shape)) for p in strangers[:3]) + (", …" if len(strangers) > 3 else "")
+    shapes = shown((str(tuple(p.shape)) for p in strangers), most=3)
     model = type(task.model).__name__
     own = task.parameters_by_name()
     return (
@@ -162,8 +163,7 @@ def _describe_strangers(task: Task, optimizer: Optimizer, strangers: list[Tensor
 
 def describe_not_held(names: list[str]) -> str:
     """The warning about trainable parameters that no optimizer holds."""
-    shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
     return (
         f"warning: {len(names)} parameters require a gradient, but the optimizer does not hold them, so they are not "
-        f"trained: {shown}. Give them to the optimizer, or set requires_grad=False."
+        f"trained: {shown(names)}. Give them to the optimizer, or set requires_grad=False."
     )

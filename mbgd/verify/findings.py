@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
 
-from mbgd.checks.finite import shown
+from mbgd.text.listing import shown
 
 
 class Severity(Enum):

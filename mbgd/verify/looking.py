@@ -14,10 +14,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from mbgd.batches.reading import Indices
-from mbgd.checks.finite import shown
 from mbgd.config import Precision
 from mbgd.task.objective import PerExample
 from mbgd.task.task import plain_name
+from mbgd.text.listing import shown
 from mbgd.verify import findings
 from mbgd.verify.findings import Finding
 from mbgd.verify.reference import Reference
