@@ -27,6 +27,8 @@ from step import ADAMW, WORKS, Work, make_data, make_model
 ROOT = Path(__file__).parent.parent
 BEFORE = "1530fc9"
 """The commit before replicas, buffers and values were looked at in every step."""
+MIN_STEPS = 100
+"""Measured in each process: with two dozen, the median of a step on two busy cores is still up to 5 % off."""
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
 """glibc gives the cnn's activations back to the system and fetches them anew, 180,000 to 420,000 page faults a process
 by chance: ± 8 % of a step, in either tree. Kept, all processes have 125,000."""
@@ -42,10 +44,10 @@ def train(rank: int, num_workers: int, port: int, number: int, file: str) -> Non
 
 
 def measure(work: Work, workers: mbgd.Workers) -> tuple[float, float]:
-    model = make_model(work)
+    model, num_measured = make_model(work), max(2 * work.steps, MIN_STEPS)
     settings = mbgd.Settings(
         epochs=None,
-        steps=3 * work.steps,
+        steps=work.steps + num_measured,
         batch=mbgd.Batch(size=work.minibatch),
         log_every_steps=10**9,
         noise_scale=mbgd.NoiseScale(every_steps=None),
@@ -67,7 +69,7 @@ def measure(work: Work, workers: mbgd.Workers) -> tuple[float, float]:
             pass
 
     trainer.fit(Timed())
-    # In blocks, so that the clock itself is not what is measured; the first third warms up.
+    # In blocks, so that the clock itself is not what is measured; the first `work.steps` warm up.
     size = max(1, work.steps // 8)
     marks = times[work.steps :: size]
     seconds = statistics.median((b - a) / size for a, b in pairwise(marks))
