@@ -98,8 +98,8 @@ def run(folder: Path, number: int, num_workers: int) -> tuple[float, float]:
 def compare(before: str, num_rounds: int) -> str:
     lines = [
         f"Seconds of a step: this tree and commit {before}, medians of {num_rounds} processes each, in turn; AdamW.",
-        "glibc keeps what is freed, in both. Ratio: of the medians; > 1: this tree is faster. A comparison: of parameters",
-        "and optimizer state between the workers; share: of the time of an epoch of 20,000 examples (the default interval).",
+        "glibc keeps freed memory, in both. Ratio: of the medians; > 1: this tree is faster. A comparison: of",
+        "parameters and optimizer state between the workers; share: of the time of 20,000 examples (an epoch).",
         "",
         f"{'':36}  workers     before        now   ratio   a comparison   share",
     ]

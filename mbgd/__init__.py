@@ -7,14 +7,31 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mbgd import schedule
     from mbgd.batches.loader import Data
-    from mbgd.config import Averaging, AveragingName, Batch, Check, Evaluation, NoiseScale, Precision, Settings
+    from mbgd.config import (
+        Averaging,
+        AveragingName,
+        Batch,
+        Check,
+        Checkpoint,
+        Evaluation,
+        NoiseScale,
+        Precision,
+        Settings,
+    )
     from mbgd.data import InMemory
-    from mbgd.errors import UsageError
+    from mbgd.errors import NotSaved, ObserverFailed, Preempted, UsageError, WorkersLost
+    from mbgd.runs.library import Checkpoints
+    from mbgd.step.done import Done, Result
+    from mbgd.step.early_stopping import EarlyStopping
     from mbgd.task.losses import CrossEntropy, MeanSquaredError
     from mbgd.task.objective import PerExample
-    from mbgd.trainer import Result, Trainer
+    from mbgd.tracking.base import Tracker, Trackers
+    from mbgd.tracking.json_lines import JsonLines
+    from mbgd.trainer import Trainer
     from mbgd.workers.group import Workers, start_workers
+    from mbgd.workers.preemption import StopOnSignal
 
     __version__: str
 
@@ -23,19 +40,32 @@ __all__ = [
     "AveragingName",
     "Batch",
     "Check",
+    "Checkpoint",
+    "Checkpoints",
     "CrossEntropy",
     "Data",
+    "Done",
+    "EarlyStopping",
     "Evaluation",
     "InMemory",
+    "JsonLines",
     "MeanSquaredError",
     "NoiseScale",
+    "NotSaved",
+    "ObserverFailed",
     "PerExample",
     "Precision",
+    "Preempted",
     "Result",
     "Settings",
+    "StopOnSignal",
+    "Tracker",
+    "Trackers",
     "Trainer",
     "UsageError",
     "Workers",
+    "WorkersLost",
+    "schedule",
     "start_workers",
 ]
 
@@ -44,10 +74,16 @@ _HOMES = (
     "config",
     "data",
     "errors",
+    "step.done",
+    "step.early_stopping",
     "task.losses",
     "task.objective",
+    "tracking.base",
+    "tracking.json_lines",
     "trainer",
     "workers.group",
+    "workers.preemption",
+    "runs.library",
 )
 
 
@@ -56,6 +92,8 @@ def __getattr__(name: str) -> Any:
         from mbgd.versions import of_mbgd
 
         return of_mbgd()
+    if name == "schedule":
+        return import_module("mbgd.schedule")
     if name in __all__:
         for home in _HOMES:
             module = import_module(f"mbgd.{home}")

@@ -30,6 +30,13 @@ class Preempted(Exception):  # noqa: N818  (nothing went wrong)
         self.folder = ""
 
 
+class ObserverFailed(RuntimeError):  # noqa: N818  (as above)
+    """An observer of the user's raised; names it and the method. The state of the last step is saved."""
+
+    def __init__(self, name: str, method: str, error: Exception) -> None:
+        super().__init__(f"observers.{name} raised {type(error).__name__} in {method}: {error}")
+
+
 class ReplicasDiffer(RuntimeError):  # noqa: N818  (the replicas are the error)
     """The workers' copies of the state are no longer equal; names the tensors, the workers and the step."""
 

@@ -1,7 +1,7 @@
 """The training loop."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -10,16 +10,18 @@ from mbgd.batches.loader import Data, Shard
 from mbgd.checkpoints.fingerprint import weights_sha256
 from mbgd.checkpoints.parts import Parts
 from mbgd.checkpoints.run_state import RunState
-from mbgd.checkpoints.saving import Checkpoints, NoCheckpoints, save_last
+from mbgd.checkpoints.saving import Keeper, NoCheckpoints, save_last
 from mbgd.checkpoints.snapshot import Snapshot
 from mbgd.checkpoints.task_state import TaskState
 from mbgd.checks.replicas import Replicas
 from mbgd.checks.setup import set_up
 from mbgd.config import Settings
-from mbgd.errors import NotSaved, Preempted
+from mbgd.errors import NotSaved, ObserverFailed, Preempted
 from mbgd.evaluation.evaluator import Evaluations
 from mbgd.measuring.garbage import collected_at_steps
 from mbgd.measuring.profiling import NoProfiler, Profiler
+from mbgd.step.done import Result
+from mbgd.step.observers import Observers
 from mbgd.step.train_step import TrainStep
 from mbgd.task.objective import Objective
 from mbgd.tracking import NoTracker, Tracker
@@ -27,19 +29,6 @@ from mbgd.tracking.training_log import TrainingLog
 from mbgd.workers.agreement import Agreement
 from mbgd.workers.group import Workers
 from mbgd.workers.preemption import NoStop, Stop
-
-
-@dataclass(frozen=True)
-class Result:
-    """The result of a run."""
-
-    metrics: dict[str, float]
-    """The last value of each metric, by names such as train/loss and eval/accuracy."""
-    steps: int
-    examples_seen: int
-    examples_per_second: float
-    num_skipped_steps: int
-    """Steps without an update because gradients overflowed in fp16."""
 
 
 class Trainer:
@@ -59,6 +48,7 @@ class Trainer:
         data: Data,
         settings: Settings,
         workers: Workers | None = None,
+        observers: Mapping[str, Any] | Sequence[Any] = (),
     ) -> None:
         self.setup = setup = set_up(model, objective, optimizer, data, settings, workers or Workers())
         self.evaluations = Evaluations(setup)
@@ -69,51 +59,38 @@ class Trainer:
         self._replicas = Replicas(setup.workers)
         state_of_task = TaskState(setup.task, setup.buffers)
         self._compared = (state_of_task, self.train_step.update)
-        parts = (self.state, state_of_task, self.train_step.update, self.train_step.noise_scale)
+        self.observers = Observers(observers, setup.workers)
+        parts = (self.state, state_of_task, self.train_step.update, self.train_step.noise_scale, self.observers)
         self._parts = Parts(parts, setup.trained.by_name, setup.workers.device)
+        self.observers.before_training(self)
 
     def fit(
         self,
         tracker: Tracker | None = None,
-        checkpoints: Checkpoints | None = None,
+        checkpoints: Keeper | None = None,
         stop: Stop | None = None,
         profiler: Profiler | None = None,
     ) -> Result:
         """Train from `state.step` up to the last step, evaluate, and return the result.
 
         checkpoints: those that this worker keeps. When `stop` says so, raises Preempted if the state is saved, and
-        NotSaved if it could not be, the same on every worker.
+        NotSaved if it could not be, the same on every worker. An observer that raises ends the run as ObserverFailed,
+        with the state after its step saved.
         """
         tracker, checkpoints, stop = tracker or NoTracker(), checkpoints or NoCheckpoints(), stop or NoStop()
         state, setup, first_step = self.state, self.setup, self.state.step
         if setup.workers.is_main:
             for warning in setup.warnings:
                 print(warning, flush=True)
-        evaluation: dict[str, float] = {}
-        is_time_for_checkpoint = Agreement(setup.workers)
         self.log.clock.restart()
         if first_step == 0 and setup.settings.evaluation.at_start:
             with self.log.clock.paused():
                 self._log(tracker, self.evaluate())
-        for shard in self._shards(profiler or NoProfiler()):
-            done = self.train_step(shard)
-            state.step = done.step + 1
-            tracker.progress(state.step)
-            if self.log.logs(done.step):
-                self._log(tracker, self.log.metrics(done, self.train_step.metrics()))
-            is_time = is_time_for_checkpoint(state.step, checkpoints.due_by_time())
-            evaluates = self._evaluates_after(state.step)
-            if is_time or evaluates or self._compares_after(state.step):
-                self.check()
-            evaluation = {}
-            if evaluates:
-                with self.log.clock.paused():
-                    self._log(tracker, evaluation := self.evaluate())
-            if state.step == first_step + 1:
-                checkpoints.check(self.train_step.update.optimizer_state.problems())
-            checkpoints.after_step(state.step, evaluation, self.snapshot, is_time=is_time)
-            if stop.agreed(state.step):
-                self._stop(checkpoints, evaluation)
+        try:
+            evaluation = self._train(tracker, checkpoints, stop, profiler or NoProfiler())
+        except ObserverFailed:
+            checkpoints.at_end(state.step, {}, self.snapshot)  # without a collective: it may be this worker's alone
+            raise
         if not evaluation and not any(name.startswith("eval/") for name in state.metrics):
             self._log(tracker, evaluation := self.evaluate())
         if state.step > 0:
@@ -122,16 +99,47 @@ class Trainer:
                 print(f"warning: {problem}. The run's results are written all the same.", flush=True)
         return self._result(first_step)
 
+    def _train(self, tracker: Tracker, checkpoints: Keeper, stop: Stop, profiler: Profiler) -> dict[str, float]:
+        """Make the steps; returns the metrics of the evaluation after the last one, if there was one."""
+        state, setup, first_step = self.state, self.setup, self.state.step
+        evaluation: dict[str, float] = {}
+        is_time_for_checkpoint = Agreement(setup.workers)
+        for shard in self._shards(profiler):
+            done = self.train_step(shard)
+            state.step = done.step + 1
+            self.observers.after_update(done)
+            tracker.progress(state.step)
+            if self.log.logs(done.step):
+                self._log(tracker, self.log.metrics(done, self.train_step.metrics()))
+            is_time = is_time_for_checkpoint(state.step, checkpoints.due_by_time())
+            evaluates = self.evaluations.are_due(state.step)
+            if is_time or evaluates or setup.compares_after(state.step):
+                self.check()
+            evaluation = {}
+            if evaluates:
+                with self.log.clock.paused():
+                    self._log(tracker, evaluation := self.evaluate())
+                self.observers.after_evaluation(state.step, evaluation)
+            if state.step == first_step + 1:
+                checkpoints.check(self.train_step.update.optimizer_state.problems() + self.observers.problems())
+            checkpoints.after_step(state.step, evaluation, self.snapshot, is_time=is_time)
+            if stop.agreed(state.step):
+                self._stop(checkpoints, evaluation)
+            if self.observers.stopped_by:
+                break
+        return evaluation
+
     def _shards(self, profiler: Profiler) -> Iterable[Shard]:
         first_step = self.state.step
-        shards = self.log.clock.laps(self.setup.loader.shards(first_step, self.setup.num_steps))
+        num_steps = first_step if self.observers.stopped_by else self.setup.num_steps
+        shards = self.log.clock.laps(self.setup.loader.shards(first_step, num_steps))
         return profiler.steps(collected_at_steps(shards, first_step), first_step)
 
     def _log(self, tracker: Tracker, metrics: dict[str, float]) -> None:
         self.state.metrics.update(metrics)
         tracker.log(self.state.step, {**metrics, **self.log.fingerprints(metrics, self.state.step)})
 
-    def _stop(self, checkpoints: Checkpoints, evaluation: dict[str, float]) -> None:
+    def _stop(self, checkpoints: Keeper, evaluation: dict[str, float]) -> None:
         self.check()
         step, workers = self.state.step, self.setup.workers
         problem = save_last(checkpoints, workers, step, evaluation, self.snapshot)
@@ -146,6 +154,7 @@ class Trainer:
             examples_seen=examples_seen,
             examples_per_second=(examples_seen - self.setup.plan.examples_seen(first_step)) / self.log.clock.seconds(),
             num_skipped_steps=self.train_step.update.num_skipped,
+            stopped_by=self.observers.stopped_by,
         )
 
     def check(self) -> None:
@@ -170,11 +179,3 @@ class Trainer:
     def weights_sha256(self) -> str:
         """Hash of the parameters of model and objective: equal if and only if the parameters are equal, bit for bit."""
         return weights_sha256(self.setup.task)
-
-    def _compares_after(self, num_steps: int) -> bool:
-        every = self.setup.compared_every_steps
-        return num_steps == self.setup.num_steps or any(num_steps % one == 0 for one in every)
-
-    def _evaluates_after(self, num_steps: int) -> bool:
-        every = self.setup.settings.evaluation.every_steps or self.setup.plan.steps_per_epoch
-        return bool(self.evaluations) and (num_steps % every == 0 or num_steps == self.setup.num_steps)

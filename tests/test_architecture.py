@@ -139,7 +139,7 @@ def test_importing_mbgd_imports_nothing_heavy() -> None:
 def test_every_public_name_is_there() -> None:
     import mbgd
 
-    assert all(getattr(mbgd, name).__name__ == name for name in mbgd.__all__)
+    assert all(getattr(mbgd, name).__name__.removeprefix("mbgd.") == name for name in mbgd.__all__)
 
 
 def test_the_version_is_that_of_the_package() -> None:

@@ -199,9 +199,10 @@ def build_trainer(config: Config, workers: Workers) -> Trainer:
             raise UsageError(f"schedule is a {type(schedule).__name__}; it must be a function of the step.")
     metrics = {name: make(f"evaluation.metrics.{name}", node) for name, node in config.evaluation.metrics.items()}
     evaluation = dataclasses.replace(config.evaluation, metrics=metrics)
+    observers = {name: make(f"observers.{name}", node) for name, node in config.observers.items()}
     settings = dataclasses.replace(config, schedule=schedule, evaluation=evaluation)
     with threads.work_counted(model) as work:
-        trainer = Trainer(model, objective, optimizer, data, settings, workers)
+        trainer = Trainer(model, objective, optimizer, data, settings, workers, observers)
     trainer.setup.warnings.extend(notes)
     threads.choose(config.averaging, workers.device, plan, work)
     saving.check(config.checkpoint, trainer.evaluations.names)

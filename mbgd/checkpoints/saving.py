@@ -24,7 +24,7 @@ from mbgd.workers.log import write_to_log
 Take = Callable[[], Snapshot]
 
 
-class Checkpoints(Protocol):
+class Keeper(Protocol):
     """Takes snapshots of a run when they are due."""
 
     def check(self, problems: Sequence[str]) -> None:
@@ -218,7 +218,7 @@ class MemoryFolder:
 class DiskAndMemory:
     """Checkpoints on disk and in memory. On the first worker of another host `disk` is CheckpointsElsewhere."""
 
-    def __init__(self, disk: Checkpoints, memory: MemoryFolder) -> None:
+    def __init__(self, disk: Keeper, memory: MemoryFolder) -> None:
         self._disk, self._memory = disk, memory
 
     def check(self, problems: Sequence[str]) -> None:
@@ -245,9 +245,7 @@ class DiskAndMemory:
             self._memory.at_end(step, evaluation, take)
 
 
-def save_last(
-    checkpoints: Checkpoints, workers: Workers, step: int, evaluation: Mapping[str, float], take: Take
-) -> str:
+def save_last(checkpoints: Keeper, workers: Workers, step: int, evaluation: Mapping[str, float], take: Take) -> str:
     """Save the last state and wait until it is written; returns the problem if it could not be, else an empty text.
 
     The same on every worker. With `checkpoint.required` a problem is a UsageError, on every worker, too.
@@ -276,9 +274,9 @@ def check(settings: Checkpoint, evaluation_names: Sequence[str]) -> None:
         raise UsageError(f"checkpoint.best={settings.best}, which no evaluation gives; it must be {known}.")
 
 
-def create(settings: Checkpoint, run: Path, disk: Path, identity: Mapping[str, Any], workers: Workers) -> Checkpoints:
+def create(settings: Checkpoint, run: Path, disk: Path, identity: Mapping[str, Any], workers: Workers) -> Keeper:
     """The checkpoints that this worker keeps for the run in folder `run`; those on disk are in `disk`."""
-    kept: Checkpoints = CheckpointsElsewhere()
+    kept: Keeper = CheckpointsElsewhere()
     if workers.is_main:
         kept = CheckpointFolder(disk, settings, identity)
     if settings.memory_every_steps is not None and workers.local_rank == 0:

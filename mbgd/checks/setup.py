@@ -52,6 +52,10 @@ class Setup:
             every += [self.settings.checkpoint.every_steps, self.settings.checkpoint.memory_every_steps]
         return [one for one in every if one is not None]
 
+    def compares_after(self, num_steps: int) -> bool:
+        """Whether the copies of the state are compared after `num_steps` steps, beside evaluations."""
+        return num_steps == self.num_steps or any(num_steps % one == 0 for one in self.compared_every_steps)
+
 
 def set_up(
     model: nn.Module, objective: Objective, optimizer: Optimizer, data: Data, settings: Settings, workers: Workers

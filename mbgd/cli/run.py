@@ -21,16 +21,25 @@ from mbgd.checkpoints import saving
 from mbgd.checks.same_program import check_same_config
 from mbgd.cli import launching, telling, tracebacks
 from mbgd.config import Config, must_match
-from mbgd.errors import FAILED, ComputedWrongly, NotSaved, Preempted, ReplicasDiffer, UsageError, WorkersLost
+from mbgd.errors import (
+    FAILED,
+    ComputedWrongly,
+    NotSaved,
+    ObserverFailed,
+    Preempted,
+    ReplicasDiffer,
+    UsageError,
+    WorkersLost,
+)
 from mbgd.measuring import profiling
 from mbgd.runs import wording
 from mbgd.runs.initial_weights import start_from
 from mbgd.runs.resume import resume
 from mbgd.runs.run_folder import RunFolder, open_run_folder
 from mbgd.runs.trackers import check_installed, open_trackers
+from mbgd.step.done import Result
 from mbgd.text.escaping import plain
 from mbgd.tracking import Trackers, told_of_its_end
-from mbgd.trainer import Result
 from mbgd.workers.group import start_workers
 from mbgd.workers.log import start_log, write_to_log_alone
 from mbgd.workers.preemption import EXIT_CODE, StopOnSignal
@@ -100,7 +109,7 @@ def run_or_explain(composed: Any, choices: Mapping[str, Any]) -> None:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             traceback.print_exc()
         said, of_user = str(error), ""
-        if isinstance(error, UsageError):
+        if isinstance(error, UsageError | ObserverFailed):
             of_user = tracebacks.of_user(error.__cause__) if error.__cause__ is not None else ""
         elif not isinstance(error, WorkersLost | ReplicasDiffer | ComputedWrongly | NotSaved):
             of_user = tracebacks.of_user(error) or tracebacks.of_ours(error)

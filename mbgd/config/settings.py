@@ -231,6 +231,8 @@ class Config(Settings):
     tracking: Tracking = field(default_factory=Tracking)
     init: Init = field(default_factory=Init, metadata=MUST_MATCH)
     resume: Resume = field(default_factory=Resume)
+    observers: dict[str, Any] = field(default_factory=dict, metadata=MUST_MATCH)
+    """Observers by name, called after each step and evaluation."""
     profile: str | None = None
     """Optimizer steps to trace with the profiler, counted from 1, such as steps:10-20; None: none."""
     data: Any = None

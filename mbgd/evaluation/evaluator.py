@@ -144,11 +144,17 @@ class Evaluations:
                 f"evaluation.metrics={', '.join(metrics)}, but there is no evaluation dataset. Give data.evaluation, "
                 "or leave them out."
             )
+        self._every_steps = setup.settings.evaluation.every_steps or setup.plan.steps_per_epoch
+        self._last_step = setup.num_steps
         self._evaluators = [Evaluator(setup, name, dataset) for name, dataset in sets.items()]
         self.num_examples = {name: len(dataset) for name, dataset in sets.items()}
         """By the name of the set; a single set has the name ""."""
         self.names = [name for evaluator in self._evaluators for name in evaluator.names]
         """Names of the metrics that an evaluation returns, such as eval/loss or eval/NAME/loss."""
+
+    def are_due(self, num_steps: int) -> bool:
+        """Whether there is an evaluation after `num_steps` steps."""
+        return bool(self) and (num_steps % self._every_steps == 0 or num_steps == self._last_step)
 
     def __bool__(self) -> bool:
         return bool(self._evaluators)

@@ -58,6 +58,7 @@ class Summary(msgspec.Struct):
     examples_seen: Count | None = None
     examples_per_second: float | None = None
     skipped_steps: Count | None = None
+    stopped_by: str = ""
     num_workers: Count | None = None
     num_micro_batches: Count | None = None
     averaging: str | None = None

@@ -55,7 +55,7 @@ def resume(trainer: Trainer, folder: RunFolder, config: Config, now: Mapping[str
         return False
     if decision.checkpoint is not None:
         try:
-            _restore(trainer, decision.checkpoint)
+            restore(trainer, decision.checkpoint)
         except UsageError as error:
             if decision.checkpoint != in_memory:
                 raise
@@ -65,7 +65,7 @@ def resume(trainer: Trainer, folder: RunFolder, config: Config, now: Mapping[str
             if decision.is_complete:
                 return False
             if decision.checkpoint is not None:
-                _restore(trainer, decision.checkpoint)
+                restore(trainer, decision.checkpoint)
     if not decision.keeps_evaluations:
         metrics = trainer.state.metrics  # the run evaluates anew
         trainer.state.metrics = {name: value for name, value in metrics.items() if not name.startswith("eval/")}
@@ -102,7 +102,8 @@ class _Found:
     step: int
     identity: Mapping[str, Any] | None
     """Identity of the run that has begun here, if any."""
-    steps_of_complete_run: int | None
+    done: Mapping[str, Any] | None
+    """The summary of the complete run in the folder, if there is one."""
     is_another_runs: bool
 
 
@@ -117,7 +118,7 @@ def _decide(
         return _Decision(problem=str(error))
     except (OSError, ValueError) as error:
         return _Decision(problem=f"the run in {folder.path} cannot be read ({plain(error)}). Give another run.dir.")
-    path, done = found.checkpoint, found.steps_of_complete_run
+    path, done = found.checkpoint, found.done
     differing = checkpoint.differences(found.identity, must_match(now)) if found.identity is not None else []
     if differing and not config.resume.force:
         return _Decision(
@@ -126,13 +127,14 @@ def _decide(
             + "Give another run.dir (or resume=never and an empty one) for a new run, or resume.force=true to go on "
             "anyway."
         )
-    if done is not None and done >= num_steps:
+    goes_on = config.resume.force and bool(differing)  # such as without the observer that stopped the run
+    if done is not None and (done["steps"] >= num_steps or (done.get("stopped_by") and not goes_on)):
         return _Decision(is_complete=True)
     if path is not None and found.step > num_steps:
         return _Decision(problem=f"{path} is beyond the {num_steps} steps of this run. Set more steps or epochs.")
     if path is None and done is not None:
         return _Decision(
-            problem=f"{folder.path} holds a complete run of {done} steps, but no checkpoint to go on from."
+            problem=f"{folder.path} holds a complete run of {done['steps']} steps, but no checkpoint to go on from."
         )
     own = path is not None and not found.is_another_runs
     return _Decision(path, keeps_evaluations=own and _is_evaluated_alike(folder, found.step, _evaluated_by(now)))
@@ -142,7 +144,7 @@ def _find(folder: RunFolder, config: Config, in_memory: Path | None) -> _Found:
     """Look for the state to go on from. The run's own files that cannot be read are renamed, with a message."""
     path, is_another_runs = checkpoint.newest(folder.checkpoints_path, whole_run=True), False
     try:
-        done = folder.steps_of_complete_run()
+        done = folder.summary_of_complete_run()
     except Unreadable as error:
         folder.keep_aside(error.path, error.reason)
         done = None
@@ -191,7 +193,7 @@ def _named(path: Path) -> Path:
     return found
 
 
-def _restore(trainer: Trainer, path: Path) -> None:
+def restore(trainer: Trainer, path: Path) -> None:
     """Restore a checkpoint; UsageError, on every worker, if one cannot read it or it does not fit."""
     failure, snapshot = "", None
     try:

@@ -25,9 +25,10 @@ from mbgd.files.folder_lock import FolderLock
 from mbgd.files.reading import UNREADABLE, Unreadable
 from mbgd.files.run_files import CONFIG, METRICS, MODEL, OBJECTIVE, SUMMARY
 from mbgd.runs.conditions import conditions
+from mbgd.step.done import Result
 from mbgd.text.escaping import plain
 from mbgd.tracking.json_lines import BadLine, describe_bad, read_lines
-from mbgd.trainer import Result, Trainer
+from mbgd.trainer import Trainer
 from mbgd.workers.group import Workers
 
 SECONDS_FOR_ANOTHER_RUN_TO_END = 60.0
@@ -68,8 +69,8 @@ class RunFolder:
         except FileNotFoundError:
             return None
 
-    def steps_of_complete_run(self) -> int | None:
-        """Number of steps of the complete run here; None if there is none.
+    def summary_of_complete_run(self) -> dict[str, Any] | None:
+        """The summary of the complete run here; None if there is none.
 
         Unreadable if the summary, or the model whose hash it has, was changed.
         """
@@ -80,8 +81,7 @@ class RunFolder:
         if summary.get("steps") is None:
             raise Unreadable(self.summary_path, "it does not say how many steps the run came to")
         self._check_model(summary.get("model_sha256"))
-        steps: int = summary["steps"]
-        return steps
+        return summary
 
     def _check_model(self, sha256: str | None) -> None:
         path = self.path / MODEL
@@ -140,6 +140,7 @@ class RunFolder:
             "examples_seen": result.examples_seen,
             "examples_per_second": result.examples_per_second,
             "skipped_steps": result.num_skipped_steps,
+            "stopped_by": result.stopped_by,
             "num_workers": plan.num_workers,
             "averaging": trainer.train_step.averaging.describe(),
             "num_micro_batches": plan.num_micro_batches(min(plan.minibatch_size, plan.num_examples)),

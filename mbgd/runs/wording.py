@@ -6,11 +6,12 @@ import torch
 
 from mbgd.batches.plan import Plan
 from mbgd.config import Precision
+from mbgd.step.done import Result
 from mbgd.task import threads
 from mbgd.task.precision import parameter_dtype
 from mbgd.text.escaping import plain
 from mbgd.tracking.wording import describe
-from mbgd.trainer import Result, Trainer
+from mbgd.trainer import Trainer
 
 
 def describe_start(trainer: Trainer) -> str:
@@ -55,6 +56,8 @@ def describe_end(result: Result, folder: Path) -> str:
         "speed": f"{result.examples_per_second:,.0f} examples/s",
         "folder": plain(folder),
     }
+    if result.stopped_by:
+        lines["stopped"] = f"by observers.{result.stopped_by}, after step {result.steps}"
     if result.num_skipped_steps:
         lines["skipped"] = f"{count(result.num_skipped_steps, 'step')} whose gradients overflowed in fp16"
     return "\n".join(f"{name:<11} {value}" for name, value in lines.items())

@@ -1,4 +1,4 @@
-"""The result of a step, and the observers that get it."""
+"""The results of a step and of a run, and the observers that get a step's."""
 
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -45,3 +45,18 @@ class Observer(Protocol):
 
     def after_update(self, done: Done) -> None:
         """Called with the parameters already updated."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """The result of a run."""
+
+    metrics: dict[str, float]
+    """The last value of each metric, by names such as train/loss and eval/accuracy."""
+    steps: int
+    examples_seen: int
+    examples_per_second: float
+    num_skipped_steps: int
+    """Steps without an update because gradients overflowed in fp16."""
+    stopped_by: str = ""
+    """The observer that stopped training before its last step; empty if none did."""

@@ -5,7 +5,7 @@ One process is a group of size 1: the same calls work and cost nothing.
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -151,6 +151,7 @@ def start_workers(backend: str = "auto", timeout_seconds: float = 600.0, *, devi
     local_rank = int(environment.get("LOCAL_RANK", "0"))
     local_num_workers = int(environment.get("LOCAL_WORLD_SIZE", str(num_workers)))
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    put_back = _process_wide_settings()
     backend, device = choose_backend(backend, device, num_gpus=num_gpus, local_num_workers=local_num_workers)
     own_device = torch.device("cuda", local_rank % num_gpus) if device == "cuda" else torch.device("cpu")
     if own_device.type == "cuda":
@@ -175,6 +176,7 @@ def start_workers(backend: str = "auto", timeout_seconds: float = 600.0, *, devi
             raise
         raise WorkersLost(describe(roll_call.missing(), timeout_seconds, str(error))) from error
     finally:
+        put_back()
         if roll_call is not None:
             roll_call.end()
             # The group's threads still release tensors, for which they need the GIL. If the interpreter is shutting
@@ -183,6 +185,23 @@ def start_workers(backend: str = "auto", timeout_seconds: float = 600.0, *, devi
     # Only after success: destroying the group could wait for a failed peer.
     if num_workers > 1:
         dist.destroy_process_group()
+
+
+def _process_wide_settings() -> Callable[[], None]:
+    """Puts torch's settings of the whole process back: a program may go on after its workers' work."""
+    num_threads = torch.get_num_threads()
+    deterministic, warns_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+
+    def put_back() -> None:
+        torch.set_num_threads(num_threads)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warns_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
+
+    return put_back
 
 
 def _form_group(rank: int, num_workers: int, backend: str, device: torch.device, timeout_seconds: float) -> RollCall:
