@@ -79,9 +79,8 @@ class Trainer:
         """
         tracker, checkpoints, stop = tracker or NoTracker(), checkpoints or NoCheckpoints(), stop or NoStop()
         state, setup, first_step = self.state, self.setup, self.state.step
-        if setup.workers.is_main:
-            for warning in setup.warnings:
-                print(warning, flush=True)
+        for warning in setup.warnings if setup.workers.is_main else ():
+            print(warning, flush=True)
         self.log.clock.restart()
         if first_step == 0 and setup.settings.evaluation.at_start:
             with self.log.clock.paused():
