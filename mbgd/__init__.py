@@ -7,7 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mbgd.batches.bucketed import BucketedOrder
     from mbgd.batches.loader import Data
+    from mbgd.batches.weighted import WeightedOrder, balanced_classes
     from mbgd.config import Averaging, AveragingName, Batch, Check, Evaluation, NoiseScale, Precision, Settings
     from mbgd.data import InMemory
     from mbgd.errors import UsageError
@@ -22,6 +24,7 @@ __all__ = [
     "Averaging",
     "AveragingName",
     "Batch",
+    "BucketedOrder",
     "Check",
     "CrossEntropy",
     "Data",
@@ -35,12 +38,16 @@ __all__ = [
     "Settings",
     "Trainer",
     "UsageError",
+    "WeightedOrder",
     "Workers",
+    "balanced_classes",
     "start_workers",
 ]
 
 _HOMES = (
+    "batches.bucketed",
     "batches.loader",
+    "batches.weighted",
     "config",
     "data",
     "errors",
