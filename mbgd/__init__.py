@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mbgd import schedule
+    from mbgd.batches.bucketed import BucketedOrder
     from mbgd.batches.loader import Data
+    from mbgd.batches.weighted import WeightedOrder, balanced_classes
     from mbgd.config import (
         Averaging,
         AveragingName,
@@ -39,6 +41,7 @@ __all__ = [
     "Averaging",
     "AveragingName",
     "Batch",
+    "BucketedOrder",
     "Check",
     "Checkpoint",
     "Checkpoints",
@@ -63,14 +66,18 @@ __all__ = [
     "Trackers",
     "Trainer",
     "UsageError",
+    "WeightedOrder",
     "Workers",
     "WorkersLost",
+    "balanced_classes",
     "schedule",
     "start_workers",
 ]
 
 _HOMES = (
+    "batches.bucketed",
     "batches.loader",
+    "batches.weighted",
     "config",
     "data",
     "errors",

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mbgd.batches.collating import Collate
-from mbgd.batches.order import Order
+from mbgd.batches.order import Order, OrderRule, PositionsToExamples
 from mbgd.batches.plan import MicroBatch, Minibatch, Plan, micro_batches
 from mbgd.batches.reading import BLOCK_EXAMPLES, Indices, keys, read
 from mbgd.errors import UsageError
@@ -32,6 +32,9 @@ class Data:
     """A dataset, or several by name, whose metrics are called eval/NAME/loss; None: no evaluation."""
     shuffle: bool = True
     """Shuffle the training examples anew in every epoch, keyed by the seed."""
+    order: OrderRule | None = None
+    """Another order of the training examples: `WeightedOrder` or `BucketedOrder`; None: as `shuffle` says. It is kept
+    with the numbers of the training dataset."""
     num_workers: int = 0
     """Loader processes per worker, for datasets without `gather`."""
     collate: Collate | None = None
@@ -42,6 +45,8 @@ class Data:
         check_dataset("training", self.train)
         for name, dataset in self.evaluation_sets.items():
             check_dataset(f"evaluation ({name})" if name else "evaluation", dataset)
+        if self.order is not None:
+            object.__setattr__(self, "order", self._checked_order(self.order))
         if self.num_workers < 0:
             raise UsageError(f"data.num_workers={self.num_workers}; it must be ≥ 0.")
         if self.collate is not None and not callable(self.collate):
@@ -52,6 +57,20 @@ class Data:
                 f"data.collate with {type(gathering[0]).__name__}, whose gather makes the batches: collate would never "
                 "be called. Leave out the one or the other."
             )
+
+    def _checked_order(self, order: Any) -> OrderRule:
+        if isinstance(order, type) or not all(hasattr(order, name) for name in ("of", "described", "at_positions")):
+            raise UsageError(
+                f"data.order={order!r}; it must be mbgd.WeightedOrder(weights), mbgd.BucketedOrder(lengths) or None. "
+                "Samplers of torch know one process alone, and cannot be resumed in the middle of an epoch."
+            )
+        if not self.shuffle:
+            raise UsageError(
+                f"data.shuffle=false with data.order={type(order).__name__}, which does not keep the dataset's order. "
+                "Leave out the one or the other."
+            )
+        rule: OrderRule = order.of(self.train)
+        return rule
 
     @property
     def evaluation_sets(self) -> dict[str, Any]:
@@ -107,7 +126,10 @@ class Loader:
         """own_copies: each micro-batch has its own memory, so that it is aligned alike on any worker."""
         self._data, self._plan, self._rank = data, plan, workers.rank
         self._device, self._dtype, self._own_copies = workers.device, dtype, own_copies
-        self._order = Order(plan.num_examples, seed, data.shuffle)
+        self._seed = seed
+        self._order: PositionsToExamples = Order(plan.num_examples, seed, data.shuffle)
+        if data.order is not None:
+            self._order = data.order.at_positions(seed, plan.minibatch_size)
         self._augments = hasattr(data.train, "augmented")
         self._is_keyed = self._augments or not hasattr(data.train, "gather")
 
@@ -179,12 +201,14 @@ class Loader:
         positions = np.arange(ends[-1]) + np.repeat(stops - ends, stops - starts)
         indices = self._order.at(epoch, positions)
         if self._is_keyed:
-            indices = np.stack([indices, augmentation_keys(self._order.seed, epoch, indices)], axis=1)
+            # An example that comes twice in an epoch is augmented anew.
+            keyed_by = positions if self._order.repeats else indices
+            indices = np.stack([indices, augmentation_keys(self._seed, epoch, keyed_by)], axis=1)
         return [indices[end - mb.size : end] for end, mb in zip(ends.tolist(), micro_batches, strict=True)]
 
 
 def augmentation_keys(seed: int, epoch: int, indices: Indices) -> Indices:
-    """For each example a key from 0 to 2**63 − 1, the same in any worker or process: shape (N,)."""
+    """For each example, or position, a key from 0 to 2**63 − 1, the same in any worker or process: shape (N,)."""
     return keys(indices, seed, epoch, _AUGMENTATION)
 
 

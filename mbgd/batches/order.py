@@ -8,6 +8,7 @@ Lea & Flood 2014).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,6 +63,29 @@ def scramble(words: U64, scratch: U64 | None = None) -> U64:
     return words
 
 
+class PositionsToExamples(Protocol):
+    """The order of a run's examples: a function of (seed, epoch, position)."""
+
+    repeats: ClassVar[bool]
+    """Whether an example can come several times in an epoch."""
+
+    def at(self, epoch: int, positions: I64) -> I64:
+        """The example indices at these positions of the epoch: a new array, shape as given."""
+
+
+class OrderRule(Protocol):
+    """What `data.order` takes: `mbgd.WeightedOrder`, `mbgd.BucketedOrder`."""
+
+    def of(self, dataset: Any) -> "OrderRule":
+        """The rule with the numbers of this dataset, checked; UsageError where they break a rule."""
+
+    def described(self) -> str:
+        """Compared between workers, and when a run is resumed."""
+
+    def at_positions(self, seed: int, minibatch_size: int) -> PositionsToExamples:
+        """The order itself; only after `of`."""
+
+
 @dataclass(frozen=True)
 class Order:
     """The order of the examples in every epoch: a function of (seed, epoch, position).
@@ -73,6 +97,7 @@ class Order:
     seed: int
     shuffle: bool = True
     """False: every epoch in the dataset's order."""
+    repeats: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_examples <= MAX_EXAMPLES:

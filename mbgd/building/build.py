@@ -218,9 +218,16 @@ def build_data(config: Config) -> Data:
             data[key] = {name: make(f"data.evaluation.{name}", node) for name, node in value.items()}
         elif key == "collate" and value is not None:
             data[key] = make("data.collate", value, _partial_=_is_function(value))
+        elif key == "order" and isinstance(value, dict):
+            data[key] = make("data.order", {name: _function_or_node(one) for name, one in value.items()})
         elif isinstance(value, dict) or (key in ("train", "evaluation") and value is not None):
             data[key] = make(f"data.{key}", value)
     return Data(**data)
+
+
+def _function_or_node(node: Any) -> Any:
+    """The node; where its target is a function, it becomes that function, not its result."""
+    return {"_partial_": True, **node} if _is_function(node) else node
 
 
 def _is_function(node: Any) -> bool:

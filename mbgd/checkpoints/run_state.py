@@ -27,6 +27,8 @@ class RunState:
             "optimizer": type(setup.optimizer).__name__,
         }
         """What must be the same, beside the model, for a run to restore the state of another."""
+        if setup.data.order is not None:
+            self._must_match["data.order"] = setup.data.order.described()
 
     def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
         return {}

@@ -107,7 +107,8 @@ def _program(
         yield from _of_dataset(name, dataset)
     for key, value in vars(data).items():
         if key not in ("train", "evaluation") and not may_differ(key):
-            yield f"data.{key}", description(value)
+            is_order = key == "order" and value is not None
+            yield f"data.{key}", value.described() if is_order else description(value)
     yield from _of_code(*model.modules(), objective, optimizer, *datasets.values(), settings.schedule)
 
 

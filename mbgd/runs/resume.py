@@ -229,7 +229,8 @@ def _is_evaluated_alike(folder: RunFolder, step: int, evaluated_by: str) -> bool
 
 def _evaluated_by(config: Mapping[str, Any]) -> str:
     """A hash of everything that evaluations depend on beside the weights."""
-    data = {name: value for name, value in config["data"].items() if name not in ("train", "shuffle", "num_workers")}
+    of_training = ("train", "shuffle", "order", "num_workers")
+    data = {name: value for name, value in config["data"].items() if name not in of_training}
     metrics = (config.get("evaluation") or {}).get("metrics")
     depends = [data, metrics, config.get("model"), config.get("objective"), config.get("precision")]
     return hashlib.sha256(json.dumps(depends, sort_keys=True, default=str).encode()).hexdigest()
