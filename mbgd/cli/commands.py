@@ -12,6 +12,9 @@ from mbgd.text.suggestions import did_you_mean
 TOOLS = ("checkpoints", "compare", "explain", "report", "sweep", "verify")
 """Modules of mbgd.cli.tools."""
 
+ON_WORKERS = ("evaluate", "predict")
+"""Those that run on workers, started as those of `train` are."""
+
 TRAIN = "train what the configuration describes: mbgd train workers=2 model=cnn batch.size=128"
 
 
@@ -22,9 +25,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from mbgd.cli.train import train
 
         return train(arguments[1:])
+    if arguments and arguments[0] in ON_WORKERS:
+        from mbgd.cli.on_workers import run
+
+        return run(arguments[0], arguments[1:])
     plain_output.start()
     modules = {"new": "mbgd.cli.new", "completion": "mbgd.cli.completion"}
-    modules |= {name: f"mbgd.cli.tools.{name}" for name in TOOLS}
+    modules |= {name: f"mbgd.cli.tools.{name}" for name in (*TOOLS, *ON_WORKERS)}
     given = next((one for one in arguments if not one.startswith("-")), None)
     if given is not None and given not in modules:
         meant = did_you_mean(given, ["train", *modules])

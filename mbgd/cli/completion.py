@@ -2,11 +2,11 @@
 
 import argparse
 
-from mbgd.cli.commands import TOOLS
+from mbgd.cli.commands import ON_WORKERS, TOOLS
 
 DESCRIPTION = 'tab completion: eval "$(mbgd completion bash)", or zsh; mbgd completion fish | source'
 
-COMMANDS = " ".join(("train", "new", "completion", *TOOLS))
+COMMANDS = " ".join(("train", "new", "completion", *ON_WORKERS, *TOOLS))
 
 BASH = """
 _mbgd() {

@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ def split(arguments: Sequence[str]) -> tuple[Wanted, list[str]]:
     parser.add_argument("--max-restarts", default="0")
 
     def refuse(message: str) -> None:
-        raise UsageError(f"{message}. `mbgd train --help` shows what there is.")
+        raise UsageError(f"{message}. `mbgd {command()} --help` shows what there is.")
 
     parser.error = refuse  # type: ignore[assignment, method-assign]
     given, rest = parser.parse_known_args(arguments)
@@ -130,10 +131,21 @@ def num_cores() -> int:
 def as_given(wanted: Wanted, overrides: Sequence[str]) -> str:
     """The command, ready to paste into a shell."""
     is_script = bool(program) and program[0].endswith(".py")
-    start = ["python", *program] if is_script else ["mbgd", "train"]
+    start = ["python", *program] if is_script else ["mbgd", command()]
     workers = [f"workers={wanted.workers}"] if wanted.workers else []
     restarts = [f"--max-restarts={wanted.max_restarts}"] if wanted.max_restarts else []
     return shlex.join([*start, *workers, *restarts, *wanted.options, *overrides])
+
+
+def command() -> str:
+    """The command of mbgd that this program runs: train, evaluate or predict."""
+    return program[-1] if program and not program[-1].endswith(".py") else "train"
+
+
+def end_silently_at_interrupt() -> None:
+    """Until training sets its own handler, let Ctrl-C end a worker without a traceback."""
+    if started_by_launcher() and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def started_by_launcher() -> bool:
@@ -147,7 +159,7 @@ def check_started(wanted: Wanted) -> None:
     if wanted.workers not in (None, size):
         raise UsageError(
             f"workers={wanted.workers} on a worker of {size} that another launcher has started. Leave workers= out, or "
-            "start one process: mbgd train workers=…"
+            f"start one process: mbgd {command()} workers=…"
         )
 
 

@@ -4,11 +4,9 @@ A module of its own because torch takes seconds to import: --help, tab completio
 it.
 """
 
-import faulthandler
 import json
 import os
 import sys
-import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,18 +17,9 @@ from mbgd import versions
 from mbgd.building.build import build_trainer, resolved_yaml, run_name, typed
 from mbgd.checkpoints import saving
 from mbgd.checks.same_program import check_same_config
-from mbgd.cli import launching, telling, tracebacks
+from mbgd.cli import failing, launching
 from mbgd.config import Config, must_match
-from mbgd.errors import (
-    FAILED,
-    ComputedWrongly,
-    NotSaved,
-    ObserverFailed,
-    Preempted,
-    ReplicasDiffer,
-    UsageError,
-    WorkersLost,
-)
+from mbgd.errors import FAILED, Preempted, UsageError
 from mbgd.measuring import profiling
 from mbgd.runs import wording
 from mbgd.runs.initial_weights import start_from
@@ -41,7 +30,7 @@ from mbgd.step.done import Result
 from mbgd.text.escaping import plain
 from mbgd.tracking import Trackers, told_of_its_end
 from mbgd.workers.group import start_workers
-from mbgd.workers.log import start_log, write_to_log_alone
+from mbgd.workers.log import start_log
 from mbgd.workers.preemption import EXIT_CODE, StopOnSignal
 
 
@@ -97,25 +86,13 @@ def _train(
 
 def run_or_explain(composed: Any, choices: Mapping[str, Any]) -> None:
     """`run`; an exception is reported in a few lines, once for all workers, and fully in the log."""
-    faulthandler.enable(all_threads=True)
-    try:
-        run(composed, choices)
-    except Preempted as stopped:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{stopped}; {how_to_go_on(stopped.folder)}", flush=True)
-        sys.exit(EXIT_CODE)
-    except Exception as error:  # a part of the user's can raise anything
-        log = write_to_log_alone(traceback.format_exc())
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            traceback.print_exc()
-        said, of_user = str(error), ""
-        if isinstance(error, UsageError | ObserverFailed):
-            of_user = tracebacks.of_user(error.__cause__) if error.__cause__ is not None else ""
-        elif not isinstance(error, WorkersLost | ReplicasDiffer | ComputedWrongly | NotSaved):
-            of_user = tracebacks.of_user(error) or tracebacks.of_ours(error)
-            said = f"training raised {type(error).__name__}{f'; the whole traceback is in {plain(log)}' if log else ''}"
-        telling.tell("\n".join(filter(None, (said, of_user))), is_consequence=isinstance(error, WorkersLost))
-        sys.exit(error.exit_code if isinstance(error, UsageError) else FAILED)
+    with failing.explained("training"):
+        try:
+            run(composed, choices)
+        except Preempted as stopped:
+            if os.environ.get("RANK", "0") == "0":
+                print(f"{stopped}; {how_to_go_on(stopped.folder)}", flush=True)
+            sys.exit(EXIT_CODE)
 
 
 def how_to_go_on(folder: str) -> str:

@@ -39,8 +39,7 @@ def train(arguments: Sequence[str]) -> int:
     """
     plain_output.start()
     guard_output()  # after start(): it keeps the streams' settings
-    if launching.started_by_launcher() and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training sets its own: Ctrl-C prints no traceback
+    launching.end_silently_at_interrupt()
     try:
         return _train(arguments)
     except UsageError as error:

@@ -10,12 +10,13 @@ import torch
 
 from mbgd.building.build import build_trainer, typed
 from mbgd.building.composing import from_values
+from mbgd.building.recorded import recorded_values
 from mbgd.checkpoints import format as checkpoint
 from mbgd.checkpoints.snapshot import Snapshot
 from mbgd.config import AveragingName
 from mbgd.errors import UsageError
 from mbgd.files.reading import Unreadable
-from mbgd.files.run_files import read_config, read_summary
+from mbgd.files.run_files import read_summary
 from mbgd.runs.conditions import conditions
 from mbgd.text.escaping import plain
 from mbgd.tracking.json_lines import describe_bad, read_history
@@ -43,13 +44,7 @@ class Replay:
 
 def replay(folder: Path, step: int, workers: Workers) -> Replay:
     """Repeat the run's steps up to `step`; UsageError if the folder does not allow it. Writes nothing."""
-    try:
-        config = typed(from_values(read_config(folder)))
-    except (FileNotFoundError, Unreadable) as error:
-        raise UsageError(
-            f"{plain(folder)} is not the folder of a run: config.yaml cannot be read ({plain(error)}). A run's folder "
-            "is what train.py names at the end."
-        ) from error
+    config = typed(from_values(recorded_values(folder)))
     if config.averaging.name is not AveragingName.reproducible:
         raise UsageError(
             f"{plain(folder)} was made with averaging={config.averaging.name.value}; only averaging=reproducible gives "

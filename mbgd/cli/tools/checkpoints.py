@@ -7,11 +7,11 @@ from safetensors.torch import save
 
 from mbgd.checkpoints import format as checkpoint
 from mbgd.checkpoints.task_state import exported_tensors
-from mbgd.config import Direction
 from mbgd.errors import UsageError
 from mbgd.files.atomic import write_atomically
 from mbgd.files.reading import Unreadable
 from mbgd.runs.run_folder import RunFolder
+from mbgd.runs.weights import best_of
 from mbgd.text.escaping import plain
 
 DESCRIPTION = "list and verify the checkpoints of a run, or export a model from one"
@@ -44,16 +44,10 @@ def main(parsed: argparse.Namespace) -> int:
 def _best(folder: RunFolder) -> tuple[Path, str, float] | None:
     """(checkpoint, metric, its value) of the best by the run's configuration; None if it keeps none."""
     try:
-        settings = (folder.read_config() or {}).get("checkpoint") or {}
+        return best_of(folder.path, folder.read_config() or {})
     except Unreadable as error:
         print(f"warning: {error} The best checkpoint is not known.")
         return None
-    if settings.get("best") is None:
-        return None
-    found = checkpoint.best(
-        folder.checkpoints_path, settings["best"], highest=settings.get("direction") == Direction.maximize.value
-    )
-    return None if found is None else (found[0], settings["best"], found[1])
 
 
 def _choose(problems: dict[Path, str | None], parsed: argparse.Namespace, best: tuple[Path, str, float] | None) -> Path:
