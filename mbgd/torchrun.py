@@ -2,7 +2,7 @@
 
 torchrun's own store listens on every interface of the host, asks for no password, and holds a state that is unpickled:
 whoever reaches the port can run code as the user. Here, on one host, there is no port: the store is a file in memory.
-On several hosts the store listens only on the address of --local-addr, and only the classes that torch writes there are
+On several hosts the stores listen only on the address of --local-addr, and only the classes that torch writes there are
 unpickled. A private network is still needed (docs/clusters.md).
 """
 
@@ -19,6 +19,7 @@ import types
 import uuid
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,12 @@ KEY_FILE = "MBGD_KEY_FILE"
 
 DEFAULT_PORT = 29400  # torchrun's
 SECONDS_FOR_THE_STORE = 60
+
+OF_THE_ROUND = ("_bootstrap_store_info", "_shared_tcp_store_server")
+"""Attributes of torch's rendezvous: the workers' store, its address and its server."""
+
+OPENS_PORTS = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+"""Environment variable with which torch's workers open a store of their own, on every interface."""
 
 UNPICKLED = {
     ("torch.distributed.elastic.rendezvous.dynamic_rendezvous", "_RendezvousState"),
@@ -128,15 +135,32 @@ def _several_hosts(parameters: Any) -> Any:
     name, parameters.run_id = parameters.run_id, parameters.run_id + _key()
     handler = dynamic_rendezvous.create_handler(store, C10dRendezvousBackend(store, parameters.run_id), parameters)
     # These names in torch are replaced below. If a torch lacks one, its own insecure version would run unnoticed.
-    for owner, replaced in ((dynamic_rendezvous, "pickle"), (handler, "_create_tcp_store_server")):
-        if not hasattr(owner, replaced):
-            sys.exit(f"error: this torch's rendezvous has no {replaced}, which mbgd must replace. Use torch 2.13.")
+    for owner, names in ((dynamic_rendezvous, ("pickle",)), (handler, ("_create_tcp_store_server", *OF_THE_ROUND))):
+        for name in names:
+            if not hasattr(owner, name):
+                sys.exit(f"error: this torch's rendezvous has no {name}, which mbgd must replace. Use torch 2.13.")
+    os.environ.pop(OPENS_PORTS, None)
     restricted = types.SimpleNamespace(dumps=pickle.dumps, loads=load_state, PickleError=pickle.PickleError)
     dynamic_rendezvous.pickle = restricted  # type: ignore[attr-defined, assignment]
     handler._create_tcp_store_server = serve  # type: ignore[method-assign, assignment]
+    handler.next_rendezvous = partial(_next_round, handler)  # type: ignore[method-assign]
     handler.get_backend = lambda: parameters.backend  # type: ignore[method-assign]
     handler.get_run_id = lambda: name  # type: ignore[method-assign]  # names the run; the key stays here
     return handler
+
+
+def _next_round(handler: Any) -> Any:
+    """The next round of hosts, whose workers meet at a store of their own.
+
+    torch keeps the first round's store and announces it in that round only, so a host that joins later waits for it
+    until it gives up; and the old store holds the addresses of workers that are gone.
+    """
+    before = [getattr(handler, name) for name in OF_THE_ROUND]
+    for name in OF_THE_ROUND:
+        setattr(handler, name, None)
+    joined = type(handler).next_rendezvous(handler)
+    del before  # the old store serves until here: until all hosts have joined, workers may still ask it who is missing
+    return joined
 
 
 def serve(address: str, port: int) -> Any:

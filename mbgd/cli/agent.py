@@ -8,21 +8,28 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from torch.distributed import DistError, DistNetworkError, DistStoreError
 from torch.distributed import run as torchrun
+from torch.distributed.elastic import rendezvous
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.launcher import api
 
 from mbgd.errors import FAILED, USAGE
+from mbgd.torchrun import DEFAULT_PORT
 from mbgd.workers.preemption import EXIT_CODE as PREEMPTED
 
 OF_TORCHRUN = "torch.distributed"
 """torchrun's loggers, which would repeat the workers' errors."""
+
+SECONDS_FOR_MAIN_HOST = 600
 
 NO_FILE = "<N/A>"
 """torch's placeholder for the error file of a worker that has reported nothing."""
@@ -69,7 +76,11 @@ def run(arguments: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="mbgd-", ignore_cleanup_errors=True) as folder:
         arguments.log_dir = folder
         try:
-            torchrun.run(arguments)  # type: ignore[no-untyped-call]
+            _run(arguments)
+        except rendezvous.RendezvousClosedError:
+            return _fail("the run has ended on another host. Look at the end of the output there.")
+        except (rendezvous.RendezvousError, DistError) as error:
+            return _fail(f"this host could not meet the others: {str(error).splitlines()[0]}")
         except ChildFailedError as error:
             return _exit_code([failure.exitcode for failure in error.failures.values()])
         except SignalException as stop:
@@ -77,6 +88,40 @@ def run(arguments: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             return 128 + signal.SIGINT
     return 0
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    """Run torch's agent; if the host with the rendezvous is lost, wait for it, as often as workers may restart."""
+    for left in reversed(range(arguments.max_restarts + 1)):
+        try:
+            torchrun.run(arguments)  # type: ignore[no-untyped-call]
+        except (rendezvous.RendezvousConnectionError, DistNetworkError, DistStoreError):
+            if not left or not _comes_back(arguments.rdzv_endpoint):
+                raise
+        else:
+            return
+
+
+def _comes_back(endpoint: str) -> bool:
+    """Wait for the host with the rendezvous."""
+    print(
+        f"restart     MAIN_HOST {endpoint} does not answer: ended, or cut off. This host waits for it for "
+        f"{SECONDS_FOR_MAIN_HOST} s: start the same command there again",
+        flush=True,
+    )
+    address = parse_rendezvous_endpoint(endpoint, DEFAULT_PORT)
+    deadline = time.monotonic() + SECONDS_FOR_MAIN_HOST
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            socket.create_connection(address, timeout=5).close()
+            return True
+        time.sleep(1)
+    return False
+
+
+def _fail(reason: str) -> int:
+    print(f"error: {reason}", file=sys.stderr, flush=True)
+    return FAILED
 
 
 def _tell(failures: Mapping[int, Any]) -> None:

@@ -23,7 +23,7 @@ from mbgd.workers import cuda, flight_recorder
 from mbgd.workers.messages import bytes_of, empty, message, value_of
 from mbgd.workers.parent import end_with_parent
 from mbgd.workers.roll_call import RollCall, describe
-from mbgd.workers.store import join_store, stay_on_this_host
+from mbgd.workers.store import join_store, of_this_round, stay_on_this_host
 
 SECONDS_FOR_THREADS_TO_END = 0.1
 
@@ -207,9 +207,8 @@ def _process_wide_settings() -> Callable[[], None]:
 def _form_group(rank: int, num_workers: int, backend: str, device: torch.device, timeout_seconds: float) -> RollCall:
     """Meet the other workers at the store and form the process group."""
     stay_on_this_host()
-    # Restarted workers must not read addresses from the round before.
-    run, restart = os.environ.get("TORCHELASTIC_RUN_ID", ""), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = PrefixStore(f"{run}/{restart}", join_store(timeout_seconds))
+    of_run = PrefixStore(os.environ.get("TORCHELASTIC_RUN_ID", ""), join_store(timeout_seconds))
+    store = of_this_round(of_run, rank, num_workers, timeout_seconds)
     flight_recorder.turn_on()
     roll_call = RollCall(
         store,
