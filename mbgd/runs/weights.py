@@ -56,7 +56,8 @@ def find(folder: Path, *, step: int | None = None, best: bool = False) -> Weight
     done = None
     if not best:
         try:
-            done = RunFolder(folder).steps_of_complete_run()
+            summary = RunFolder(folder).summary_of_complete_run()
+            done = None if summary is None else int(summary["steps"])
         except Unreadable as error:
             problems.append(f"{plain(error.path.name)}: {error.reason}")
     for path in paths:
