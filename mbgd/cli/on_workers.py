@@ -61,7 +61,5 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "overrides", nargs="*", metavar="KEY=VALUE", help="other data or settings than the run's: data=… precision=…"
     )
     which = parser.add_mutually_exclusive_group()
-    which.add_argument(
-        "--best", action="store_true", help="the best weights by the run's checkpoint.best"
-    )
+    which.add_argument("--best", action="store_true", help="the best weights by the run's checkpoint.best")
     which.add_argument("--step", type=int, metavar="N", help="the weights after step N (default: the last)")
