@@ -19,6 +19,8 @@ from mbgd.text.escaping import plain
 READ = ("averaging", "backend", "data", "evaluation", "model", "objective", "precision", "seed")
 """The sections and keys that an evaluation reads."""
 
+NODES = ("data.train", "data.evaluation", "data.collate")
+
 OF_DATA = re.compile(r"\$\{[^}]*\bdata\.")
 """A reference to a key of `data`."""
 
@@ -45,6 +47,8 @@ def recorded(folder: Path, overrides: Sequence[str]) -> Config:
     config = typed(_overridden(values, overrides) if overrides else from_values(values))
     return replace(
         config,
+        epochs=None,
+        steps=0,
         batch=replace(config.batch, drop_last=False),
         schedule=None,
         checkpoint=Checkpoint(),
@@ -79,6 +83,9 @@ def _overridden(values: dict[str, Any], overrides: Sequence[str]) -> Any:
     for key, node in from_values(values).items():
         if key not in groups:
             composed[key] = node
+    for one in others:
+        if one.key_or_group in NODES:
+            OmegaConf.update(composed, one.key_or_group, None)  # a new node is not merged into the old one
     OmegaConf.set_struct(composed, True)
     try:
         ConfigLoaderImpl._apply_overrides_to_config(others, composed)

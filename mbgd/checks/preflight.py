@@ -204,8 +204,8 @@ class Trial:
 
     def _check_sizes(self, first_minibatch: Indices, moving: Sequence[str]) -> None:
         """UsageError where the model refuses the smallest micro-batch, or an integer buffer depends on the size."""
-        if self._plan.most_forwards == 1 and self._plan.smallest_micro_batch > 1:
-            return
+        if self._settings.steps == 0 or (self._plan.most_forwards == 1 and self._plan.smallest_micro_batch > 1):
+            return  # nothing is trained, or every forward has a whole minibatch
         before = self._integers(moving)
         smallest = self._plan.smallest_micro_batch
         if smallest < NUM_EXAMPLES and smallest <= len(first_minibatch):

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mbgd.batches.plan import micro_batches
+from mbgd.batches.plan import MicroBatch, micro_batches
 from mbgd.batches.randomness import random_state_kept
 from mbgd.batches.reading import Batches, read
 from mbgd.checks.preflight import NUM_EXAMPLES
@@ -46,10 +46,9 @@ class Evaluator:
             "collate": setup.data.collate,
         }
         self._metrics = WholeSetMetrics(settings.evaluation.metrics, workers)
-        num_examples = len(dataset)
+        self.num_examples = num_examples = len(dataset)
         self._num_parts = -(-num_examples // settings.evaluation.batch_size)
-        shard = micro_batches(0, num_examples, self._num_parts, workers.rank, workers.num_workers)
-        self._shard = [micro_batch for micro_batch in shard if not micro_batch.is_stand_in]
+        self._shard = self.shard_of(workers.rank)
         check_targets(dataset, setup.task.given_objective, setup.findings.output_shape)
         self.metric_names = self._try_out(num_examples, settings)
         self._prefix = f"eval/{name}/" if name else "eval/"
@@ -64,11 +63,16 @@ class Evaluator:
             **self._how,
         )
 
+    def shard_of(self, rank: int) -> list[MicroBatch]:
+        """The micro-batches that a worker evaluates, in order: no stand-ins."""
+        shard = micro_batches(0, self.num_examples, self._num_parts, rank, self._workers.num_workers)
+        return [micro_batch for micro_batch in shard if not micro_batch.is_stand_in]
+
     def _try_out(self, num_examples: int, settings: Settings) -> tuple[str, ...]:
         """The names of the objective's metrics in an evaluation."""
         names: tuple[str, ...] = ()
         first, last = np.arange(num_examples)[:NUM_EXAMPLES], np.arange(num_examples)[-NUM_EXAMPLES:]
-        with random_state_kept(self._workers.device), self._evaluating():
+        with random_state_kept(self._workers.device), self.evaluating():
             for position, indices in (("first", first), ("last", last)):
                 with _told_of(position, self._name):
                     (batch,) = read(self._dataset, [indices], num_workers=0, **self._how)
@@ -94,10 +98,8 @@ class Evaluator:
         add_up: adds up vectors over all workers.
         """
         leaves, predictions = [], []
-        with self._evaluating():
-            for micro_batch, batch in zip(self._shard, self._batches, strict=True):
-                terms = self._task(batch, micro_batch.size)
-                self._names(terms, self.metric_names)
+        with self.evaluating():
+            for micro_batch, terms in self.forwards():
                 leaves.append((micro_batch.number, terms.sums(self.metric_names)))
                 if self._metrics:
                     predictions += [values.cpu() for values in terms.counted_predictions()]
@@ -106,8 +108,23 @@ class Evaluator:
             means = Totals(total, self.metric_names).means()
         return {f"{self._prefix}{name}": value for name, value in {**means, **self._metrics(predictions)}.items()}
 
+    def forwards(self) -> Iterator[tuple[MicroBatch, PerExample]]:
+        """Each micro-batch of this worker's, and its terms; to be iterated inside `evaluating`."""
+        for micro_batch, batch in zip(self._shard, self._batches, strict=True):
+            terms = self._task(batch, micro_batch.size)
+            self._names(terms, self.metric_names)
+            yield micro_batch, terms
+
+    def first(self) -> PerExample:
+        """The terms of the first examples, the same on every worker."""
+        with random_state_kept(self._workers.device), self.evaluating():
+            indices = np.arange(self.num_examples)[:NUM_EXAMPLES]
+            (batch,) = read(self._dataset, [indices], num_workers=0, **self._how)
+            terms: PerExample = self._task(batch, len(indices))
+            return terms
+
     @contextmanager
-    def _evaluating(self) -> Iterator[None]:
+    def evaluating(self) -> Iterator[None]:
         """Evaluation mode without gradients; buffers and extra state are restored afterwards.
 
         no_grad, not inference_mode, which would keep a model from computing derivatives itself.
@@ -146,10 +163,10 @@ class Evaluations:
             )
         self._every_steps = setup.settings.evaluation.every_steps or setup.plan.steps_per_epoch
         self._last_step = setup.num_steps
-        self._evaluators = [Evaluator(setup, name, dataset) for name, dataset in sets.items()]
+        self.by_name = {name: Evaluator(setup, name, dataset) for name, dataset in sets.items()}
+        """A single set has the name ""."""
         self.num_examples = {name: len(dataset) for name, dataset in sets.items()}
-        """By the name of the set; a single set has the name ""."""
-        self.names = [name for evaluator in self._evaluators for name in evaluator.names]
+        self.names = [name for evaluator in self.by_name.values() for name in evaluator.names]
         """Names of the metrics that an evaluation returns, such as eval/loss or eval/NAME/loss."""
 
     def are_due(self, num_steps: int) -> bool:
@@ -157,11 +174,11 @@ class Evaluations:
         return bool(self) and (num_steps % self._every_steps == 0 or num_steps == self._last_step)
 
     def __bool__(self) -> bool:
-        return bool(self._evaluators)
+        return bool(self.by_name)
 
     def __call__(self, add_up: AddUp) -> dict[str, float]:
         """The metrics of all sets; see `Evaluator`."""
-        return {name: value for evaluator in self._evaluators for name, value in evaluator(add_up).items()}
+        return {name: value for evaluator in self.by_name.values() for name, value in evaluator(add_up).items()}
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The weights of a finished or running run, to compute with: found in its folder, and loaded on every worker."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def find(folder: Path, *, step: int | None = None, best: bool = False) -> Weight
 
     Nothing is written: the run may still be going on.
     """
-    paths = checkpoint.complete(folder / "checkpoints")
+    paths, done, problems = checkpoint.complete(folder / "checkpoints"), None, []
     if best:
         found = best_of(folder, read_config(folder))
         if found is None:
@@ -50,22 +50,20 @@ def find(folder: Path, *, step: int | None = None, best: bool = False) -> Weight
                 "been evaluated yet. Leave out --best for its last weights."
             )
         paths = [found[0]]
-    if step is not None:
-        paths = [path for path in paths if checkpoint.step_of(path) == step]
-    problems = []
-    done = None
-    if not best:
+    else:
         try:
             summary = RunFolder(folder).summary_of_complete_run()
             done = None if summary is None else int(summary["steps"])
         except Unreadable as error:
             problems.append(f"{plain(error.path.name)}: {error.reason}")
+    least = done if step is None and done is not None else 0  # an older checkpoint is not the last state
     for path in paths:
-        if done is not None and done > checkpoint.step_of(path):
-            break
+        of_step = checkpoint.step_of(path)
+        if of_step < least or step not in (None, of_step):
+            continue
         problem = checkpoint.verify(path)
         if problem is None:
-            return Weights(path, checkpoint.step_of(path))
+            return Weights(path, of_step)
         problems.append(f"{plain(path.name)}: {problem}")
     if done is not None and step in (None, done):
         return Weights(folder / MODEL, done)
@@ -129,6 +127,7 @@ def _load(trainer: Trainer, weights: Weights) -> str:
             f"{plain(weights.path)} cannot be read on every worker ({plain(error)}). All workers must see the run's "
             "folder: put it on a file system that the hosts share."
         )
+    snapshot = _in_own_precision(snapshot, state)
     if found := state.mismatches(snapshot):
         return (
             f"the weights in {plain(weights.path)} do not fit:\n"
@@ -137,6 +136,23 @@ def _load(trainer: Trainer, weights: Weights) -> str:
         )
     state.restore(snapshot)
     return ""
+
+
+def _in_own_precision(snapshot: Snapshot, state: TaskState) -> Snapshot:
+    """The snapshot with floating tensors in the model's dtype: another precision may evaluate a run's weights."""
+    own = state.tensors()
+    tensors = {
+        file: {
+            name: one.to(own[file][name].dtype) if _are_floating(one, own.get(file, {}).get(name)) else one
+            for name, one in named.items()
+        }
+        for file, named in snapshot.tensors.items()
+    }
+    return replace(snapshot, tensors=tensors)
+
+
+def _are_floating(one: Tensor, other: Tensor | None) -> bool:
+    return other is not None and one.is_floating_point() and other.is_floating_point()
 
 
 def _exported(trainer: Trainer, state: TaskState, weights: Weights) -> Snapshot:

@@ -62,31 +62,39 @@ class PerExample:
         self._check_shape(f"metric {name!r}", values)
         return values.detach().double()
 
-    def counted_predictions(self) -> Predictions:
-        """Outputs (n, …) and targets (n, …) of the n examples, or tokens, whose weight is not 0."""
+    def whole_predictions(self) -> Predictions | None:
+        """Outputs and targets of all examples, checked; None if the objective gives none."""
         if self.predictions is None:
-            raise UsageError(
-                "the objective gives no predictions, but evaluation.metrics are computed from them. Let it return "
-                "PerExample(…, predictions=(outputs, targets)), or leave these metrics out."
-            )
+            return None
         given = self.predictions() if callable(self.predictions) else self.predictions
         if not isinstance(given, tuple) or len(given) != 2 or not all(isinstance(values, Tensor) for values in given):
             raise UsageError(
                 f"objective returned predictions of type {type(given).__name__}; they must be a pair of tensors, "
                 "(outputs, targets), or a function that gives one."
             )
-        outputs, targets = given
-        num_dims = self.losses.dim()
-        for name, values in (("outputs", outputs), ("targets", targets)):
-            if values.shape[:num_dims] != self.losses.shape:
+        for name, values in zip(("outputs", "targets"), given, strict=True):
+            if values.shape[: self.losses.dim()] != self.losses.shape:
                 raise UsageError(
                     f"objective returned predictions whose {name} have shape {tuple(values.shape)} beside losses of "
                     f"shape {tuple(self.losses.shape)}; the first dimensions must be those of the losses."
                 )
+        outputs, targets = given
+        return outputs.detach(), targets.detach()
+
+    def counted_predictions(self) -> Predictions:
+        """Outputs (n, …) and targets (n, …) of the n examples, or tokens, whose weight is not 0."""
+        given = self.whole_predictions()
+        if given is None:
+            raise UsageError(
+                "the objective gives no predictions, but evaluation.metrics are computed from them. Let it return "
+                "PerExample(…, predictions=(outputs, targets)), or leave these metrics out."
+            )
+        outputs, targets = given
         if self.weights is None:
-            return outputs.detach().flatten(0, num_dims - 1), targets.flatten(0, num_dims - 1)
+            num_dims = self.losses.dim()
+            return outputs.flatten(0, num_dims - 1), targets.flatten(0, num_dims - 1)
         kept = self.weights != 0
-        return outputs.detach()[kept], targets[kept]
+        return outputs[kept], targets[kept]
 
     def total_weight(self) -> Tensor:
         """Σ w_i: float64, shape ()."""
