@@ -84,7 +84,7 @@ def plain_torch(
     net = model().to(dtype)
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
     shifted, test = Shifted(fashion_mnist("train", FOLDER), num_examples), fashion_mnist("test", FOLDER)
-    for indices in DataLoader(range(num_examples), batch_size=128):  # type: ignore[arg-type]
+    for indices in DataLoader(range(num_examples), batch_size=128):
         examples = [shifted.augmented(index, key_of(index)) for index in indices.tolist()]
         inputs, targets = (torch.stack(values) for values in zip(*examples, strict=True))
         loss = F.cross_entropy(net(inputs.to(dtype)), targets)

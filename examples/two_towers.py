@@ -73,7 +73,7 @@ def objective(model: nn.Module, batch: dict[str, Tensor]) -> mbgd.PerExample:
 
 
 def area_under_curve(outputs: Tensor, targets: Tensor) -> float:
-    """The share of (clicked, not clicked) pairs in which the clicked one has the larger output; equal ones count half."""
+    """The share of pairs, one clicked and one not, in which the clicked one has the larger output; ties count half."""
     _, ranks, counts = outputs.unique(return_inverse=True, return_counts=True)
     mean_rank = counts.cumsum(0) - (counts - 1) / 2  # counted from 1
     clicked = targets > 0.5
