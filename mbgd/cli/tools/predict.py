@@ -24,7 +24,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--set", metavar="NAME", dest="name", help="the evaluation set, if data.evaluation names several"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the file if there is one")
-    parser.epilog = f"{OUT}FILE is a .safetensors, .npz or .csv file (docs/measurements.md). {parser.epilog or ''}"
+    parser.epilog = f"{OUT}FILE is a .safetensors, .npz or .csv file (docs/evaluate.md). {parser.epilog or ''}"
 
 
 def check(parsed: argparse.Namespace) -> None:
