@@ -4,7 +4,8 @@
 #   HOSTS=1:2 MAIN_HOST=10.0.0.1 RUN_ID=mine launch/multinode.sh run.dir=/shared/runs/mine averaging=reproducible
 #
 # If a host is lost, the others restart from the newest checkpoint with the remaining hosts, down to MIN; a host that
-# (re)joins is accepted, up to MAX. The loss of MAIN_HOST ends the run; the same command resumes it.
+# comes back or joins (the same command there) is taken in, up to MAX. If MAIN_HOST is lost, the others wait 10 minutes
+# for it: start the same command there again, and all go on.
 #
 # HOSTS      MIN:MAX hosts, or a fixed number
 # MAIN_HOST  the rendezvous host, by an address that all hosts can reach; add :PORT if 29400 is in use

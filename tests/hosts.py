@@ -15,8 +15,6 @@ from typing import Any
 
 import pytest
 
-from own_processes import MARK
-
 ROOT = Path(__file__).parent.parent
 ADDRESS = "10.77.0.{}"
 SLOW_LOADING = """
@@ -89,7 +87,6 @@ class Cluster:
             "OMP_NUM_THREADS": "1",
             "MAIN_HOST": ADDRESS.format(1),
             "RUN_ID": "cut",
-            MARK: str(self.folder),
             "WORKERS": "1",
             **self.environment,
         }

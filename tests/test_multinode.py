@@ -5,12 +5,17 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from torch.distributed import HashStore  # type: ignore[attr-defined]
+
+from mbgd.errors import WorkersLost
+from mbgd.workers.store import of_this_round
 
 from hosts import ROOT, SLOW_LOADING, Cluster, ip, network, weights_sha256
-from own_processes import listening, marked
+from own_processes import MARK, listening, marked
 
 OVERRIDES = ["averaging=reproducible", "batch.size=97", "model.dropout=0.2"]
 
@@ -37,7 +42,7 @@ def cluster(folder: Path, hosts: list[str], seconds: float, *settings: str, **en
     (folder / "slow.py").write_text(SLOW_LOADING)
     data = ["data.train._target_=slow.Slow", "~data.train.split", f"+data.train.seconds={seconds}"]
     settings = (*OVERRIDES, *data, f"+data.train.fast={folder / 'fast'}", "backend.timeout_seconds=6", *settings)
-    return Cluster(folder, hosts, list(settings), environment)
+    return Cluster(folder, hosts, list(settings), {MARK: str(folder), **environment})
 
 
 def test_when_one_host_is_cut_off_the_other_goes_on_to_the_same_bits(tmp_path: Path, hosts: list[str]) -> None:
@@ -68,7 +73,7 @@ def test_when_one_host_is_cut_off_the_other_goes_on_to_the_same_bits(tmp_path: P
     assert weights_sha256(run.run) == expected
 
 
-LENGTH = ["steps=3000", "log_every_steps=5"]
+LENGTH = ["steps=300", "log_every_steps=5"]
 
 
 def trains_with(run: Cluster, num_workers: int) -> None:
@@ -93,7 +98,7 @@ def finish(run: Cluster) -> str:
 def test_a_host_that_was_lost_comes_back_and_the_bits_are_the_same(tmp_path: Path, hosts: list[str]) -> None:
     expected = undisturbed(tmp_path / "whole", *LENGTH)
     run = cluster(tmp_path, hosts[:2], 0.1, *LENGTH, "checkpoint.every_steps=10", HOSTS="1:2")
-    main, other = run.hosts
+    _, other = run.hosts
     try:
         for host in run.hosts:
             run.start(host)
@@ -130,3 +135,26 @@ def test_hosts_leave_return_and_join_and_even_the_main_host_does(tmp_path: Path,
         assert finish(run) == expected
     finally:
         run.end()
+
+
+def test_workers_of_one_round_agree_on_a_store_without_counting_rounds() -> None:
+    store = HashStore()
+    parts = []
+    for num_workers in (3, 2, 4, 2):  # names of the rounds before stay in the store
+        with ThreadPoolExecutor(num_workers) as pool:
+            ranks = range(num_workers)
+            of_round = list(pool.map(lambda rank, size=num_workers: of_this_round(store, rank, size, 30), ranks))
+        of_round[0].set("address", str(len(parts)))
+        assert {part.get("address") for part in of_round} == {str(len(parts)).encode()}
+        parts.append(of_round[-1])
+    assert [part.get("address") for part in parts] == [b"0", b"1", b"2", b"3"]
+
+
+def test_workers_that_do_not_come_are_named() -> None:
+    store = HashStore()
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(of_this_round, store, rank, 4, 1) for rank in (0, 2)]
+    with pytest.raises(WorkersLost, match="workers 1, 3 did not come within backend"):
+        waiting[0].result()
+    with pytest.raises(WorkersLost, match="worker 0 did not come"):
+        of_this_round(HashStore(), 1, 2, 0.2)

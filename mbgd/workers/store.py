@@ -53,8 +53,8 @@ def of_this_round(store: Store, rank: int, num_workers: int, timeout_seconds: fl
     """The part of the store that only the workers started together use; waits until all of them have come.
 
     A store may outlive its workers and then holds the addresses of those that are gone. Launchers do not say which
-    start this is: TORCHELASTIC_RESTART_COUNT is counted by each host for itself, so hosts that joined at different times
-    disagree. The workers therefore agree themselves: each writes a random name of its own, and the main worker answers
+    start this is: each host counts TORCHELASTIC_RESTART_COUNT for itself, so hosts that joined at different times
+    disagree. Therefore the workers agree themselves: each writes a random name of its own, and the main worker answers
     every name with the round's. An answer to a worker that is gone reaches nobody.
     """
     mine = uuid.uuid4().hex
