@@ -44,6 +44,10 @@ def one_left_out(examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return padded(examples[:-1])
 
 
+def one_twice(examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return padded([*examples, examples[0]])
+
+
 def masked_at_random(examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     batch = padded(examples)
     return {**batch, "inputs": batch["inputs"] * torch.rand(()).round()}
@@ -117,7 +121,11 @@ def test_a_configuration_names_the_function() -> None:
     ("data", "message"),
     [
         ({"collate": None}, r"inputs has shape \(\d, 4\) in one and \(\d, 4\) in another. Set data.collate"),
-        ({"collate": one_left_out}, "objective returned losses of shape"),
+        (
+            {"collate": one_left_out},
+            r"objective returned losses of shape \(3, \d\) for 4 examples; expected one loss per",
+        ),
+        ({"collate": one_twice}, r"objective returned losses of shape \(5, \d\) for 4 examples; expected one loss per"),
         ({"collate": masked_at_random}, "data.collate draws random numbers"),
         ({"collate": 3}, "data.collate=3; it must be a function"),
         ({"train": mbgd.InMemory(torch.ones(3, 4), torch.ones(3))}, "data.collate with InMemory, whose gather"),
