@@ -137,6 +137,26 @@ def test_mistakes_are_refused_before_training(data: dict[str, Any], message: str
         make_trainer(mbgd.Workers(), "auto", num_loaders, **data)
 
 
+def one_of_many_left_out(examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return padded(examples[:-1] if len(examples) > 4 else examples)
+
+
+def test_a_function_that_leaves_out_examples_of_larger_batches_is_refused_at_the_step() -> None:
+    """Larger than those that are tried before training."""
+    torch.manual_seed(0)
+    model = nn.Linear(WIDTH, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    data = mbgd.Data(train=Sequences(), collate=one_of_many_left_out)
+    settings = mbgd.Settings(batch=mbgd.Batch(8), precision="fp64")
+    trainer = mbgd.Trainer(model, squared_error, optimizer, data, settings)
+    before = model.weight.detach().clone()
+    with pytest.raises(
+        mbgd.UsageError, match=r"losses of shape \(7, \d\) for 8 examples; expected one loss per example"
+    ):
+        trainer.fit()
+    assert torch.equal(model.weight, before)
+
+
 @pytest.mark.parametrize(
     ("examples", "message"),
     [
