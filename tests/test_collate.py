@@ -44,6 +44,10 @@ def one_left_out(examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return padded(examples[:-1])
 
 
+def one_twice(examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return padded([*examples, examples[0]])
+
+
 def masked_at_random(examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     batch = padded(examples)
     return {**batch, "inputs": batch["inputs"] * torch.rand(()).round()}
@@ -117,7 +121,11 @@ def test_a_configuration_names_the_function() -> None:
     ("data", "message"),
     [
         ({"collate": None}, r"inputs has shape \(\d, 4\) in one and \(\d, 4\) in another. Set data.collate"),
-        ({"collate": one_left_out}, "objective returned losses of shape"),
+        (
+            {"collate": one_left_out},
+            r"objective returned losses of shape \(3, \d\) for 4 examples; expected one loss per",
+        ),
+        ({"collate": one_twice}, r"objective returned losses of shape \(5, \d\) for 4 examples; expected one loss per"),
         ({"collate": masked_at_random}, "data.collate draws random numbers"),
         ({"collate": 3}, "data.collate=3; it must be a function"),
         ({"train": mbgd.InMemory(torch.ones(3, 4), torch.ones(3))}, "data.collate with InMemory, whose gather"),
@@ -127,6 +135,26 @@ def test_a_configuration_names_the_function() -> None:
 def test_mistakes_are_refused_before_training(data: dict[str, Any], message: str, num_loaders: int) -> None:
     with pytest.raises(mbgd.UsageError, match=message):
         make_trainer(mbgd.Workers(), "auto", num_loaders, **data)
+
+
+def one_of_many_left_out(examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return padded(examples[:-1] if len(examples) > 4 else examples)
+
+
+def test_a_function_that_leaves_out_examples_of_larger_batches_is_refused_at_the_step() -> None:
+    """Larger than those that are tried before training."""
+    torch.manual_seed(0)
+    model = nn.Linear(WIDTH, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    data = mbgd.Data(train=Sequences(), collate=one_of_many_left_out)
+    settings = mbgd.Settings(batch=mbgd.Batch(8), precision="fp64")
+    trainer = mbgd.Trainer(model, squared_error, optimizer, data, settings)
+    before = model.weight.detach().clone()
+    with pytest.raises(
+        mbgd.UsageError, match=r"losses of shape \(7, \d\) for 8 examples; expected one loss per example"
+    ):
+        trainer.fit()
+    assert torch.equal(model.weight, before)
 
 
 @pytest.mark.parametrize(

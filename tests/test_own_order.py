@@ -364,22 +364,25 @@ def nothing(dataset: Any) -> None:
 
 
 MISTAKES: list[tuple[Any, str]] = [
-    (weights(_3=-1.0), "the weights of data.order hold 1 that are negative or not finite, the first is -1.0 for exa"),
-    (weights(_4=np.nan, _7=np.inf), "hold 2 that are negative or not finite, the first is nan for example 4"),
+    (weights(_3=-1.0), "the weights of data.order: 1 of 23 negative or not finite; the first is -1.0 for example 3"),
+    (weights(_4=np.nan, _7=np.inf), "2 of 23 negative or not finite; the first is nan for example 4. A weight must be"),
     (mbgd.WeightedOrder(np.zeros(NUM_EXAMPLES)), "are all 0, for all 23 training examples"),
-    (mbgd.WeightedOrder([1.0, 2.0]), "has shape (2,), but there are 23 training examples; it must be one number for"),
-    (mbgd.WeightedOrder(np.ones((NUM_EXAMPLES, 1))), "has shape (23, 1), but there are 23"),
-    (mbgd.WeightedOrder(1.0), "has shape (), but there are 23"),  # type: ignore[arg-type]
-    (mbgd.WeightedOrder([[1.0], [1.0, 2.0]]), "values that are not real numbers"),  # type: ignore[list-item]
-    (mbgd.WeightedOrder(["a"] * NUM_EXAMPLES), "list values that are not real numbers"),  # type: ignore[list-item]
-    (mbgd.WeightedOrder(nothing), "NoneType values that are not real numbers. Give a list or an array, the name"),
+    (mbgd.WeightedOrder([1.0, 2.0]), "got shape (2,) for 23 training examples; there must be one number for each"),
+    (mbgd.WeightedOrder(np.ones((NUM_EXAMPLES, 1))), "got shape (23, 1) for 23"),
+    (mbgd.WeightedOrder(1.0), "got shape () for 23"),  # type: ignore[arg-type]
+    (mbgd.WeightedOrder([[1.0], [1.0, 2.0]]), "got a list without a real number per example"),  # type: ignore[list-item]
+    (mbgd.WeightedOrder(["a"] * NUM_EXAMPLES), "a list without a real number per example. Give"),  # type: ignore[list-item]
+    (
+        mbgd.WeightedOrder(nothing),
+        "got a NoneType without a real number per example. Give a list or an array, the name",
+    ),
     (mbgd.WeightedOrder("rarity"), "the weights of data.order=rarity: Lengthy has no attribute of this name. Give"),
     (mbgd.WeightedOrder(mbgd.balanced_classes), "Lengthy has no attribute targets. Let it have one"),
     (lengths("lenghts"), "the lengths of data.order=lenghts: Lengthy has no attribute of this name"),
-    (lengths([1] * 22), "the lengths of data.order has shape (22,), but there are 23"),
-    (lengths([1] * 22 + [-2]), "hold 1 that are negative, the first is -2 for example 22; a length must be ≥ 0"),
-    (lengths([1.5] * NUM_EXAMPLES), "of type float64; a length must be a whole number"),
-    (lengths([True] * NUM_EXAMPLES), "of type bool; a length must be a whole number"),
+    (lengths([1] * 22), "the lengths of data.order: got shape (22,) for 23 training examples"),
+    (lengths([1] * 22 + [-2]), "1 of 23 negative; the first is -2 for example 22. A length must be ≥ 0"),
+    (lengths([1.5] * NUM_EXAMPLES), "got type float64; a length must be a whole number"),
+    (lengths([True] * NUM_EXAMPLES), "got type bool; a length must be a whole number"),
     (mbgd.BucketedOrder(window=0), "window=0 of data.order; it must be a whole number of minibatches ≥ 1"),
     (mbgd.BucketedOrder(window=2.5), "window=2.5 of data.order"),  # type: ignore[arg-type]
     (mbgd.WeightedOrder, "it must be mbgd.WeightedOrder(weights), mbgd.BucketedOrder(lengths) or None"),
@@ -438,7 +441,9 @@ def test_balanced_classes(targets: Tensor, wanted: list[float]) -> None:
 
 @pytest.mark.parametrize("targets", [torch.tensor([0.5, 1.0]), torch.zeros(2, 3), torch.tensor([0.0, torch.nan])])
 def test_targets_that_are_no_classes(targets: Tensor) -> None:
-    with pytest.raises(mbgd.UsageError, match=r"balanced_classes.*(not whole numbers|has shape \(2, 3\))"):
+    with pytest.raises(
+        mbgd.UsageError, match=r"balanced_classes: (those of InMemory are not all wh|got shape \(2, 3\))"
+    ):
         mbgd.balanced_classes(mbgd.InMemory(torch.zeros(2), targets))
 
 

@@ -42,12 +42,12 @@ class BucketedOrder:
         lengths = numbers_of(dataset, self.lengths, "the lengths of data.order")
         if lengths.dtype.kind not in "iu":
             raise UsageError(
-                f"the lengths of data.order are of type {lengths.dtype}; a length must be a whole number. Give int64."
+                f"the lengths of data.order: got type {lengths.dtype}; a length must be a whole number. Give int64."
             )
         if (wrong := lengths < 0).any():
             raise UsageError(
-                f"the lengths of data.order hold {int(wrong.sum())} that are negative, the first is "
-                f"{some(lengths, wrong)}; a length must be ≥ 0."
+                f"the lengths of data.order: {int(wrong.sum())} of {len(lengths)} negative; the first is "
+                f"{some(lengths, wrong)}. A length must be ≥ 0. Give each example its number of tokens, or the like."
             )
         return BucketedOrder(lengths.astype(np.int64), self.window)
 

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
+from mbgd.batches.nested import parts_of
 from mbgd.workers.messages import bytes_of
 
 WORDS_OF_ONE_WORKER = frozenset(
@@ -92,8 +94,9 @@ def form(value: Any) -> str:
     """The dtypes and shapes of an example."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key}: {form(one)}" for key, one in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "(" + ", ".join(map(form, value)) + ")"
+    if (parts := parts_of(value)) is not None:
+        named = "" if isinstance(value, list | tuple) else kind(type(value))
+        return f"{named}({', '.join(map(form, parts))})"
     if isinstance(value, Tensor | np.ndarray | np.generic):
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
     return kind(type(value))
@@ -110,9 +113,11 @@ def content(value: Any) -> str:
 def _bytes(value: Any) -> Iterator[Any]:
     if isinstance(value, Mapping):
         value = [part for item in value.items() for part in item]
-    if isinstance(value, list | tuple):
-        for part in value:
+    if (parts := parts_of(value)) is not None:
+        for part in parts:
             yield from _bytes(part)
+    elif isinstance(value, PackedSequence):
+        yield from _bytes([value.data, value.batch_sizes])
     elif isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta:
         yield bytes_of(value)[:MOST_BYTES].cpu().numpy().data
     elif isinstance(value, np.ndarray | np.generic) and not value.dtype.hasobject:

@@ -29,11 +29,11 @@ def numbers_of(dataset: Any, given: Given, name: str) -> NDArray[Any]:
         values = given(dataset)
     numbers = _as_array(values)
     if numbers.dtype.kind not in "biuf":
-        raise UsageError(f"{name} has {type(values).__name__} values that are not real numbers. {WAYS}")
+        raise UsageError(f"{name}: got a {type(values).__name__} without a real number per example. {WAYS}")
     if numbers.shape != (len(dataset),):
         raise UsageError(
-            f"{name} has shape {numbers.shape}, but there are {len(dataset)} training examples; it must be one number "
-            f"for each, shape ({len(dataset)},). {WAYS}"
+            f"{name}: got shape {numbers.shape} for {len(dataset)} training examples; there must be one number for "
+            f"each, shape ({len(dataset)},). {WAYS}"
         )
     return numbers
 

@@ -1,6 +1,6 @@
 """Reads examples of a dataset by index, as batches on the device."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mbgd.batches.collating import Collate, collated
 from mbgd.batches.describing import content
+from mbgd.batches.nested import leaves_of, parts_of, with_parts
 from mbgd.batches.order import mix, mix_array
 from mbgd.batches.randomness import has_drawn_since, key_reading, undisturbed
 from mbgd.batches.transfer import Transfer, cast
@@ -94,13 +95,19 @@ class Batches:
 
 
 def _split(batch: Any, sizes: list[int]) -> Iterable[Any]:
-    """The batch, a tensor or tuples, lists and mappings of tensors, in parts of these sizes."""
+    """The gathered batch in parts of these sizes."""
     if isinstance(batch, Tensor):
         return torch.split(batch, sizes)
-    if isinstance(batch, Mapping):
-        parts = zip(*(_split(value, sizes) for value in batch.values()), strict=True)
-        return (dict(zip(batch, part, strict=True)) for part in parts)
-    return zip(*(_split(value, sizes) for value in batch), strict=True)
+    parts = parts_of(batch)
+    if parts is None:
+        raise UsageError(
+            f"gather returned a batch with a {type(batch).__name__}; it must be tensors, in dicts, lists, tuples or "
+            "dataclasses, whose first dimension counts the examples. Without gather, the examples go through "
+            "__getitem__ and data.collate, where any value may be."
+        )
+    if not parts:
+        return [batch for _ in sizes]
+    return (with_parts(batch, split) for split in zip(*(_split(part, sizes) for part in parts), strict=True))
 
 
 def read(dataset: Any, indices: Iterable[Indices], **how: Any) -> Iterator[Any]:
@@ -214,9 +221,7 @@ def most_at_once(gathered: Any, num_examples: int) -> int:
 
 
 def _num_bytes(batch: Any) -> int:
-    if isinstance(batch, Tensor):
-        return batch.nbytes
-    return sum(map(_num_bytes, batch.values() if isinstance(batch, Mapping) else batch))
+    return sum(leaf.nbytes for _, leaf in leaves_of(batch) if isinstance(leaf, Tensor))
 
 
 def _blocks(indices: Iterable[Indices], limit: _Limit) -> Iterator[list[Indices]]:

@@ -30,8 +30,9 @@ class WeightedOrder:
         wrong = ~(np.isfinite(weights) & (weights >= 0))
         if wrong.any():
             raise UsageError(
-                f"the weights of data.order hold {int(wrong.sum())} that are negative or not finite, the first is "
-                f"{some(weights, wrong)}; a weight must be finite and ≥ 0. Use 0 for examples that must not be drawn."
+                f"the weights of data.order: {int(wrong.sum())} of {len(weights)} negative or not finite; the first "
+                f"is {some(weights, wrong)}. A weight must be finite and ≥ 0. Use 0 for examples that must not be "
+                "drawn."
             )
         if not weights.any():
             raise UsageError(
@@ -80,10 +81,10 @@ def balanced_classes(dataset: Any) -> NDArray[np.float64]:
             f"balanced_classes needs the classes of all examples, but {type(dataset).__name__} has no attribute "
             "targets. Let it have one, a whole number for each example, or give data.order weights of your own."
         )
-    classes = numbers_of(dataset, "targets", "balanced_classes, attribute")
+    classes = numbers_of(dataset, dataset.targets, "the targets for balanced_classes")
     if classes.dtype.kind == "f" and (wrong := classes != np.floor(classes)).any():
         raise UsageError(
-            f"balanced_classes needs classes, but the targets of {type(dataset).__name__} are not whole numbers: "
+            f"the targets for balanced_classes: those of {type(dataset).__name__} are not all whole numbers, such as "
             f"{some(classes, wrong)}. Give data.order weights of your own."
         )
     _, numbers, counts = np.unique(classes, return_inverse=True, return_counts=True)

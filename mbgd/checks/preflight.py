@@ -16,6 +16,7 @@ from mbgd.batches.loader import Data
 from mbgd.batches.plan import Plan
 from mbgd.batches.randomness import key_generators, random_state_kept
 from mbgd.batches.reading import Indices, read
+from mbgd.checks.bytes_of_images import told_of_bytes
 from mbgd.config import AveragingName, Precision, Settings
 from mbgd.errors import UsageError
 from mbgd.task.buffers import Buffers
@@ -122,7 +123,7 @@ class Trial:
         how: dict[str, Any] = {"num_workers": 0, "device": device, "dtype": dtype, "seed": seed}
         (batch,) = read(data, [indices], collate=self._data.collate, **how)
         key_generators(self._device, settings.seed)
-        with autocast(settings.precision, self._device):
+        with autocast(settings.precision, self._device), told_of_bytes(batch):
             terms: PerExample = self._task(batch, len(indices))
             return terms
 

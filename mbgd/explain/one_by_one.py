@@ -1,13 +1,14 @@
 """Gradients of single examples: for a few chosen weights, or for all weights one example at a time."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
+from mbgd.batches.nested import each_tensor
 from mbgd.batches.plan import cut
 from mbgd.task.objective import PerExample
 from mbgd.task.task import Task, plain_name
@@ -64,16 +65,8 @@ def sums(terms: PerExample) -> tuple[Tensor, Tensor]:
 
 
 def part(batch: Any, start: int, stop: int) -> Any:
-    """Examples [start, stop) of a batch: a tensor, or tuples, lists and mappings of tensors."""
-    if isinstance(batch, Tensor):
-        return batch[start:stop]
-    if isinstance(batch, Mapping):
-        return {key: part(value, start, stop) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(part(value, start, stop) for value in batch))
-    if isinstance(batch, list | tuple):
-        return type(batch)(part(value, start, stop) for value in batch)
-    return batch
+    """Examples [start, stop) of a batch."""
+    return each_tensor(batch, lambda tensor: tensor[start:stop])
 
 
 def by_vmap(task: Task, batch: Any, size: int, chosen: Sequence[Chosen]) -> Tensor:
@@ -90,7 +83,7 @@ def by_vmap(task: Task, batch: Any, size: int, chosen: Sequence[Chosen]) -> Tens
             full_name, values = held[name]
             flat = values.reshape(-1).index_put((places[name].to(values.device),), weights[of_name[name]])
             parameters[full_name] = flat.view(values.shape)
-        one = _map(lambda tensor: tensor.unsqueeze(0), example)
+        one = each_tensor(example, lambda tensor: tensor.unsqueeze(0))
         return sums(functional_call(task, parameters, (one, 1)))[0].sum()
 
     values = sum(held[name][1].numel() for name in names)
@@ -111,15 +104,3 @@ def one_at_a_time(task: Task, batch: Any, size: int) -> Iterator[tuple[dict[str,
             name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(held.items(), found, strict=True)
         }
         yield gradient, float(losses.detach().sum()), float(weights.sum())
-
-
-def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, Mapping):
-        return {key: _map(function, one) for key, one in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_map(function, one) for one in value))
-    if isinstance(value, list | tuple):
-        return type(value)(_map(function, one) for one in value)
-    return value

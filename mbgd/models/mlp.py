@@ -28,7 +28,7 @@ class MLP(nn.Module):
         if not inputs.is_floating_point():
             raise UsageError(
                 f"the mlp got inputs of dtype {inputs.dtype}; it takes floating-point numbers. "
-                "For token ids use model=gpt."
+                "For token ids use model=gpt; an objective of your own casts the bytes of images."
             )
         outputs: Tensor = self.layers(inputs.flatten(1))
         return outputs
