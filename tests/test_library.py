@@ -1,10 +1,13 @@
 """mbgd as a library: checkpoints, resuming and signals in a program of one's own, and a process left as it was."""
 
+import math
 import os
 import signal
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,6 +70,36 @@ def test_the_example_goes_on_after_a_signal(tmp_path: Path) -> None:
     assert process.returncode in (0, 75)  # 0: training was over before the signal came
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
     assert "stopped by EarlyStopping" in done.stdout or "the last step" in done.stdout
+
+
+def shown_class(name: str) -> Any:
+    """The class of this name in docs/bring_your_own.md, made there of at most 10 lines."""
+    text = (ROOT / "docs/bring_your_own.md").read_text()
+    block = text[text.index(f"    class {name}:\n") :].split("\n\n")[0]
+    assert block.count("\n") < 10
+    namespace: dict[str, Any] = {"math": math, "wandb": pytest.importorskip("wandb")}
+    exec(textwrap.dedent(block), namespace)
+    return namespace[name]
+
+
+def test_the_observer_in_the_docs_runs() -> None:
+    best = shown_class("Best")()
+    made = trainer(mbgd.Workers(), [best])
+    made.fit()
+    again = shown_class("Best")()
+    trainer(mbgd.Workers(), [again]).restore(made.snapshot())
+    assert again.best == best.best < math.inf
+
+
+def test_the_tracker_in_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    tracker = shown_class("Wandb")(mode="offline", dir=tmp_path, project="own")
+    made = trainer(mbgd.Workers(), ())
+    log = mbgd.JsonLines(tmp_path / "metrics.jsonl")
+    made.fit(mbgd.Trackers([tracker, log]))
+    tracker.close(None)
+    assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") >= 12
 
 
 def test_process_wide_settings_are_put_back() -> None:
