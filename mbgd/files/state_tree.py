@@ -168,5 +168,5 @@ def _numpy_type(name: str) -> numpy.dtype[Any]:
 def _refusal(path: str, what: str) -> UsageError:
     return UsageError(
         f"{path} is {what}, which a checkpoint cannot hold: tensors, numbers, texts, None, and lists, tuples, sets, "
-        "deques and dicts of them. Keep it out of the optimizer's state, or store it as one of these."
+        "deques and dicts of them. Keep it out of the state, or store it as one of these."
     )

@@ -1,14 +1,13 @@
 """Checkpoints for a program that uses mbgd as a library; train.py has the keys `checkpoint` and `resume`."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from mbgd.checkpoints import format as checkpoint
 from mbgd.checkpoints import saving
 from mbgd.checkpoints.saving import Take
-from mbgd.config import Checkpoint, Run, Settings
+from mbgd.config import Batch, Checkpoint, Run, Settings
 from mbgd.config.must_match import marked
 from mbgd.errors import UsageError
 from mbgd.runs.resume import restore
@@ -68,9 +67,8 @@ class Checkpoints:
 
 def _identity(settings: Settings) -> dict[str, Any]:
     """The settings that the course depends on, as JSON holds them; a schedule by its type."""
-    values: dict[str, Any] = {key: getattr(settings, key) for key in marked(Settings)}
-    values["batch"] = {key: asdict(settings.batch)[key] for key in marked(type(settings.batch))}
-    values = {key: getattr(value, "value", value) for key, value in values.items()}
-    if settings.schedule is not None:
-        values["schedule"] = f"{type(settings.schedule).__module__}.{type(settings.schedule).__qualname__}"
-    return {f"batch.{key}": value for key, value in values.pop("batch").items()} | values
+    schedule = settings.schedule
+    of_run = {key: getattr(settings, key) for key in marked(Settings)}
+    of_batch = {f"batch.{key}": getattr(settings.batch, key) for key in marked(Batch)}
+    named = None if schedule is None else f"{type(schedule).__module__}.{type(schedule).__qualname__}"
+    return {**of_batch, **of_run, "precision": settings.precision.value, "schedule": named}

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from mbgd.config import Direction
+from mbgd.config.field_types import converted
 from mbgd.errors import UsageError
 from mbgd.text.suggestions import did_you_mean
 
@@ -22,10 +24,9 @@ class EarlyStopping:
             raise UsageError(f"patience={patience}; it is a number of evaluations, at least 1.")
         if not min_delta >= 0:
             raise UsageError(f"min_delta={min_delta}; it must be at least 0.")
-        if direction not in ("minimize", "maximize"):
-            raise UsageError(f"direction={direction}; it must be minimize or maximize.")
         self.metric, self.patience, self.min_delta = metric, patience, min_delta
-        self._sign = 1.0 if direction == "minimize" else -1.0
+        is_lowest = converted(f"direction={direction}", direction, Direction) is Direction.minimize
+        self._sign = 1.0 if is_lowest else -1.0
         self._best: float | None = None
         self._num_without = 0
 

@@ -74,9 +74,9 @@ class Observers:
     def problems(self) -> list[str]:
         """State that a checkpoint cannot hold."""
         found = []
-        for name, one in self._with_state.items():
+        for name in self._with_state:
             try:
-                Flattening()(one.state_dict(), name)
+                self._tree(name, Flattening())
             except UsageError as error:
                 found.append(str(error))
         return found
@@ -108,11 +108,13 @@ class Observers:
 
     def _flatten(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         flatten = Flattening()
-        trees = {}
-        for name, one in self._with_state.items():
-            with _failing(name, "state_dict"):
-                trees[name] = flatten(one.state_dict(), name)
+        trees = {name: self._tree(name, flatten) for name in self._with_state}
         return trees, flatten.tensors
+
+    def _tree(self, name: str, flatten: Flattening) -> Any:
+        """The observer's state as JSON; its tensors are added to `flatten`."""
+        with _failing(name, "state_dict"):
+            return flatten(self._with_state[name].state_dict(), name)
 
     def _state(self, snapshot: Snapshot, name: str) -> Any:
         """The observer's state in the snapshot, as copies."""
