@@ -9,7 +9,7 @@ from mbgd.errors import UsageError
 from mbgd.text import plain_output
 from mbgd.text.suggestions import did_you_mean
 
-TOOLS = ("checkpoints", "compare", "explain", "report", "sweep", "verify")
+TOOLS = ("checkpoints", "compare", "explain", "report", "status", "sweep", "verify")
 """Modules of mbgd.cli.tools."""
 
 TRAIN = "train what the configuration describes: mbgd train workers=2 model=cnn batch.size=128"
