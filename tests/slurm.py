@@ -87,6 +87,12 @@ class Slurm:
             "JobState"
         ]
 
+    def num_idle(self) -> int:
+        """Number of nodes that are ready and without a job."""
+        command = ["sinfo", "--noheader", "--states=idle", "--format=%D"]
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
+        return int(done.stdout.strip() or "0") if done.returncode == 0 else 0
+
     def end(self) -> None:
         with suppress(Exception):
             self.call("scancel", "--user=root")
@@ -147,16 +153,7 @@ def cluster(folder: Path) -> Iterator[Slurm]:
         slurm.start("slurmctld", "slurmctld", "-D")
         for node in ("n1", "n2"):
             slurm.start_node(node)
-        idle = "2"
-        while (
-            subprocess.run(
-                ["sinfo", "--noheader", "--states=idle", "--format=%D"],
-                env=slurm.environment,
-                capture_output=True,
-                text=True,
-            ).stdout.strip()
-            != idle
-        ):
+        while slurm.num_idle() < 2:
             assert time.monotonic() < deadline, (folder / "slurmctld.log").read_text()[-3000:]
             time.sleep(0.2)
         yield slurm

@@ -86,6 +86,7 @@ def test_a_job_is_preempted_and_loses_a_node_and_the_bits_are_the_same(tmp_path:
     slurm.lose_node("n2")
     wait_for(slurm, tmp_path, lambda: slurm.state(job) == "PENDING", "the loss of a node")
     slurm.start_node("n2")
+    wait_for(slurm, tmp_path, lambda: slurm.num_idle() == 2, "the node's return")
     again(slurm, tmp_path, job)
     (tmp_path / "fast").touch()
     wait_for(slurm, tmp_path, lambda: slurm.state(job) == "COMPLETED", "the end")
