@@ -16,8 +16,8 @@ from slurm import Slurm, cluster
 from mbgd.cli.commands import main
 
 SECONDS_TO_CLEAN_UP = 15
-"""SLURM lets a job that is queued again wait for two minutes. If it is made to start while its nodes still report the end
-of the start before, srun hangs, or the job ends with "credential revoked" (seen with 22.05)."""
+"""SLURM lets a job that is queued again wait for two minutes. If it is made to start while its nodes still report the
+end of the start before, srun hangs, or the job ends with "credential revoked" (seen with 22.05)."""
 OVERRIDES = ["averaging=reproducible", "batch.size=97", "model.dropout=0.2", "steps=300", "log_every_steps=5"]
 
 

@@ -61,4 +61,8 @@ def test_a_running_and_a_crashed_run(tmp_path: Path) -> None:
     assert "left" not in found
     with (run / "logs/worker-1.log").open("a") as log:  # as run_or_explain writes it
         log.write("Traceback (most recent call last):\n  File …\nRuntimeError: it broke here\n")
-    assert describe(run)["last error"].endswith("RuntimeError: it broke here")
+    with (run / "logs/worker-0.log").open("a") as log:
+        log.write("mbgd.errors.WorkersLost: worker 1 does not answer any more\n")
+    cause = describe(run)["last error"]
+    assert cause.startswith(f"worker 1 on {os.uname().nodename}, started ")
+    assert cause.endswith(": RuntimeError: it broke here")

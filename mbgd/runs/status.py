@@ -18,8 +18,9 @@ MOST_LOG_BYTES = 2**18
 START = re.compile(r"^--- (\S+ \S+) worker (\d+) of (\d+), process \d+ on (\S+)$", re.MULTILINE)
 """The line that a worker's log begins with at each start; see workers/log.py."""
 ERROR = re.compile(
-    r"^(?:error(?: on workers? [\d, ]+)?: .*|\w*(?:Error|Exception|WorkersLost|Interrupt)\b.*)$", re.MULTILINE
+    r"^(?:error(?: on workers? [\d, ]+)?: .*|[\w.]*(?:Error|Exception|WorkersLost|Interrupt)\b.*)$", re.MULTILINE
 )
+CONSEQUENCE = "WorkersLost|DistNetworkError|DistBackendError|not answer any more"
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,10 @@ def _starts(folder: Path) -> list[Started]:
 
 
 def _last_error(record: dict[str, Any], logs: list[Started]) -> str:
+    """The cause where it is known: that other workers were lost is a consequence."""
+    causes = [one for one in logs if one.error and not re.search(CONSEQUENCE, one.error)]
+    for one in causes:
+        return f"worker {one.rank} on {plain(one.host)}, started {one.when}: {plain(one.error)}"
     ending = record.get("ending") or {}
     if ending.get("outcome") == "failed":
         return plain(ending["message"])
