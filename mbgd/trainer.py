@@ -53,7 +53,7 @@ class Trainer:
         self.setup = setup = set_up(model, objective, optimizer, data, settings, workers or Workers())
         self.evaluations = Evaluations(setup)
         self.log = TrainingLog(setup)
-        self.train_step = TrainStep(setup, self.log.logs, self.log.clock.lap)
+        self.train_step = TrainStep(setup, self.log.logs, self.log.clock)
         self.train_step.observers.append(self.log)
         self.state = RunState(setup)
         self._replicas = Replicas(setup.workers)

@@ -1,8 +1,11 @@
 """What is logged of a step: norms, speeds, and where its time goes."""
 
 import os
+import socket
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ import mbgd
 from mbgd.batches.order import Order
 from mbgd.data import digits
 from mbgd.measuring.clock import PARTS, HostStopwatch
+from mbgd.tracking.slowest_worker import MUCH
 
 from processes import run_workers
 
@@ -188,6 +192,39 @@ def test_each_part_of_a_step_has_its_time() -> None:
         assert max(seconds, key=seconds.__getitem__) == slow_part
         assert sum(seconds.values()) <= 60 / line["time/examples_per_second"]
         assert line["time/num_workers"] == 2
+
+
+def train_slowly_on_worker_1(workers: mbgd.Workers, averaging: str) -> tuple[dict[int, Any], str]:
+    def objective(model: nn.Module, batch: Any) -> mbgd.PerExample:
+        time.sleep(0.05 if workers.rank == 1 else 0.0)
+        return mbgd.CrossEntropy()(model, batch)
+
+    with redirect_stdout(StringIO()) as said:
+        lines = train(
+            workers,
+            linear(),
+            objective=objective,
+            averaging=mbgd.Averaging(averaging),
+            batch=mbgd.Batch(60, 20),
+            steps=125,
+            log_every_steps=10,
+        )
+    return lines, said.getvalue()
+
+
+@pytest.mark.parametrize("averaging", ["ddp", "shared_memory", "reproducible"])
+def test_the_slowest_worker_is_found_and_named_once(averaging: str) -> None:
+    of_workers = run_workers(train_slowly_on_worker_1, 3, averaging)
+    lines, said = of_workers[0]
+    assert "time/slowest_worker" not in lines[1]  # nothing has been measured before
+    later = [line for step, line in lines.items() if step > 10 and "train/loss" in line]
+    assert len(later) > 10
+    for line in later:
+        assert line["time/slowest_worker"] > MUCH
+        assert line["time/slowest_worker_rank"] == 1
+        assert line["time/slowest_worker_host"] == socket.gethostname()
+    assert said.count(f"warning: worker 1 on host {socket.gethostname()} has been the slowest for 1") == 1
+    assert not any(other for _, other in of_workers[1:])
 
 
 def test_evaluation_is_not_training_time() -> None:

@@ -9,7 +9,7 @@ from mbgd.errors import UsageError
 from mbgd.text import plain_output
 from mbgd.text.suggestions import did_you_mean
 
-TOOLS = ("checkpoints", "compare", "explain", "report", "sweep", "verify")
+TOOLS = ("checkpoints", "compare", "explain", "launch", "report", "status", "sweep", "verify")
 """Modules of mbgd.cli.tools."""
 
 ON_WORKERS = ("evaluate", "predict")
@@ -44,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, module in modules.items():
         command = import_module(module)
         command.arguments(commands.add_parser(name, help=command.DESCRIPTION, description=command.DESCRIPTION))
-    parsed = parser.parse_args(arguments)
+    end = arguments.index("--") if given == "launch" and "--" in arguments else len(arguments)
+    parsed = parser.parse_args(arguments[:end])
+    parsed.of_train = list(arguments[end + 1 :])
     try:
         exit_code: int = import_module(modules[parsed.command]).main(parsed)
         return exit_code

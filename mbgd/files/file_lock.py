@@ -28,6 +28,20 @@ def lock(file: BinaryIO, *, wait: bool) -> bool:
     return True
 
 
+def is_locked(file: BinaryIO) -> bool:
+    """Whether another process holds the file's lock; False also on a file system without locks.
+
+    A shared lock is asked for and given back at once: that needs no right to write. Not for a file that this process
+    has locked: its own lock would be given back.
+    """
+    try:
+        fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_UN)
+    except OSError as error:
+        return error.errno in HELD
+    return False
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold the lock of this file, which is made; wait as long as another process holds it."""

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import BinaryIO
 from weakref import WeakValueDictionary
 
-from mbgd.files.file_lock import lock
-from mbgd.files.reading import open_regular
+from mbgd.files.file_lock import is_locked, lock
+from mbgd.files.reading import Unreadable, open_regular
 from mbgd.text.escaping import plain
 
 LOCK = "lock"
@@ -51,6 +51,17 @@ def take(folder: Path) -> "FolderLock | str":
     file.flush()
     taken = FolderLock(folder, file)
     return taken if taken.is_there() else "which has just deleted the folder"
+
+
+def holder(folder: Path) -> str | None:
+    """The process that holds the folder's lock, as it named itself; None if nobody does. Changes nothing."""
+    try:
+        with open_regular(folder / LOCK, "rb") as file:
+            if not is_locked(file):
+                return None
+            return plain(file.read(MOST_SHOWN).decode(errors="backslashreplace").strip()) or "unknown"
+    except (OSError, Unreadable):
+        return None
 
 
 def check(folder: Path) -> None:

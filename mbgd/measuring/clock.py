@@ -16,6 +16,8 @@ T = TypeVar("T")
 PARTS = ("data_wait", "forward_backward", "averaging", "optimizer")
 """Parts of a step. Time between two steps is REST."""
 REST = "rest"
+FORWARD = "forward"
+"""The part of forward_backward before a step's last backward, in which DDP already waits for other workers."""
 
 MOST_EVENTS = 1024
 """Beyond 2,048 kept events the oldest 1,024 are added up, if the device has completed them."""
@@ -92,6 +94,8 @@ class Clock:
         self._device = device
         self._stopwatch: Stopwatch = StreamStopwatch() if device.type == "cuda" else HostStopwatch()
         self.lap = self._stopwatch.lap  # called several times a step
+        self.own_seconds = 0.0
+        """Of a step, before the last reading: until its last backward this worker waits for no other."""
         self.restart()
 
     def restart(self) -> None:
@@ -123,6 +127,8 @@ class Clock:
         Speeds are of all workers together; seconds are per step on this worker. Waits for the device.
         """
         parts = self._stopwatch.seconds()
+        self.own_seconds = (parts.get("data_wait", 0.0) + parts.get(FORWARD, 0.0)) / num_steps
+        parts["forward_backward"] = parts.get("forward_backward", 0.0) + parts.pop(FORWARD, 0.0)
         now = self._now()
         elapsed, self._last_read = now - self._last_read, now
         speeds = {"examples_per_second": num_examples / elapsed}

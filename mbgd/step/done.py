@@ -38,6 +38,8 @@ class Done(NamedTuple):
     totals: Totals | None
     """Sums of losses and metrics; None in steps that do not add them up."""
     norms: Norms | None
+    seconds_by_rank: Tensor | None = None
+    """Each worker's own time per micro-batch before the last logged step, see speeds.py; None if not logged."""
 
 
 class Observer(Protocol):

@@ -11,9 +11,11 @@ from mbgd.batches.randomness import key_generators
 from mbgd.checks.alarm import Alarm
 from mbgd.checks.recomputing import Recomputing
 from mbgd.checks.setup import Setup
+from mbgd.measuring.clock import FORWARD, Clock
 from mbgd.measuring.profiling import part
 from mbgd.step.done import Done, Observer
 from mbgd.step.noise_scale import NoiseMeter
+from mbgd.step.speeds import Speeds
 from mbgd.step.sums import Means, MovingBuffers, Sums
 from mbgd.step.update import Update
 from mbgd.task.objective import PerExample
@@ -26,9 +28,9 @@ BeforeUpdate = Callable[[Shard, int | Tensor], None]
 class TrainStep:
     """Makes steps, each exact over all examples of all workers."""
 
-    def __init__(self, setup: Setup, logs: Callable[[int], bool], lap: Callable[[str], None]) -> None:
-        """logs(step): whether a step is logged. lap(part): the time since the last lap belongs to this part."""
-        self._setup, self._lap = setup, lap
+    def __init__(self, setup: Setup, logs: Callable[[int], bool], clock: Clock) -> None:
+        """logs(step): whether a step is logged. clock: measures the step's parts."""
+        self._setup, self._lap = setup, clock.lap
         settings, workers, trained = setup.settings, setup.workers, setup.trained
         varies = bool(setup.findings.unused_parameters)
         self.averaging = averagings.create(
@@ -40,7 +42,9 @@ class TrainStep:
         self.noise_scale = NoiseMeter(settings.noise_scale, setup.plan, trained.parameters, self.update.loss_scale)
         self._means = Means(setup.findings, self.alarm, logs, self.noise_scale.measures)
         self._moving = MovingBuffers(setup.buffers, self.alarm)
-        self._sums = Sums((self._means, self.noise_scale, self._moving), self.averaging, setup.plan)
+        self._speeds = Speeds(workers, logs, lambda: clock.own_seconds)
+        kinds = (self._means, self.noise_scale, self._moving, self._speeds)
+        self._sums = Sums(kinds, self.averaging, setup.plan)
         self.recomputing = Recomputing.of(setup, self._gradients_again)
         self.observers: list[Observer] = [self.noise_scale]
         self.before_update: list[BeforeUpdate] = []
@@ -89,6 +93,8 @@ class TrainStep:
         with self.averaging.micro_batch(micro_batch, is_last=is_last):
             with part("forward"), self.autocast:
                 terms = self.averaging.forward(examples.batch, micro_batch.size)
+            if is_last:
+                self._lap(FORWARD)
             with part("backward"):
                 # backward from the vector of losses, with gradient w_i for L_i, gives the gradient of Σ w_i L_i.
                 weights = self.update.backward_weights(terms, is_stand_in=micro_batch.is_stand_in)
@@ -124,7 +130,7 @@ class TrainStep:
             norms = self.update(step, weight, want_norm=wants_norm, want_change=is_logged)
         if self.alarm.everywhere.found():
             self.alarm.stop(step, shard)
-        done = Done(step, shard.minibatch, weight, totals, norms)
+        done = Done(step, shard.minibatch, weight, totals, norms, self._speeds.by_rank)
         for observer in self.observers:
             observer.after_update(done)
         return done

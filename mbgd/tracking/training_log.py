@@ -10,6 +10,9 @@ from mbgd.checks.setup import Setup
 from mbgd.config import AveragingName
 from mbgd.measuring.clock import Clock
 from mbgd.step.done import Done
+from mbgd.tracking.slowest_worker import SlowestWorker
+
+RANK, HOST = "time/slowest_worker_rank", "time/slowest_worker_host"
 
 
 class TrainingLog:
@@ -21,6 +24,7 @@ class TrainingLog:
         self._num_tokens = torch.zeros((), dtype=torch.float64, device=setup.workers.device)
         self.last_logged = 0
         self.clock = Clock(setup.workers.device)
+        self._slowest = SlowestWorker(setup.workers)
 
     def logs(self, step: int) -> bool:
         """Whether step number `step` is logged: the first, so that mistakes show at once, every Nth and the last."""
@@ -42,6 +46,7 @@ class TrainingLog:
         metrics |= {**done.norms.values(), **more}
         metrics["epoch"] = plan.examples_seen(step) / plan.examples_per_epoch
         times = {f"time/{name}": value for name, value in self._times(step).items()}
+        times |= {f"time/{name}": value for name, value in self._slowest.metrics(step, done.seconds_by_rank).items()}
         return {f"train/{name}": value for name, value in metrics.items()} | times
 
     def _times(self, step: int) -> dict[str, float]:
@@ -57,7 +62,12 @@ class TrainingLog:
         return {**times, "num_workers": self._setup.workers.num_workers}
 
     def fingerprints(self, metrics: Mapping[str, float], step: int) -> dict[str, Any]:
-        """With reproducible averaging: hashes that let two runs be compared line by line."""
+        """Values that are texts: the slowest worker's host; hashes that let two runs be compared line by line."""
+        host = {HOST: self._slowest.host(metrics[RANK])} if RANK in metrics else {}
+        return host | self._hashes(metrics, step)
+
+    def _hashes(self, metrics: Mapping[str, float], step: int) -> dict[str, Any]:
+        """With reproducible averaging."""
         if self._setup.settings.averaging.name is not AveragingName.reproducible:
             return {}
         if "train/loss" in metrics:
