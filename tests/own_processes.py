@@ -33,6 +33,9 @@ def started_by_user(
         )
     try:
         yield process
+    except BaseException:
+        print(*(folder / "log").read_text(errors="replace").splitlines()[-60:], sep="\n")  # pytest shows it
+        raise
     finally:
         for pid in marked(folder):
             with suppress(ProcessLookupError):
