@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mbgd.building import switching
 from mbgd.building.configuration import OURS, spelled_out
 from mbgd.config.renamed import RENAMED_BEGINS, new_name
 from mbgd.errors import USAGE, UsageError
@@ -44,6 +45,7 @@ def call(task: Callable[[Any], None], configuration: Path, arguments: Sequence[s
 
     check_arguments(arguments, configuration.parent)
     sys.argv[1:] = spelled_out(arguments)
+    switching.keys_stay_with_their_choice()
     # Otherwise Hydra prints exceptions itself and ends the process.
     utils.run_and_report = lambda func: func()
     try:

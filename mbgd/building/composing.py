@@ -1,11 +1,12 @@
 """Hydra overrides → the configuration of `train.py`, for tools that take the same overrides."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from mbgd.batches.loader import Data
-from mbgd.building import command_line, configuration
+from mbgd.building import command_line, configuration, switching
 from mbgd.building.configuration import OURS
 from mbgd.errors import UsageError
 
@@ -22,9 +23,13 @@ def compose(overrides: Sequence[str]) -> Any:
     if not CONFIGURATION.is_file():
         raise UsageError(f"{CONFIGURATION} does not exist; install mbgd again.")
     configuration.use_folder(Path.cwd())
+    switching.keys_stay_with_their_choice()
     with initialize_config_dir(str(CONFIGURATION.parent), version_base="1.3"):
         try:
-            return composed_by_hydra(CONFIGURATION.stem, configuration.spelled_out(overrides))
+            composed = composed_by_hydra(CONFIGURATION.stem, configuration.spelled_out(overrides))
+            for one in switching.dropped:
+                print(f"note: {one}", file=sys.stderr, flush=True)
+            return composed
         except (HydraException, OmegaConfBaseException) as error:
             reason = str(error).strip().splitlines()[0]
             problem = error

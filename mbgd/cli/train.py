@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mbgd.building import command_line, configuration
+from mbgd.building import command_line, configuration, switching
 from mbgd.cli import launching, telling
 from mbgd.errors import UsageError
 from mbgd.runs import sweeps
@@ -91,7 +91,7 @@ def _run(composed: Any) -> None:
         telling.tell(str(error))
         sys.exit(error.exit_code)
     if os.environ.get("RANK", "0") == "0":
-        for one in configuration.which_wins(hydra):
+        for one in (*configuration.which_wins(hydra), *switching.dropped):
             print(f"note: {one}", file=sys.stderr, flush=True)
     from mbgd.cli.run import run_or_explain
 
