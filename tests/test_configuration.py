@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from PIL import Image
 
 import mbgd
+from mbgd.building import composing
 from mbgd.building.build import build_trainer, typed
 from mbgd.config import Settings, validate
 
@@ -95,6 +96,45 @@ def test_every_value_has_a_comment() -> None:
                 inside_of_dataset = line.startswith(("train:", "evaluation:")) and path.parent.name == "data"
             is_value = re.match(r"\s*\w+:\s*\S", line) and "_target_" not in line and not inside_of_dataset
             assert not is_value or "# " in line or "${" in line, f"{path}:{number} has no comment: {line}"
+
+
+def composed_by_tools(*overrides: str) -> DictConfig:
+    return composing.compose(overrides)
+
+
+def test_what_an_experiment_sets_for_one_choice_does_not_apply_to_another(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    switched = composed_by_tools("experiment=stdlib_gpt", "optimizer=sgd", "batch.size=16")
+    assert switched.optimizer == composed("optimizer=sgd").optimizer
+    assert switched.data.context == 128  # of a choice that stays
+    assert switched.batch.size == 16
+    assert capsys.readouterr().err == (
+        "note: experiment=stdlib_gpt sets optimizer.lr, optimizer.betas for optimizer=adamw; with optimizer=sgd that "
+        "does not apply\n"
+    )
+    given = composed_by_tools("experiment=stdlib_gpt", "optimizer=sgd", "optimizer.lr=0.5", "schedule=constant")
+    assert given.optimizer == {**composed("optimizer=sgd").optimizer, "lr": 0.5}
+    assert given.schedule == composed("schedule=constant").schedule
+    assert "sets schedule.warmup_steps for schedule=cosine; with schedule=constant" in capsys.readouterr().err
+    same = composed_by_tools("experiment=digits_mlp", "optimizer=adamw", "model=mlp")
+    assert same.optimizer.lr == 0.01
+    by_another = composed_by_tools("experiment=large_batch", "model=linear")  # the experiment itself chooses sgd
+    assert by_another.optimizer.lr == 0.16
+    assert by_another.model == composed("model=linear").model
+    assert "sets model.channels, model.hidden for model=cnn; with model=linear" in capsys.readouterr().err
+
+
+def test_the_rule_holds_for_configurations_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "conf/experiment").mkdir(parents=True)
+    (tmp_path / "conf/experiment/first.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /optimizer: own\noptimizer:\n"
+        "  _target_: torch.optim.RMSprop\n  alpha: 0.9\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert composed_by_tools("experiment=first").optimizer == {"_target_": "torch.optim.RMSprop", "alpha": 0.9}
+    assert composed_by_tools("experiment=first", "optimizer=sgd").optimizer == composed("optimizer=sgd").optimizer
 
 
 def test_all_mistakes_at_once() -> None:

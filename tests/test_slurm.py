@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hosts import ROOT, SLOW_LOADING, weights_sha256
-from slurm import Slurm, cluster
 
 from mbgd.cli.commands import main
+
+from hosts import ROOT, SLOW_LOADING, weights_sha256
+from slurm import Slurm, cluster
 
 SECONDS_TO_CLEAN_UP = 15
 """SLURM lets a job that is queued again wait for two minutes. If it is made to start while its nodes still report the

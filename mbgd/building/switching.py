@@ -46,12 +46,14 @@ class _File:
     """A configuration file in the composition."""
 
     def __init__(self, default: Any, repo: Any) -> None:
+        from omegaconf import OmegaConf
+
         self.path, self.package = default.config_path, default.package or ""
         self.group, _, self.name = self.path.rpartition("/")
         self.is_primary = default.primary
         self.is_global = self.package in ("", "_global_")
         loaded = repo.load_config(config_path=self.path) if self.is_global else None
-        self._config = loaded.config if loaded is not None else {}
+        self._config: Any = loaded.config if loaded is not None else OmegaConf.create()
         self.choices = dict(_choices(loaded.defaults_list or [])) if loaded is not None else {}
         """Group → name, as the file's defaults list says."""
 
@@ -104,4 +106,4 @@ def _leaves(node: Any, name: str) -> Iterator[str]:
         yield name
         return
     for key, value in node.items_ex(resolve=False):
-        yield from _leaves(value, f"{name}.{key}")
+        yield from _leaves(value, f"{name}.{key!s}")

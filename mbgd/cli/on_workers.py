@@ -58,7 +58,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that say which weights compute on which data."""
     parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder; the run may still be going on")
     parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="other data or settings than the run's: data=… precision=…"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="other data or settings than the run's: data=… precision=…",
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--best", action="store_true", help="the best weights by the run's checkpoint.best")
