@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from mbgd.runs.library import Checkpoints
     from mbgd.step.done import Done, Result
     from mbgd.step.early_stopping import EarlyStopping
+    from mbgd.step.ema import EMA
+    from mbgd.step.freezing import Freeze
     from mbgd.task.losses import CrossEntropy, MeanSquaredError
     from mbgd.task.objective import PerExample
     from mbgd.tracking.base import Tracker, Trackers
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "EMA",
     "Averaging",
     "AveragingName",
     "Batch",
@@ -50,6 +53,7 @@ __all__ = [
     "Done",
     "EarlyStopping",
     "Evaluation",
+    "Freeze",
     "InMemory",
     "JsonLines",
     "MeanSquaredError",
@@ -83,6 +87,8 @@ _HOMES = (
     "errors",
     "step.done",
     "step.early_stopping",
+    "step.ema",
+    "step.freezing",
     "task.losses",
     "task.objective",
     "tracking.base",

@@ -59,7 +59,7 @@ class Trainer:
         self._replicas = Replicas(setup.workers)
         state_of_task = TaskState(setup.task, setup.buffers)
         self._compared = (state_of_task, self.train_step.update)
-        self.observers = Observers(observers, setup.workers)
+        self.observers = Observers(observers, setup.workers, self.evaluations.names)
         parts = (self.state, state_of_task, self.train_step.update, self.train_step.noise_scale, self.observers)
         self._parts = Parts(parts, setup.trained.by_name, setup.workers.device)
         self.observers.before_training(self)
@@ -79,8 +79,8 @@ class Trainer:
         """
         tracker, checkpoints, stop = tracker or NoTracker(), checkpoints or NoCheckpoints(), stop or NoStop()
         state, setup, first_step = self.state, self.setup, self.state.step
-        for warning in setup.warnings if setup.workers.is_main else ():
-            print(warning, flush=True)
+        setup.tell(*setup.warnings)
+        self.observers.at_start(first_step)
         self.log.clock.restart()
         if first_step == 0 and setup.settings.evaluation.at_start:
             with self.log.clock.paused():
@@ -92,11 +92,12 @@ class Trainer:
             raise
         if not evaluation and not any(name.startswith("eval/") for name in state.metrics):
             self._log(tracker, evaluation := self.evaluate())
-        if state.step > 0:
-            problem = save_last(checkpoints, setup.workers, state.step, evaluation, self.snapshot)
-            if problem and setup.workers.is_main:
-                print(f"warning: {problem}. The run's results are written all the same.", flush=True)
-        return self._result(first_step)
+        take = self.snapshot
+        if state.step > 0 and (problem := save_last(checkpoints, setup.workers, state.step, evaluation, take)):
+            setup.tell(f"warning: {problem}. The run's results are written all the same.")
+        if weights_step := self.observers.at_end():
+            state.metrics.update(self.evaluate())
+        return self._result(first_step, weights_step)
 
     def _train(self, tracker: Tracker, checkpoints: Keeper, stop: Stop, profiler: Profiler) -> dict[str, float]:
         """Make the steps; returns the metrics of the evaluation after the last one, if there was one."""
@@ -145,7 +146,7 @@ class Trainer:
         workers.barrier()  # torchrun ends the others as soon as one leaves, and they may still write
         raise NotSaved(step, problem) if problem else Preempted(step)
 
-    def _result(self, first_step: int) -> Result:
+    def _result(self, first_step: int, weights_step: int | None) -> Result:
         examples_seen = self.setup.plan.examples_seen(self.state.step)
         return Result(
             metrics=self.state.metrics,
@@ -154,6 +155,7 @@ class Trainer:
             examples_per_second=(examples_seen - self.setup.plan.examples_seen(first_step)) / self.log.clock.seconds(),
             num_skipped_steps=self.train_step.update.num_skipped,
             stopped_by=self.observers.stopped_by,
+            weights_step=weights_step,
         )
 
     def check(self) -> None:
@@ -173,7 +175,7 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """Metrics of the evaluation examples by names such as eval/loss; empty without an evaluation dataset."""
-        return self.evaluations(self.train_step.averaging.sum)
+        return self.observers.evaluated(lambda: self.evaluations(self.train_step.averaging.sum))
 
     def weights_sha256(self) -> str:
         """Hash of the parameters of model and objective: equal if and only if the parameters are equal, bit for bit."""

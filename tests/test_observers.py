@@ -97,7 +97,7 @@ def first_stop(losses: list[float], patience: int, min_delta: float) -> int | No
 @pytest.mark.parametrize("averaging", ["ddp", "shared_memory", "reproducible"])
 def test_the_stop_step_is_the_same_on_any_number_of_workers(averaging: str) -> None:
     alone = stop_early(mbgd.Workers(), "auto" if averaging == "shared_memory" else averaging)
-    assert alone[1] == "EarlyStopping"
+    assert alone[1] == "early_stopping"
     assert alone[0] == first_stop(alone[2], 2, 0.01) == len(alone[2]) < 60
     for num_workers in (2, 3):
         for steps, stopped_by, losses, sha256 in run_workers(stop_early, num_workers, averaging):
@@ -213,13 +213,13 @@ class HalfState:
         ([Nothing()], "Nothing without any of the methods"),
         ([HalfState()], "state needs both"),
         ([mbgd.EarlyStopping], "is the class EarlyStopping; give an object"),
-        ([mbgd.EarlyStopping(), mbgd.EarlyStopping()], "two of the class EarlyStopping"),
+        ([mbgd.EarlyStopping(), mbgd.EarlyStopping()], "two are named early_stopping"),
         ({"a/b": mbgd.EarlyStopping()}, "letters, digits"),
     ],
 )
 def test_mistakes_are_refused(given: Any, message: str) -> None:
     with pytest.raises(mbgd.UsageError, match=message):
-        Observers(given, mbgd.Workers())
+        Observers(given, mbgd.Workers(), [])
 
 
 @pytest.mark.parametrize("keywords", [{"patience": 0}, {"min_delta": -1.0}, {"direction": "down"}])

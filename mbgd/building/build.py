@@ -16,6 +16,7 @@ from mbgd import averaging
 from mbgd.batches.loader import Data
 from mbgd.batches.plan import count_steps, make_plan
 from mbgd.building.make import make
+from mbgd.building.observers import make_observers
 from mbgd.building.optimizer import make_optimizer
 from mbgd.building.references import referred
 from mbgd.checkpoints import saving
@@ -199,7 +200,7 @@ def build_trainer(config: Config, workers: Workers) -> Trainer:
             raise UsageError(f"schedule is a {type(schedule).__name__}; it must be a function of the step.")
     metrics = {name: make(f"evaluation.metrics.{name}", node) for name, node in config.evaluation.metrics.items()}
     evaluation = dataclasses.replace(config.evaluation, metrics=metrics)
-    observers = {name: make(f"observers.{name}", node) for name, node in config.observers.items()}
+    observers = make_observers(config)
     settings = dataclasses.replace(config, schedule=schedule, evaluation=evaluation)
     with threads.work_counted(model) as work:
         trainer = Trainer(model, objective, optimizer, data, settings, workers, observers)

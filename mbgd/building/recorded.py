@@ -10,7 +10,16 @@ from mbgd.batches.loader import Data
 from mbgd.building import command_line, configuration
 from mbgd.building.build import typed
 from mbgd.building.composing import CONFIGURATION, compose, from_values
-from mbgd.config import Check, Checkpoint, Config, Init, NoiseScale
+from mbgd.config import (
+    Check,
+    Checkpoint,
+    Config,
+    EarlyStoppingSettings,
+    EmaSettings,
+    Init,
+    NoiseScale,
+    Unfreeze,
+)
 from mbgd.errors import UsageError
 from mbgd.files.reading import Unreadable
 from mbgd.files.run_files import read_config
@@ -40,7 +49,7 @@ def recorded(folder: Path, overrides: Sequence[str]) -> Config:
     """The configuration with which the run's weights are evaluated; UsageError for a mistake in an override.
 
     overrides: Hydra's. A group's choice, such as data=tensors, replaces the whole recorded group. What concerns only
-    training (schedule, checkpoints, profile) is left out.
+    training (schedule, checkpoints, observers, profile) is left out.
     """
     values = recorded_values(folder)
     configuration.use_folder(Path.cwd())
@@ -55,6 +64,11 @@ def recorded(folder: Path, overrides: Sequence[str]) -> Config:
         check=Check(),
         noise_scale=NoiseScale(every_steps=None),
         init=Init(),
+        ema=EmaSettings(),
+        early_stopping=EarlyStoppingSettings(),
+        freeze=[],
+        unfreeze=Unfreeze(),
+        observers={},
         profile=None,
     )
 

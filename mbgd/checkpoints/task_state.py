@@ -1,12 +1,14 @@
 """The state of model and objective in checkpoints and exports: parameters, buffers and extra state, by plain names."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mbgd.checkpoints.snapshot import Snapshot, Tensors
+from mbgd.errors import UsageError
 from mbgd.task import extra_state
 from mbgd.task.buffers import Buffers
 from mbgd.task.task import OBJECTIVE, Task, plain_name
@@ -90,6 +92,31 @@ def exported_tensors(snapshot: Snapshot) -> dict[str, Tensor]:
     if not isinstance(names, dict) or not set(names.values()) <= tensors.keys():
         return dict(tensors)
     return {name: tensors[kept].clone() for name, kept in names.items()}
+
+
+def with_other_weights(snapshot: Snapshot, name: str) -> Snapshot:
+    """The snapshot with the parameters that an observer, such as a moving average, keeps in its state.
+
+    UsageError if the snapshot holds none.
+    """
+    prefix = f"{name}.average."
+    average = {
+        one.removeprefix(prefix): t
+        for one, t in snapshot.tensors.get("observers", {}).items()
+        if one.startswith(prefix)
+    }
+    if not average:
+        raise UsageError(
+            f"the checkpoint of step {snapshot.step} holds the model's own weights alone, no {name}: it was trained "
+            f"without {name}.decay, or the average had not begun."
+        )
+    own = snapshot.tensors
+    tensors = {
+        file: {one: average.get(f"{before}{one}", t).to(t.dtype) for one, t in own[file].items()}
+        for file, before in (("model", ""), ("objective", OBJECTIVE))
+        if file in own
+    }
+    return replace(snapshot, tensors={**own, **tensors})
 
 
 def _storable(tensor: Tensor) -> Tensor:

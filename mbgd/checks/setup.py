@@ -44,6 +44,11 @@ class Setup:
     findings: Findings
     warnings: list[str]
 
+    def tell(self, *texts: str) -> None:
+        """Print the texts on the main worker."""
+        for text in texts if self.workers.is_main else ():
+            print(text, flush=True)
+
     @cached_property
     def compared_every_steps(self) -> list[int]:
         """The copies of the state are compared every N steps, for each N here, and before each evaluation."""

@@ -67,3 +67,4 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--best", action="store_true", help="the best weights by the run's checkpoint.best")
     which.add_argument("--step", type=int, metavar="N", help="the weights after step N (default: the last)")
+    parser.add_argument("--ema", action="store_true", help="the moving average of the weights, if the run keeps one")

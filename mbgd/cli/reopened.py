@@ -26,7 +26,8 @@ class Reopened:
         sets = self.trainer.evaluations.num_examples
         examples = " + ".join(f"{number:,} {name}".rstrip() for name, number in sets.items())
         return {
-            "weights": f"{plain(self.weights.path)}, after step {self.weights.step:,}",
+            "weights": f"{plain(self.weights.file)}, after step {self.weights.step:,}"
+            + (", moving average" if self.weights.ema else ""),
             "examples": f"{examples}, on {count(workers, 'worker')}",
         }
 
@@ -43,4 +44,5 @@ def reopened(parsed: argparse.Namespace) -> Iterator[Reopened]:
                 f"{plain(parsed.run)} with this data has no evaluation examples: data.evaluation is null. Name data "
                 "that has some: data=NAME …, or data.evaluation={_target_: …}."
             )
-        yield Reopened(trainer, load_from_run(trainer, parsed.run, step=parsed.step, best=parsed.best))
+        weights = load_from_run(trainer, parsed.run, step=parsed.step, best=parsed.best, ema=parsed.ema)
+        yield Reopened(trainer, weights)

@@ -176,6 +176,44 @@ class Init(Typed):
 
 
 @dataclass(frozen=True)
+class EmaSettings(Typed):
+    """The moving average of the weights; see `mbgd.EMA`."""
+
+    decay: float | None = None
+    """Share of the old average that an update keeps; None: no average."""
+    every_steps: int = 1
+    """Optimizer steps between updates of the average."""
+    start: int = 0
+    """Optimizer steps after which the average begins, as a copy of the parameters."""
+    warmup_steps: int = 0
+    """Optimizer steps in which the decay rises linearly from 0; 0: none."""
+    power: float | None = None
+    """Let the decay rise as 1 − (1 + t)^−power, t steps after the start, up to `decay`; None: at once."""
+    evaluate: bool = True
+    """Evaluate the average as well, as eval/ema/…."""
+
+
+@dataclass(frozen=True)
+class EarlyStoppingSettings(Typed):
+    """When an evaluation ends training; see `mbgd.EarlyStopping`."""
+
+    patience: int | None = None
+    """Evaluations in a row without an improvement that end training; None: training is not stopped early."""
+    metric: str = "eval/loss"
+    min_delta: float = 0.0
+    """The least improvement that counts."""
+    direction: Direction = Direction.minimize
+    load_best: bool = False
+    """End with the weights of the best evaluation, not with those of the last step."""
+
+
+@dataclass(frozen=True)
+class Unfreeze(Typed):
+    at: int | None = None
+    """Optimizer steps after which the parameters of `freeze` are trained; None: never."""
+
+
+@dataclass(frozen=True)
 class Resume(Typed):
     from_: str = "auto"
     """`resume.from`. auto: resume from the run's own folder; never: start anew; or the path of another run or
@@ -231,6 +269,11 @@ class Config(Settings):
     tracking: Tracking = field(default_factory=Tracking)
     init: Init = field(default_factory=Init, metadata=MUST_MATCH)
     resume: Resume = field(default_factory=Resume)
+    ema: EmaSettings = field(default_factory=EmaSettings, metadata=MUST_MATCH)
+    early_stopping: EarlyStoppingSettings = field(default_factory=EarlyStoppingSettings, metadata=MUST_MATCH)
+    freeze: list[str] = field(default_factory=list, metadata=MUST_MATCH)
+    """Patterns of the names of parameters that are not trained."""
+    unfreeze: Unfreeze = field(default_factory=Unfreeze, metadata=MUST_MATCH)
     observers: dict[str, Any] = field(default_factory=dict, metadata=MUST_MATCH)
     """Observers by name, called after each step and evaluation."""
     profile: str | None = None

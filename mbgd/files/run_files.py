@@ -18,6 +18,12 @@ METRICS = "metrics.jsonl"
 OBJECTIVE = "objective.safetensors"
 """Parameters and buffers of the objective, if it has any."""
 
+
+def of_other_weights(name: str) -> str:
+    """The file of an observer's weights, such as a moving average, for the model."""
+    return f"model_{name}.safetensors"
+
+
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 Node = dict[str, Any]
@@ -59,6 +65,7 @@ class Summary(msgspec.Struct):
     examples_per_second: float | None = None
     skipped_steps: Count | None = None
     stopped_by: str = ""
+    weights_step: Count | None = None
     num_workers: Count | None = None
     num_micro_batches: Count | None = None
     averaging: str | None = None

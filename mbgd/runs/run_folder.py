@@ -23,7 +23,7 @@ from mbgd.files import reading as files
 from mbgd.files.atomic import write_atomically
 from mbgd.files.folder_lock import FolderLock
 from mbgd.files.reading import UNREADABLE, Unreadable
-from mbgd.files.run_files import CONFIG, METRICS, MODEL, OBJECTIVE, SUMMARY
+from mbgd.files.run_files import CONFIG, METRICS, MODEL, OBJECTIVE, SUMMARY, of_other_weights
 from mbgd.runs.conditions import conditions
 from mbgd.step.done import Result
 from mbgd.text.escaping import plain
@@ -133,6 +133,9 @@ class RunFolder:
         others = {}
         if objective := TaskState(trainer.setup.task, trainer.setup.buffers).objective():
             others[OBJECTIVE] = save(objective)
+        for name, other_weights in trainer.observers.other_weights.items():
+            with other_weights():
+                others[of_other_weights(name)] = save(exported(model), {"weights": name})
         summary = {
             "metrics": result.metrics,
             "weights_sha256": trainer.weights_sha256(),
@@ -141,6 +144,7 @@ class RunFolder:
             "examples_per_second": result.examples_per_second,
             "skipped_steps": result.num_skipped_steps,
             "stopped_by": result.stopped_by,
+            "weights_step": result.weights_step,
             "num_workers": plan.num_workers,
             "averaging": trainer.train_step.averaging.describe(),
             "num_micro_batches": plan.num_micro_batches(min(plan.minibatch_size, plan.num_examples)),

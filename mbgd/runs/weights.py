@@ -11,11 +11,11 @@ from torch import Tensor
 
 from mbgd.checkpoints import format as checkpoint
 from mbgd.checkpoints.snapshot import Snapshot
-from mbgd.checkpoints.task_state import TaskState
+from mbgd.checkpoints.task_state import TaskState, with_other_weights
 from mbgd.config import Direction
 from mbgd.errors import UsageError
 from mbgd.files.reading import Unreadable, check_regular
-from mbgd.files.run_files import MODEL, OBJECTIVE, read_config
+from mbgd.files.run_files import MODEL, OBJECTIVE, of_other_weights, read_config
 from mbgd.runs.run_folder import RunFolder
 from mbgd.task.task import plain_name
 from mbgd.text.escaping import plain
@@ -31,9 +31,17 @@ class Weights:
     step: int
     """Optimizer steps that led to them."""
 
+    ema: bool = False
+    """Whether they are the moving average that was kept beside the model's own weights."""
+
     @property
     def is_checkpoint(self) -> bool:
         return self.path.name != MODEL
+
+    @property
+    def file(self) -> Path:
+        """The checkpoint's folder, or the file of a complete run that holds these weights."""
+        return self.path.with_name(of_other_weights("ema")) if self.ema and not self.is_checkpoint else self.path
 
 
 def find(folder: Path, *, step: int | None = None, best: bool = False) -> Weights:
@@ -54,6 +62,8 @@ def find(folder: Path, *, step: int | None = None, best: bool = False) -> Weight
         try:
             summary = RunFolder(folder).summary_of_complete_run()
             done = None if summary is None else int(summary["steps"])
+            if summary is not None and summary.get("weights_step") is not None and step is None:
+                return Weights(folder / MODEL, int(summary["weights_step"]))
         except Unreadable as error:
             problems.append(f"{plain(error.path.name)}: {error.reason}")
     least = done if step is None and done is not None else 0  # an older checkpoint is not the last state
@@ -94,10 +104,12 @@ def best_of(folder: Path, config: Mapping[str, Any]) -> tuple[Path, str, float] 
     return None if found is None else (found[0], settings["best"], found[1])
 
 
-def load_from_run(trainer: Trainer, folder: Path, *, step: int | None = None, best: bool = False) -> Weights:
+def load_from_run(
+    trainer: Trainer, folder: Path, *, step: int | None = None, best: bool = False, ema: bool = False
+) -> Weights:
     """Give model and objective a run's weights, the same on every worker; UsageError on all if they do not fit.
 
-    The main worker chooses; see `find`.
+    The main worker chooses; see `find`. ema: the moving average instead of the model's own.
     """
     workers = trainer.setup.workers
     told: list[Any] = ["", 0, ""]
@@ -110,7 +122,7 @@ def load_from_run(trainer: Trainer, folder: Path, *, step: int | None = None, be
     path, of_step, problem = workers.broadcast(told)
     if problem:
         raise UsageError(problem)
-    weights = Weights(Path(path), of_step)
+    weights = Weights(Path(path), of_step, ema)
     problems = workers.gather_values(_load(trainer, weights))
     if problem := next(filter(None, problems), ""):
         raise UsageError(problem)
@@ -122,6 +134,10 @@ def _load(trainer: Trainer, weights: Weights) -> str:
     state = TaskState(trainer.setup.task, trainer.setup.buffers)
     try:
         snapshot = checkpoint.read(weights.path)[0] if weights.is_checkpoint else _exported(trainer, state, weights)
+        if weights.ema and weights.is_checkpoint:
+            snapshot = with_other_weights(snapshot, "ema")
+    except UsageError as error:
+        return str(error)
     except (OSError, ValueError, SafetensorError) as error:
         return (
             f"{plain(weights.path)} cannot be read on every worker ({plain(error)}). All workers must see the run's "
@@ -164,8 +180,8 @@ def _exported(trainer: Trainer, state: TaskState, weights: Weights) -> Snapshot:
         raise ValueError(f"{MODEL} does not hold the extra state {', '.join(others)}; a checkpoint does")
     names = {plain_name(name) for name in trainer.setup.model.state_dict()}
     kept = state.tensors()["model"].keys()
-    check_regular(weights.path)
-    model = {name: one for name, one in load_file(weights.path).items() if name in kept or name not in names}
+    check_regular(weights.file)
+    model = {name: one for name, one in load_file(weights.file).items() if name in kept or name not in names}
     tensors: dict[str, Mapping[str, Tensor]] = {"model": model}
     if "objective" in state.tensors():
         check_regular(weights.path.with_name(OBJECTIVE))

@@ -57,7 +57,9 @@ def describe_end(result: Result, folder: Path) -> str:
         "folder": plain(folder),
     }
     if result.stopped_by:
-        lines["stopped"] = f"by observers.{result.stopped_by}, after step {result.steps}"
+        lines["stopped"] = f"by {result.stopped_by}, after step {result.steps}"
+    if result.weights_step is not None:
+        lines["weights"] = f"of the best evaluation, after step {result.weights_step}"
     if result.num_skipped_steps:
         lines["skipped"] = f"{count(result.num_skipped_steps, 'step')} whose gradients overflowed in fp16"
     return "\n".join(f"{name:<11} {value}" for name, value in lines.items())

@@ -62,3 +62,5 @@ class Result:
     """Steps without an update because gradients overflowed in fp16."""
     stopped_by: str = ""
     """The observer that stopped training before its last step; empty if none did."""
+    weights_step: int | None = None
+    """The step whose weights the model has at the end, if that is not the last."""

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from mbgd.files.state_tree import Flattening, unflatten
 from mbgd.step.done import Done
 from mbgd.workers.group import Workers
 
-METHODS = ("before_training", "after_update", "after_evaluation")
+METHODS = ("before_training", "at_start", "after_update", "after_evaluation", "other_weights", "at_end")
 STATE = ("state_dict", "load_state_dict")
 FILE = "observers"
 
@@ -23,14 +23,31 @@ FILE = "observers"
 class Observers:
     """Calls each observer's methods in order; one part of a checkpoint.
 
-    An observer is an object with any of these methods: `before_training(trainer)`, `after_update(done)`, which gets a
-    `Done`, and `after_evaluation(step, metrics)`, which returns True to stop training. With `state_dict()` and
-    `load_state_dict(state)` its state is part of the checkpoints. Every worker has one, and all must do the same.
+    An observer is an object with any of these methods:
+    - `before_training(trainer)`: once the trainer is made, before its state is restored;
+    - `at_start(step)`: before the first step that this process makes, after `step` steps;
+    - `after_update(done)`: after each step, with a `Done`;
+    - `after_evaluation(step, metrics)`: returns True to stop training;
+    - `other_weights()`: a context in which the model has other weights. They are evaluated as well, as eval/NAME/…,
+      unless the observer's attribute `evaluate` is False, and exported as model_NAME.safetensors;
+    - `at_end()`: after the last checkpoint. It may change the weights to those of an earlier step, and then returns
+      that step's number.
+    With `state_dict()` and `load_state_dict(state)` its state is part of the checkpoints. Every worker has one, and all
+    must do the same.
     """
 
-    def __init__(self, given: Mapping[str, Any] | Sequence[Any], workers: Workers) -> None:
-        """given: by name, or a list, named by their classes. UsageError where one has none of the methods."""
+    def __init__(self, given: Mapping[str, Any] | Sequence[Any], workers: Workers, names: list[str]) -> None:
+        """given: by name, or a list, named by their attribute `name` or their class. names: of the metrics that an
+        evaluation gives; those of other weights are added. UsageError where one has none of the methods."""
         self._by_name, self._workers = _named(given), workers
+        self.other_weights = dict(self._methods("other_weights"))
+        """Name → context in which the model has other weights."""
+        self._evaluated = [name for name in self.other_weights if getattr(self._by_name[name], "evaluate", True)]
+        self.names_of_other_weights = [_renamed(metric, name) for name in self._evaluated for metric in names]
+        """Names of the metrics that an evaluation of other weights gives."""
+        if twice := sorted({*names} & {*self.names_of_other_weights}):
+            raise UsageError(f"two evaluations give {twice[0]}: an evaluation set and an observer have one name.")
+        names += self.names_of_other_weights
         self.stopped_by = ""
         """The name of the observer that stopped training; empty while none has."""
         self._with_state = {name: one for name, one in self._by_name.items() if all(hasattr(one, m) for m in STATE)}
@@ -38,12 +55,32 @@ class Observers:
         self._after_evaluation = dict(self._methods("after_evaluation"))
 
     def before_training(self, trainer: Any) -> None:
-        """Called once the trainer is made, before its state is restored."""
         for name, method in self._methods("before_training"):
             try:
                 method(trainer)
             except UsageError as error:
                 raise UsageError(f"observers.{name}: {error}") from error
+
+    def at_start(self, step: int) -> None:
+        for name, method in self._methods("at_start"):
+            with _failing(name, "at_start"):
+                method(step)
+
+    def at_end(self) -> int | None:
+        """The step whose weights the model has now, if that is not the last; otherwise None."""
+        step = None
+        for name, method in self._methods("at_end"):
+            with _failing(name, "at_end"):
+                step = method() or step
+        return step
+
+    def evaluated(self, evaluate: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """The metrics with the model's own weights, and those with other weights."""
+        metrics = evaluate()
+        for name in self._evaluated if metrics else ():
+            with self.other_weights[name]():
+                metrics |= {_renamed(metric, name): value for metric, value in evaluate().items()}
+        return metrics
 
     def after_update(self, done: Done) -> None:
         for name, method in self._after_update:
@@ -129,13 +166,16 @@ class Observers:
                 yield name, found
 
 
+def _renamed(metric: str, name: str) -> str:
+    return f"eval/{name}/{metric.removeprefix('eval/')}"
+
+
 def _named(given: Mapping[str, Any] | Sequence[Any]) -> dict[str, Any]:
     if not isinstance(given, Mapping):
-        counts = Counter(type(one).__name__ for one in given)
-        twice = [name for name, count in counts.items() if count > 1]
-        if twice:
-            raise UsageError(f"observers: two of the class {twice[0]}. Name them: observers={{'a': …, 'b': …}}.")
-        given = {type(one).__name__: one for one in given}
+        names = [str(getattr(one, "name", type(one).__name__)) for one in given]
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise UsageError(f"observers: two are named {twice[0]}. Name them: observers={{'a': …, 'b': …}}.")
+        given = dict(zip(names, given, strict=True))
     for name, one in given.items():
         if not re.fullmatch(r"[\w-]+", name):
             raise UsageError(f"observers.{name!r}: a name is made of letters, digits, _ and -.")

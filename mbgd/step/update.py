@@ -66,6 +66,11 @@ class Update:
         """Number of steps skipped so far because gradients overflowed in fp16; this waits for the device."""
         return int(self._num_skipped.item())
 
+    @property
+    def may_skip(self) -> bool:
+        """Whether a step whose gradient is not finite is skipped, as in fp16; its norm is then measured."""
+        return self._scaler is not None
+
     def metrics(self) -> dict[str, float]:
         """Metrics for the log; this waits for the device."""
         return {} if self._scaler is None else {"skipped_steps": self.num_skipped}

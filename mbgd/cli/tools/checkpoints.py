@@ -6,7 +6,7 @@ from pathlib import Path
 from safetensors.torch import save
 
 from mbgd.checkpoints import format as checkpoint
-from mbgd.checkpoints.task_state import exported_tensors
+from mbgd.checkpoints.task_state import exported_tensors, with_other_weights
 from mbgd.errors import UsageError
 from mbgd.files.atomic import write_atomically
 from mbgd.files.reading import Unreadable
@@ -20,6 +20,7 @@ DESCRIPTION = "list and verify the checkpoints of a run, or export a model from 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="the run's folder")
     parser.add_argument("--export", type=Path, metavar="FILE", help="write a model there, as .safetensors")
+    parser.add_argument("--ema", action="store_true", help="export the moving average of the weights (docs/weights.md)")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--step", type=int, help="the step to export; the newest whole checkpoint if left out")
     which.add_argument("--best", action="store_true", help="export the best by the run's checkpoint.best")
@@ -33,7 +34,7 @@ def main(parsed: argparse.Namespace) -> int:
         raise UsageError(f"{parsed.run} holds no checkpoints. Name the folder of a run, which train.py prints.")
     best = _best(folder)
     if parsed.export is not None:
-        return _export(_choose(problems, parsed, best), parsed.export)
+        return _export(_choose(problems, parsed, best), parsed.export, ema=parsed.ema)
     for path, problem in problems.items():
         size = sum(file.lstat().st_size for file in path.iterdir()) if path.is_dir() else 0
         line = f"step {checkpoint.step_of(path):>9,}  {size / 2**20:>9,.1f} MiB  {problem or 'whole'}"
@@ -64,13 +65,15 @@ def _choose(problems: dict[Path, str | None], parsed: argparse.Namespace, best: 
     return whole[0]
 
 
-def _export(path: Path, target: Path) -> int:
+def _export(path: Path, target: Path, *, ema: bool) -> int:
     snapshot, _ = checkpoint.read(path)
     if "model" not in snapshot.tensors:
         raise UsageError(f"{path} holds no model.")
+    if ema:
+        snapshot = with_other_weights(snapshot, "ema")
     try:
-        write_atomically(target, save(exported_tensors(snapshot)))
+        write_atomically(target, save(exported_tensors(snapshot), {"weights": "ema"} if ema else None))
     except OSError as error:
         raise UsageError(f"{plain(target)} cannot be written: {error.strerror or error}.") from error
-    print(f"the model after step {snapshot.step} is in {target}")
+    print(f"the {'average of the weights' if ema else 'model'} after step {snapshot.step} is in {target}")
     return 0

@@ -1,0 +1,123 @@
+"""The exponential moving average of the weights."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mbgd.errors import UsageError
+from mbgd.step.done import Done
+
+
+class EMA:
+    """Keeps an exponential moving average of the trained parameters (Polyak & Juditsky 1992).
+
+    It begins as a copy of the parameters after `start` steps. From then on, after every `every_steps` steps:
+    average ← d · average + (1 − d) · parameters, in fp32 or the parameters' wider dtype. A step that fp16 has skipped
+    leaves it as it is. Buffers are not averaged: the average is evaluated and exported with the model's own.
+    """
+
+    name = "ema"
+
+    def __init__(
+        self,
+        decay: float = 0.999,
+        every_steps: int = 1,
+        start: int = 0,
+        warmup_steps: int = 0,
+        power: float | None = None,
+        evaluate: bool = True,
+    ) -> None:
+        """d is `decay`, but smaller at first with one of these, for t steps since `start`:
+
+        warmup_steps: d = decay · min(1, t / warmup_steps). power: d = min(decay, 1 − (1 + t)^−power), as for weights
+        of a polynomial. evaluate: every evaluation also gives the metrics of the average, as eval/ema/….
+        """
+        if not 0 <= decay < 1:
+            raise UsageError(f"ema.decay={decay}; it must be at least 0 and less than 1, such as 0.999.")
+        for key, value, least in (
+            ("every_steps", every_steps, 1),
+            ("start", start, 0),
+            ("warmup_steps", warmup_steps, 0),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise UsageError(f"ema.{key}={value}; it is a number of steps, at least {least}.")
+        if power is not None and not power > 0:
+            raise UsageError(f"ema.power={power}; it must be greater than 0, such as 2/3, or null for no such warm-up.")
+        if power is not None and warmup_steps:
+            raise UsageError(f"ema.power={power} and ema.warmup_steps={warmup_steps}: choose one kind of warm-up.")
+        self.decay, self.every_steps, self.start = decay, every_steps, start
+        self.warmup_steps, self.power, self.evaluate = warmup_steps, power, evaluate
+        self._parameters: dict[str, Tensor] = {}
+        self._average: list[Tensor] = []
+        """Empty until it begins."""
+        self._may_skip = False
+
+    def before_training(self, trainer: Any) -> None:
+        self._parameters = {name: _real(p.detach()) for name, p in trainer.setup.trained.by_name.items()}
+        self._may_skip = trainer.train_step.update.may_skip
+
+    def at_start(self, step: int) -> None:
+        if not self._average and step >= self.start:
+            self._begin()
+
+    def after_update(self, done: Done) -> None:
+        step = done.step + 1
+        if not self._average:
+            if step >= self.start:
+                self._begin()
+            return
+        if (step - self.start) % self.every_steps:
+            return
+        share, parameters = 1 - self.decay_after(step), list(self._parameters.values())
+        if any(p.dtype != average.dtype for p, average in zip(parameters, self._average, strict=True)):
+            parameters = [p.to(average.dtype) for p, average in zip(parameters, self._average, strict=True)]
+        if self._may_skip and done.norms is not None:
+            is_made = done.norms.gradient.isfinite()
+            torch._foreach_lerp_(self._average, parameters, [(share * is_made).to(p.dtype) for p in parameters])
+        else:
+            torch._foreach_lerp_(self._average, parameters, share)
+
+    def decay_after(self, step: int) -> float:
+        """The decay d of the update after `step` steps."""
+        since = step - self.start
+        if self.power is not None:
+            return float(min(self.decay, 1 - (1 + since) ** -self.power))
+        return self.decay * min(1.0, since / self.warmup_steps) if self.warmup_steps else self.decay
+
+    @contextmanager
+    def other_weights(self) -> Iterator[None]:
+        """Inside, the parameters are the average, rounded to their dtype; before it begins they stay as they are."""
+        if not self._average:
+            yield
+            return
+        parameters = list(self._parameters.values())
+        kept = [parameter.clone() for parameter in parameters]
+        try:
+            torch._foreach_copy_(parameters, self._average)
+            yield
+        finally:
+            torch._foreach_copy_(parameters, kept)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The average by the parameters' names, complex ones as pairs of real numbers; None before it begins."""
+        return {"average": dict(zip(self._parameters, self._average, strict=True)) if self._average else None}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._average = []
+        if state["average"] is not None:
+            self._begin()
+            for name, average in zip(self._parameters, self._average, strict=True):
+                average.copy_(state["average"][name])
+
+    def _begin(self) -> None:
+        # A copy in every case, with the parameter's strides: elementwise kernels are fastest where they agree.
+        self._average = [
+            p.to(torch.promote_types(p.dtype, torch.float32), copy=True) for p in self._parameters.values()
+        ]
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor

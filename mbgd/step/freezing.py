@@ -1,0 +1,60 @@
+"""Parameters that are not trained at first."""
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from mbgd.errors import UsageError
+from mbgd.step.done import Done
+from mbgd.text.suggestions import nearest
+
+
+class Freeze:
+    """Parameters whose names match a pattern get no gradient and do not change; all of them do after `until` steps.
+
+    Patterns are as in a shell: backbone.*. Only the parameters are frozen: a frozen BatchNorm's statistics move on
+    unless the module is in evaluation mode.
+    """
+
+    name = "freeze"
+
+    def __init__(self, patterns: Sequence[str], until: int | None = None) -> None:
+        """until: the steps after which the parameters are trained like the others; None: they stay frozen."""
+        if isinstance(patterns, str) or not patterns or not all(isinstance(one, str) and one for one in patterns):
+            raise UsageError(f"freeze={patterns!r}; it takes a list of patterns of names, such as [backbone.*].")
+        if until is not None and (isinstance(until, bool) or not isinstance(until, int) or until < 1):
+            raise UsageError(f"unfreeze.at={until}; it is a number of steps, at least 1, or null for never.")
+        self.patterns, self.until = list(patterns), until
+        self._frozen: list[nn.Parameter] = []
+
+    def before_training(self, trainer: Any) -> None:
+        """UsageError where a pattern matches no parameter, or none is left to train."""
+        by_name: dict[str, nn.Parameter] = trainer.setup.trained.by_name
+        for pattern in self.patterns:
+            matched = [parameter for name, parameter in by_name.items() if fnmatchcase(name, pattern)]
+            if not matched:
+                meant = nearest(pattern.strip("*."), list(by_name)) or list(by_name)[:5]
+                raise UsageError(
+                    f"freeze: no parameter's name matches {pattern!r}. Names of this model are {', '.join(meant)}"
+                    f"{', …' if len(by_name) > len(meant) else ''}."
+                )
+            self._frozen += [parameter for parameter in matched if parameter.requires_grad]
+            self._set(requires_grad=False)
+        if not any(parameter.requires_grad for parameter in by_name.values()):
+            raise UsageError(f"freeze={self.patterns} leaves no parameter to train. Leave some out.")
+
+    def after_update(self, done: Done) -> None:
+        if done.step + 1 == self.until:
+            self._set(requires_grad=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"is_frozen": not any(parameter.requires_grad for parameter in self._frozen)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._set(requires_grad=not state["is_frozen"])
+
+    def _set(self, *, requires_grad: bool) -> None:
+        for parameter in self._frozen:
+            parameter.requires_grad_(requires_grad)
