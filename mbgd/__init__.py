@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mbgd.batches.loader import Data
     from mbgd.batches.weighted import WeightedOrder, balanced_classes
     from mbgd.config import (
+        ActivationCheckpointing,
         Averaging,
         AveragingName,
         Batch,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EMA",
+    "ActivationCheckpointing",
     "Averaging",
     "AveragingName",
     "Batch",

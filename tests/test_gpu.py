@@ -439,7 +439,7 @@ def test_more_laps_than_events_are_kept() -> None:
 @needs_cuda
 def test_conditions_name_what_bits_depend_on() -> None:
     trainer = make_trainer(alone("cuda"), "gpt", "reproducible")
-    found = conditions(trainer.setup.plan, trainer.setup.workers.device)
+    found = conditions(trainer.setup)
     assert found["processor"] == torch.cuda.get_device_name(0)
     assert found["fp32_matmul"] != "tf32"
     assert found["fp32_convolution"] != "tf32"

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -16,6 +17,7 @@ from mbgd.checks.targets import check_skipping, check_targets
 from mbgd.config import AveragingName, Config, Settings, validate
 from mbgd.errors import UsageError
 from mbgd.task import extra_state
+from mbgd.task.activation_checkpointing import checkpoint_
 from mbgd.task.buffers import Buffers
 from mbgd.task.modes import set_training
 from mbgd.task.objective import Objective
@@ -70,6 +72,8 @@ def set_up(
         raise UsageError("\n".join(found))
     check_same_program(workers, model, objective, optimizer, data, settings)
     plan = make_plan(settings, len(data.train), workers.num_workers)
+    if settings.matmul_precision is not None:
+        torch.set_float32_matmul_precision(settings.matmul_precision.value)
     averaging.prepare(settings.averaging, plan, workers.device)
     task = Task(model, objective)
     refuse_odd_parts(task)
@@ -88,6 +92,7 @@ def set_up(
     findings = Trial(task, trained, buffers, data, plan, settings, workers.device)(loader.minibatch_indices(0))
     check_targets(data.train, objective, findings.output_shape)
     buffers.expect(findings.moving_buffers)
+    checkpoint_(model, settings.activation_checkpointing.layers, findings.moving_buffers)
     return Setup(
         model,
         optimizer,

@@ -3,6 +3,7 @@
 from mbgd.config.must_match import must_match
 from mbgd.config.rules import profiled_steps, validate
 from mbgd.config.settings import (
+    ActivationCheckpointing,
     Averaging,
     AveragingName,
     Backend,
@@ -10,6 +11,7 @@ from mbgd.config.settings import (
     Batch,
     Check,
     Checkpoint,
+    CompileName,
     Config,
     DeviceName,
     Direction,
@@ -17,6 +19,7 @@ from mbgd.config.settings import (
     EmaSettings,
     Evaluation,
     Init,
+    MatmulPrecision,
     NoiseScale,
     Precision,
     Resume,
@@ -30,6 +33,7 @@ from mbgd.config.settings import (
 )
 
 __all__ = [
+    "ActivationCheckpointing",
     "Averaging",
     "AveragingName",
     "Backend",
@@ -37,6 +41,7 @@ __all__ = [
     "Batch",
     "Check",
     "Checkpoint",
+    "CompileName",
     "Config",
     "DeviceName",
     "Direction",
@@ -44,6 +49,7 @@ __all__ = [
     "EmaSettings",
     "Evaluation",
     "Init",
+    "MatmulPrecision",
     "NoiseScale",
     "Precision",
     "Resume",

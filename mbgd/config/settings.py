@@ -41,6 +41,20 @@ class DeviceName(Enum):
     cuda = "cuda"
 
 
+class CompileName(Enum):
+    none = "none"
+    model = "model"
+    blocks = "blocks"  # each part of a ModuleList or Sequential by itself: compiled faster, and once for equal ones
+
+
+class MatmulPrecision(Enum):
+    """torch.set_float32_matmul_precision."""
+
+    highest = "highest"
+    high = "high"
+    medium = "medium"
+
+
 @dataclass(frozen=True)
 class Batch(Typed):
     size: int = field(default=64, metadata=MUST_MATCH)
@@ -91,6 +105,12 @@ class Check(Typed):
 
 
 @dataclass(frozen=True)
+class ActivationCheckpointing(Typed):
+    layers: list[str] = field(default_factory=list)
+    """Patterns of the names of layers whose activations are computed again in the backward instead of kept."""
+
+
+@dataclass(frozen=True)
 class Settings(Typed):
     """Training's settings beside the model, the data, the objective and the optimizer."""
 
@@ -100,6 +120,11 @@ class Settings(Typed):
     """Optimizer steps; None: `epochs` passes over the training examples."""
     batch: Batch = field(default_factory=Batch)
     precision: Precision = field(default=Precision.fp32, metadata=MUST_MATCH)
+    matmul_precision: MatmulPrecision | None = field(default=None, metadata=MUST_MATCH)
+    """Of matrix products in fp32; None: as torch is set, which is highest by default."""
+    compile: CompileName = CompileName.none
+    """Whether torch.compile compiles the model, or each of its blocks."""
+    activation_checkpointing: ActivationCheckpointing = field(default_factory=ActivationCheckpointing)
     averaging: Averaging = field(default_factory=Averaging)
     max_grad_norm: float | None = field(default=None, metadata=MUST_MATCH)
     """Largest Euclidean norm of the mean gradient; None: not clipped."""

@@ -5,15 +5,18 @@ from pathlib import Path
 
 import torch
 
-from mbgd.batches.plan import Plan
+from mbgd.checks.setup import Setup
 from mbgd.workers import cuda
 
 
-def conditions(plan: Plan, device: torch.device) -> dict[str, str | int]:
+def conditions(setup: Setup) -> dict[str, str | int]:
     """The processor, threads and micro-batches of this run; versions are recorded separately."""
+    plan, device = setup.plan, setup.workers.device
     return {
         "processor": processor(device),
         "threads_per_worker": torch.get_num_threads(),
+        "compile": setup.settings.compile.value,
+        "matmul_precision": torch.get_float32_matmul_precision(),
         "num_micro_batches": plan.num_micro_batches(min(plan.minibatch_size, plan.num_examples)),
         **(cuda.conditions(device) if device.type == "cuda" else {}),
     }

@@ -33,7 +33,7 @@ class Record:
                 "torch": torch.__version__,
                 "mbgd": versions.of_mbgd(),
                 "workers": trainer.setup.workers.num_workers,
-                **conditions(trainer.setup.plan, trainer.setup.workers.device),
+                **conditions(trainer.setup),
             },
             "script": sys.argv[0],
             "code": code_version(sys.argv[0]),

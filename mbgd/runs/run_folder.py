@@ -148,7 +148,7 @@ class RunFolder:
             "num_workers": plan.num_workers,
             "averaging": trainer.train_step.averaging.describe(),
             "num_micro_batches": plan.num_micro_batches(min(plan.minibatch_size, plan.num_examples)),
-            "conditions": conditions(plan, trainer.setup.workers.device),
+            "conditions": conditions(trainer.setup),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "model_sha256": hashlib.sha256(content).hexdigest(),
         }

@@ -18,6 +18,7 @@ from mbgd.step.noise_scale import NoiseMeter
 from mbgd.step.speeds import Speeds
 from mbgd.step.sums import Means, MovingBuffers, Sums
 from mbgd.step.update import Update
+from mbgd.task.compiling import compile_
 from mbgd.task.objective import PerExample
 from mbgd.task.precision import autocast
 
@@ -32,6 +33,7 @@ class TrainStep:
         """logs(step): whether a step is logged. clock: measures the step's parts."""
         self._setup, self._lap = setup, clock.lap
         settings, workers, trained = setup.settings, setup.workers, setup.trained
+        compile_(setup.model, settings.compile, workers.device)
         varies = bool(setup.findings.unused_parameters)
         self.averaging = averagings.create(
             settings.averaging, setup.task, trained, setup.plan, workers, parameters_vary=varies

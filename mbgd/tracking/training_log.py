@@ -7,9 +7,10 @@ import torch
 
 from mbgd.checkpoints.fingerprint import examples_sha256, weights_sha256
 from mbgd.checks.setup import Setup
-from mbgd.config import AveragingName
+from mbgd.config import AveragingName, CompileName
 from mbgd.measuring.clock import Clock
 from mbgd.step.done import Done
+from mbgd.task.compiling import num_graphs
 from mbgd.tracking.slowest_worker import SlowestWorker
 
 RANK, HOST = "time/slowest_worker_rank", "time/slowest_worker_host"
@@ -59,7 +60,8 @@ class TrainingLog:
         )
         self._num_tokens.zero_()
         self.last_logged = step
-        return {**times, "num_workers": self._setup.workers.num_workers}
+        graphs = {} if self._setup.settings.compile is CompileName.none else {"compiled_graphs": num_graphs()}
+        return {**times, "num_workers": self._setup.workers.num_workers, **graphs}
 
     def fingerprints(self, metrics: Mapping[str, float], step: int) -> dict[str, Any]:
         """Values that are texts: the slowest worker's host; hashes that let two runs be compared line by line."""

@@ -115,7 +115,7 @@ def _otherwise(folder: Path, trainer: Trainer) -> list[str]:
         return ["what the run was made under is not recorded: it has not come to its end"]
     before = {**summary.get("versions", {}), **summary.get("conditions", {})}
     now: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
-    now |= conditions(trainer.setup.plan, trainer.setup.workers.device)
+    now |= conditions(trainer.setup)
     return [
         plain(f"{key}: {before[key]} then, {now[key]} now") for key in now if key in before and before[key] != now[key]
     ]

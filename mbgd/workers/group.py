@@ -194,10 +194,12 @@ def _process_wide_settings() -> Callable[[], None]:
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
+    matmul_precision = torch.get_float32_matmul_precision()
     fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
 
     def put_back() -> None:
         torch.set_num_threads(num_threads)
+        torch.set_float32_matmul_precision(matmul_precision)
         torch.use_deterministic_algorithms(deterministic, warn_only=warns_only)
         torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
 
