@@ -59,8 +59,8 @@ def main() -> None:
     )
     publish(
         "activation_memory",
-        f"A GPT of {NUM_LAYERS} layers, width {WIDTH}, context {CONTEXT}, minibatch {MINIBATCH};\n"
-        f"one worker with one thread, medians of {parsed.rounds} processes. Peak memory of the whole process, torch and parameters included.\n\n"
+        f"A GPT of {NUM_LAYERS} layers, width {WIDTH}, context {CONTEXT}, minibatch {MINIBATCH}; one worker with one\n"
+        f"thread, medians of {parsed.rounds} processes. Peak memory of the whole process, torch included.\n\n"
         f"{'activations':16} {'peak memory':>12}  step\n"
         f"{'kept':16} {kept:8,.0f} MiB  1.00\n"
         f"{'computed again':16} {again:8,.0f} MiB  {again_seconds / kept_seconds:.2f}",

@@ -184,3 +184,63 @@ def test_the_conditions_are_recorded_and_the_process_is_left_as_it_was(tmp_path:
     runs.run(tmp_path / "run", "model=linear", "epochs=1")
     recorded = read_run(tmp_path / "run")["environment"]
     assert (recorded["compile"], recorded["matmul_precision"]) == ("none", before)
+
+
+class Embedded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.norm = nn.Embedding(7, 6), nn.LayerNorm(6)
+        self.layer, self.head = nn.Linear(6, 6), nn.Linear(6, 7, bias=False)
+        self.head.weight = self.tokens.weight  # tied
+        self.dtypes: list[torch.dtype] = []
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        stream = self.tokens(tokens)
+        self.dtypes.append(stream.dtype)
+        return self.head(stream + self.layer(self.norm(stream)))  # type: ignore[no-any-return]
+
+
+def train_in_bf16(
+    workers: mbgd.Workers, num_steps: int, precision: str = "bf16-true", averaging: str = "reproducible"
+) -> tuple[dict[str, Tensor], str, Any]:
+    torch.manual_seed(0)
+    model = Embedded()
+    tokens = torch.randint(7, (NUM_EXAMPLES, 5), generator=torch.Generator().manual_seed(1))
+    settings = mbgd.Settings(
+        steps=num_steps,
+        batch=mbgd.Batch(SIZE),
+        precision=precision,  # type: ignore[arg-type]
+        averaging=mbgd.Averaging(averaging),  # type: ignore[arg-type]
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    data = mbgd.Data(train=mbgd.InMemory(tokens, tokens.roll(1, 1)))
+    made = mbgd.Trainer(model, mbgd.CrossEntropy(class_dim=-1), optimizer, data, settings, workers)
+    made.fit()
+    return weights(made), made.weights_sha256(), (model.dtypes[-1], made.setup.loader.minibatch_indices(0))
+
+
+def test_bf16_true_computes_with_matrices_in_bf16_and_steps_in_fp32() -> None:
+    found, _, (dtype, indices) = train_in_bf16(mbgd.Workers(), 1, averaging="auto")
+    assert dtype is torch.bfloat16
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    torch.manual_seed(0)
+    model = Embedded()
+    tokens = torch.randint(7, (NUM_EXAMPLES, 5), generator=torch.Generator().manual_seed(1))[torch.as_tensor(indices)]
+    rounded = {name: p.detach().clone() for name, p in model.named_parameters()}
+    rounded = {name: (p.bfloat16() if p.dim() > 1 else p).requires_grad_() for name, p in rounded.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = torch.func.functional_call(model, rounded, (tokens,))
+    losses = nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens.roll(1, 1).flatten(), reduction="sum")
+    gradients = torch.autograd.grad(losses, list(rounded.values()))
+    for (name, parameter), gradient in zip(model.named_parameters(), gradients, strict=True):
+        expected = parameter.detach() - gradient.float() / (5 * SIZE)
+        torch.testing.assert_close(found[name], expected, rtol=1e-6, atol=1e-7)
+    several = train_in_bf16(mbgd.Workers(), 5)[1]
+    assert several != train_in_bf16(mbgd.Workers(), 5, "bf16")[1]
+    for num_workers in (2, 3):
+        assert {sha256 for _, sha256, _ in run_workers(train_in_bf16, num_workers, 5)} == {several}
+
+
+def test_bf16_true_is_not_compiled() -> None:
+    with pytest.raises(mbgd.UsageError, match="precision=bf16-true with compile=model"):
+        trainer(mbgd.Workers(), precision="bf16-true", compile="model")

@@ -14,7 +14,7 @@ from mbgd.checks import optimizers
 from mbgd.checks.preflight import Findings, Trial
 from mbgd.checks.same_program import check_same_program
 from mbgd.checks.targets import check_skipping, check_targets
-from mbgd.config import AveragingName, Config, Settings, validate
+from mbgd.config import AveragingName, Config, Precision, Settings, validate
 from mbgd.errors import UsageError
 from mbgd.task import extra_state
 from mbgd.task.activation_checkpointing import checkpoint_
@@ -75,7 +75,7 @@ def set_up(
     if settings.matmul_precision is not None:
         torch.set_float32_matmul_precision(settings.matmul_precision.value)
     averaging.prepare(settings.averaging, plan, workers.device)
-    task = Task(model, objective)
+    task = Task(model, objective, in_bf16=settings.precision is Precision.bf16_true)
     refuse_odd_parts(task)
     optimizers.check(optimizer)
     check_module_hooks(task)

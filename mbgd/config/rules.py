@@ -3,7 +3,7 @@
 import math
 import re
 
-from mbgd.config.settings import AveragingName, Config, Settings
+from mbgd.config.settings import AveragingName, CompileName, Config, Precision, Settings
 
 
 def profiled_steps(profile: str) -> range:
@@ -43,12 +43,7 @@ def validate(settings: Settings) -> list[str]:
         ("noise_scale.every_steps", noise.every_steps, ", or null not to measure it"),
         ("noise_scale.smoothing", noise.smoothing, " (1: each measurement by itself)"),
     )
-    recompute = settings.check.recompute_every_steps
-    if recompute is not None and settings.averaging.name is not AveragingName.reproducible:
-        found.append(
-            f"check.recompute_every_steps={recompute} with averaging={settings.averaging.name.value}; a micro-batch's "
-            "gradient has the same bits on every worker only with averaging=reproducible. Use that, or null."
-        )
+    found += _do_not_go_together(settings)
     found += _not_positive(("max_grad_norm", settings.max_grad_norm, ", or null to leave gradients as they are"))
     if isinstance(settings, Config):
         found += _problems_of_a_run(settings)
@@ -56,6 +51,22 @@ def validate(settings: Settings) -> list[str]:
         found.append(
             f"schedule={settings.schedule!r}; it must be a function of the step, such as "
             "mbgd.schedule.Cosine(num_steps=1000), or None."
+        )
+    return found
+
+
+def _do_not_go_together(settings: Settings) -> list[str]:
+    found = []
+    if settings.precision is Precision.bf16_true and settings.compile is not CompileName.none:
+        found.append(
+            f"precision=bf16-true with compile={settings.compile.value}; the compiler would start again in every step. "
+            "Use precision=bf16, which the compiler makes as fast, or compile=none."
+        )
+    recompute = settings.check.recompute_every_steps
+    if recompute is not None and settings.averaging.name is not AveragingName.reproducible:
+        found.append(
+            f"check.recompute_every_steps={recompute} with averaging={settings.averaging.name.value}; a micro-batch's "
+            "gradient has the same bits on every worker only with averaging=reproducible. Use that, or null."
         )
     return found
 

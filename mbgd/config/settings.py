@@ -19,6 +19,7 @@ class Precision(Enum):
     fp64 = "fp64"
     fp32 = "fp32"
     bf16 = "bf16"  # parameters fp32, forward under autocast
+    bf16_true = "bf16-true"  # as bf16, but with matrices and embeddings of the forward in bf16, made from fp32 copies
     fp16 = "fp16"  # parameters fp32, forward under autocast, loss scaling
 
 

@@ -39,9 +39,11 @@ def plan_lines(trainer: Trainer) -> dict[str, str]:
 
 def describe_precision(precision: Precision) -> str:
     """For example: fp32, forward in bf16."""
+    if precision is Precision.bf16_true:
+        return "fp32, matrices and the forward in bf16"
     if parameter_dtype(precision) is torch.float32 and precision is not Precision.fp32:
         return f"{Precision.fp32.value}, forward in {precision.value}"
-    return precision.value
+    return str(precision.value)
 
 
 def describe_folder(folder: Path) -> str:

@@ -13,7 +13,7 @@ def parameter_dtype(precision: Precision) -> torch.dtype:
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
     """The context of a forward; reusable."""
-    if precision is Precision.bf16:
+    if precision in (Precision.bf16, Precision.bf16_true):
         return torch.autocast(device.type, torch.bfloat16)
     if precision is Precision.fp16:
         return torch.autocast(device.type, torch.float16)

@@ -18,13 +18,27 @@ OBJECTIVE = "objective."
 class Task(nn.Module):
     """A micro-batch → its per-example losses."""
 
-    def __init__(self, model: nn.Module, objective: Objective) -> None:
+    def __init__(self, model: nn.Module, objective: Objective, *, in_bf16: bool = False) -> None:
+        """in_bf16: the model computes with matrices and embeddings in bf16, rounded from its parameters in fp32.
+
+        Their gradients are cast back to fp32, in which they are added up and the optimizer works: a small update, which
+        bf16 would round away, is kept. Vectors stay in fp32: normalisations need them, and they take no memory.
+        """
         super().__init__()
+        self._in_bf16 = in_bf16
         self.model = model
         self.objective = _module_of(objective, model)
         self._parts = (objective, model)  # nn.Module.__getattr__ for `self.model` costs microseconds in every step
 
     def forward(self, batch: Any, num_examples: int) -> PerExample:
+        if self._in_bf16:
+            rounded = {name: p.to(torch.bfloat16) for name, p in self.named_parameters() if self._is_rounded(name, p)}
+            self._in_bf16 = False  # the call below comes back here
+            try:
+                terms: PerExample = torch.func.functional_call(self, rounded, (batch, num_examples))
+                return terms
+            finally:
+                self._in_bf16 = True
         objective, model = self._parts
         terms = objective(model, batch)
         if not isinstance(terms, PerExample):
@@ -34,6 +48,10 @@ class Task(nn.Module):
             )
         terms.check(num_examples)
         return terms
+
+    @staticmethod
+    def _is_rounded(name: str, parameter: Tensor) -> bool:
+        return name.startswith("model.") and parameter.dim() > 1 and parameter.dtype is torch.float32
 
     @property
     def given_objective(self) -> Objective:

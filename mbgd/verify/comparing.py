@@ -27,6 +27,7 @@ PARTLY_FLOAT32 = 1e-6
 """The same for a model that computes partly in float32, whatever its parameters' precision."""
 
 EPSILONS = {Precision.fp64: 2.0**-52, Precision.fp32: 2.0**-23, Precision.bf16: 2.0**-7, Precision.fp16: 2.0**-10}
+EPSILONS[Precision.bf16_true] = EPSILONS[Precision.bf16]
 MOST_EPSILONS, MOST_TIMES = 16, 8
 """Allowed error: MOST_EPSILONS units in the last place, or MOST_TIMES one worker's rounding error."""
 

@@ -60,7 +60,7 @@ def look_at_trainer(trainer: Trainer) -> Iterator[Finding]:
     ]
     if hooked:
         yield findings.hooks(names=hooked)
-    if trainer.setup.settings.precision in (Precision.bf16, Precision.fp16):
+    if trainer.setup.settings.precision in (Precision.bf16, Precision.bf16_true, Precision.fp16):
         yield findings.autocast(precision=trainer.setup.settings.precision.value)
 
 
