@@ -77,7 +77,7 @@ WRONG = [
     (mbgd.Settings, {"seed": "3"}, "Settings(seed='3')"),
     (mbgd.Settings, {"max_grad_norm": "1"}, "it takes a number or None"),
     (mbgd.Settings, {"max_grad_norm": False}, "it takes a number or None"),
-    (mbgd.Settings, {"precision": "bf61"}, "fp64, fp32, bf16, fp16. Did you mean bf16"),
+    (mbgd.Settings, {"precision": "bf61"}, "fp64, fp32, bf16, bf16-true, fp16. Did you mean bf16"),
     (mbgd.Settings, {"precision": "BF16"}, "Did you mean bf16?"),
     (mbgd.Settings, {"precision": torch.bfloat16}, "Settings(precision=torch.bfloat16)"),
     (mbgd.Settings, {"precision": AveragingName.auto}, "it is one of fp64"),

@@ -1,6 +1,6 @@
 """The typed settings of a run.
 
-`conf/` gives the values and comments; these classes give types, units and rules.
+`conf/` gives the values and comments; these classes give types, units and rules. Long because it is the one list of them.
 """
 
 from dataclasses import dataclass, field
