@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 
 import torch
 from hydra.utils import get_object
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, EnumNode, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mbgd import averaging
@@ -51,7 +51,7 @@ def typed(composed: DictConfig) -> Config:
         try:
             values = OmegaConf.merge(values, part)
         except OmegaConfBaseException as error:
-            reason = str(error.msg or error).splitlines()[0].rstrip(".")
+            reason = str(error.msg or error).splitlines()[0].rstrip(".").replace("bf16_true", "bf16-true")
             name = _shown(path)
             meant = new_name(name) or did_you_mean(*_mistyped(name, reason, value, schema))
             found.append(
@@ -142,6 +142,9 @@ def _typed_values(values: Any, schema: DictConfig, path: tuple[str, ...] = ()) -
         ):
             yield from _typed_values(value, section, (*path, str(key)))
         else:
+            node = schema._get_node(key) if key in schema else None
+            if isinstance(node, EnumNode):  # OmegaConf takes a member's name, and users give its value
+                value = next((one.name for one in node.enum_type if one.value == value), value)
             yield (*path, str(key)), value
 
 
