@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         NoiseScale,
         Precision,
         Settings,
+        in_steps,
     )
     from mbgd.data import InMemory
     from mbgd.errors import NotSaved, ObserverFailed, Preempted, UsageError, WorkersLost
@@ -70,6 +71,7 @@ __all__ = [
     "Workers",
     "WorkersLost",
     "balanced_classes",
+    "in_steps",
     "schedule",
     "start_workers",
 ]

@@ -48,6 +48,8 @@ PURE = [
     "batches.order",
     "task.objective",
     "task.losses",
+    "config.duration",
+    "config.resolved",
     "config.settings",
     "config.must_match",
     "config.field_types",

@@ -1,6 +1,8 @@
 """The settings of a run: types, units, and the rules between them. Pure: no Hydra, no torch.distributed."""
 
+from mbgd.config.duration import Duration, in_steps
 from mbgd.config.must_match import must_match
+from mbgd.config.resolved import resolved
 from mbgd.config.rules import profiled_steps, validate
 from mbgd.config.settings import (
     Averaging,
@@ -37,6 +39,7 @@ __all__ = [
     "Config",
     "DeviceName",
     "Direction",
+    "Duration",
     "Evaluation",
     "Init",
     "NoiseScale",
@@ -48,7 +51,9 @@ __all__ = [
     "Tracking",
     "Wandb",
     "WandbMode",
+    "in_steps",
     "must_match",
     "profiled_steps",
+    "resolved",
     "validate",
 ]

@@ -1,12 +1,14 @@
 """The typed settings of a run.
 
-`conf/` gives the values and comments; these classes give types, units and rules.
+`conf/` gives the values and comments; these classes give types, units and rules. A number of steps is a `Duration`: it
+may be given in epochs or examples, too.
 """
 
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from mbgd.config.duration import Duration
 from mbgd.config.field_types import Typed
 
 MUST_MATCH = {"must_match": True}
@@ -64,7 +66,7 @@ class Averaging(Typed):
 
 @dataclass(frozen=True)
 class Evaluation(Typed):
-    every_steps: int | None = None
+    every_steps: Duration | None = None
     """Optimizer steps between evaluations; None: at the end of each epoch. There is always one at the end."""
     at_start: bool = False
     """Evaluate also before the first step."""
@@ -76,7 +78,7 @@ class Evaluation(Typed):
 
 @dataclass(frozen=True)
 class NoiseScale(Typed):
-    every_steps: int | None = 50
+    every_steps: Duration | None = 50
     """Optimizer steps between measurements of the gradient's noise; None: not measured."""
     smoothing: int = 20
     """Measurements to average over, with weights that decay exponentially."""
@@ -84,9 +86,9 @@ class NoiseScale(Typed):
 
 @dataclass(frozen=True)
 class Check(Typed):
-    replicas_every_steps: int | None = None
+    replicas_every_steps: Duration | None = None
     """Optimizer steps between comparisons of the workers' copies of the state; None: before each evaluation alone."""
-    recompute_every_steps: int | None = None
+    recompute_every_steps: Duration | None = None
     """Optimizer steps between steps that recompute a micro-batch on another worker; None: never."""
 
 
@@ -96,17 +98,19 @@ class Settings(Typed):
 
     seed: int = field(default=0, metadata=MUST_MATCH)
     epochs: int | None = 1
-    steps: int | None = None
+    steps: Duration | None = None
     """Optimizer steps; None: `epochs` passes over the training examples."""
     batch: Batch = field(default_factory=Batch)
     precision: Precision = field(default=Precision.fp32, metadata=MUST_MATCH)
     averaging: Averaging = field(default_factory=Averaging)
     max_grad_norm: float | None = field(default=None, metadata=MUST_MATCH)
     """Largest Euclidean norm of the mean gradient; None: not clipped."""
+    max_grad_value: float | None = field(default=None, metadata=MUST_MATCH)
+    """Largest absolute value of an element of the mean gradient, clipped before the norm is; None: not clipped."""
     schedule: Any = field(default=None, metadata=MUST_MATCH)
     """Step (counted from 0) → factor for the learning rate; None: 1."""
     evaluation: Evaluation = field(default_factory=Evaluation)
-    log_every_steps: int = 50
+    log_every_steps: Duration = 50
     noise_scale: NoiseScale = field(default_factory=NoiseScale)
     check: Check = field(default_factory=Check)
 
@@ -149,7 +153,7 @@ class Sweep(Typed):
 
 @dataclass(frozen=True)
 class Checkpoint(Typed):
-    every_steps: int | None = None
+    every_steps: Duration | None = None
     """Optimizer steps between checkpoints; None: by time alone. There is always one at the end."""
     every_seconds: float | None = 300.0
     """Seconds between checkpoints; None: by steps alone."""
@@ -159,7 +163,7 @@ class Checkpoint(Typed):
     """An evaluation metric, such as eval/accuracy, whose best checkpoint is kept too; None: the newest alone."""
     direction: Direction = Direction.minimize
     """Whether smaller or larger values of `best` are better."""
-    memory_every_steps: int | None = None
+    memory_every_steps: Duration | None = None
     """Optimizer steps between snapshots in the host's memory, for workers that restart there; None: none."""
     required: bool = False
     """End the run if a checkpoint cannot be written."""
