@@ -35,6 +35,7 @@ NEEDED = {
     "data/tensors": ["data.path=own.npz", "model=linear"],
     "data/regression": ["objective=mse"],
     "optimizer/own": ["optimizer._target_=torch.optim.RMSprop", "+optimizer.lr=0.01"],
+    "schedule/inverse_square_root": ["schedule.warmup_steps=1"],
     "schedule/own": ["schedule._target_=mbgd.schedule.Step", "+schedule.every_steps=5"],
     "objective/mse": ["data=regression"],
     "objective/own": ["objective._target_=mbgd.CrossEntropy"],
