@@ -31,6 +31,7 @@ LAYERS = """
     checkpoints
     checks
     averaging
+    optimizers
     task
     data models
     batches

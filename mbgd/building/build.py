@@ -193,7 +193,7 @@ def build_trainer(config: Config, workers: Workers) -> Trainer:
     objective = make("objective", config.objective, _partial_=_is_function(config.objective))
     if not callable(objective):
         raise UsageError(f"objective is a {type(objective).__name__}; it must be a function (model, batch).")
-    optimizer, notes = make_optimizer(config.optimizer, Task(model, objective))
+    optimizer, notes = make_optimizer(config.optimizer, Task(model, objective), config.batch.size)
     plan = make_plan(config, len(data.train), workers.num_workers)
     schedule = None
     if config.schedule is not None:

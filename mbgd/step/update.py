@@ -63,6 +63,11 @@ class Update:
         self._skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
 
     @property
+    def base_rates(self) -> list[float]:
+        """The learning rate of each of the optimizer's groups, before the schedule's factor."""
+        return [float(rate) for rate in self._base_rates]
+
+    @property
     def num_skipped(self) -> int:
         """Number of steps skipped so far because gradients overflowed in fp16; this waits for the device."""
         return int(self._num_skipped.item())
