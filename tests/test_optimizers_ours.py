@@ -40,9 +40,8 @@ def layers() -> list[nn.Parameter]:
 
 def gradients(step: int, parameters: list[nn.Parameter]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(step)
-    return [
-        torch.randn(p.shape, dtype=p.dtype, generator=generator) * 10.0 ** (n - 2) for n, p in enumerate(parameters)
-    ]
+    drawn = [torch.randn(p.shape, dtype=p.dtype, generator=generator) for p in parameters]
+    return [one * 10.0 ** (number - 2) for number, one in enumerate(drawn)]
 
 
 def lamb_of_the_paper(
@@ -98,6 +97,7 @@ LAMB = [
 ]
 LARS = [
     {"lr": 3.0},
+    {"lr": 3.0, "adapt_vectors": False},
     {"lr": 3.0, "adapt_vectors": True, "weight_decay": 0.0},
     {"lr": 0.5, "momentum": 0.0, "weight_decay": 0.3, "trust_coefficient": 0.2},
 ]
@@ -110,8 +110,9 @@ def test_each_step_is_that_of_the_paper(kind: Any, paper: Any, options: dict[str
     parameters = layers()
     steps = [gradients(step, parameters) for step in range(6)]
     named = {NAMES.get(name, name): value for name, value in options.items() if name != "adapt_vectors"}
+    adapts_all = options.get("adapt_vectors", kind is Lars)
     wanted = [
-        paper(p.detach(), [one[n] for one in steps], adapts=p.dim() >= 2 or "adapt_vectors" in options, **named)
+        paper(p.detach(), [one[n] for one in steps], adapts=adapts_all or p.dim() >= 2, **named)
         for n, p in enumerate(parameters)
     ]
     before = [p.detach().clone() for p in parameters]
@@ -203,7 +204,7 @@ def test_options_that_make_no_sense_are_refused(kind: Any, options: dict[str, An
 
 @pytest.mark.parametrize("kind", [Lamb, Lars])
 def test_complex_parameters_are_refused(kind: Any) -> None:
-    with pytest.raises(mbgd.UsageError, match="takes real parameters; one is torch.complex64"):
+    with pytest.raises(mbgd.UsageError, match=r"takes real parameters; one is torch\.complex64"):
         kind([nn.Parameter(torch.zeros(2, 2, dtype=torch.complex64))], lr=1.0)
 
 
@@ -318,8 +319,8 @@ def test_other_mistakes_with_muon_are_refused() -> None:
         MuonAdamW(named, adamw_for=["lm_haed.*"])
     with pytest.raises(mbgd.UsageError, match="Adjust learning rate function match"):
         MuonAdamW(named, adjust_lr_fn="match")
-    with pytest.raises(mbgd.UsageError, match=r"Use optimizer=muon, which gives the hidden matrices to Muon"):
-        own = ["optimizer=own", "optimizer._target_=torch.optim.Muon", "+optimizer.lr=0.1"]
+    own = ["optimizer=own", "optimizer._target_=torch.optim.Muon", "+optimizer.lr=0.1"]
+    with pytest.raises(mbgd.UsageError, match="Use optimizer=muon, which gives the hidden matrices to Muon"):
         build_trainer(typed(composed(*own)), mbgd.Workers())
 
 
@@ -341,7 +342,7 @@ def make_model() -> nn.Module:
 
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "lamb": lambda model: Lamb(model.parameters(), lr=0.05),
-    "lars": lambda model: Lars(model.parameters(), lr=20.0, adapt_vectors=True),
+    "lars": lambda model: Lars(model.parameters(), lr=20.0),
     "muon": lambda model: MuonAdamW(model.named_parameters(), lr=0.05),
     "adam": lambda model: torch.optim.Adam(model.parameters(), lr=0.05, fused=True),
     "rmsprop": lambda model: torch.optim.RMSprop(model.parameters(), lr=0.01, momentum=0.9, centered=True),
@@ -440,13 +441,15 @@ def test_any_number_of_workers_equals_one_process_and_a_resume_changes_nothing(
         assert torch.equal(resumed, whole)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("name", ["lamb", "lars", "muon", "adafactor"])
-def test_every_precision_trains(name: str, precision: str) -> None:
-    overrides = [f"optimizer={name}", f"precision={precision}", "epochs=2", "data.evaluation=null"]
-    trainer = build_trainer(typed(composed(*overrides)), mbgd.Workers())
-    metrics = trainer.fit().metrics
-    assert metrics["train/loss"] < (1.9 if name == "adafactor" else 1.2)
+def test_every_precision_trains_alike(name: str) -> None:
+    losses = {}
+    for precision in ("fp32", "bf16", "fp16"):
+        overrides = [f"optimizer={name}", f"precision={precision}", "steps=30", "data.evaluation=null"]
+        losses[precision] = build_trainer(typed(composed(*overrides)), mbgd.Workers()).fit().metrics["train/loss"]
+    assert losses["fp32"] < 2.1  # ln 10 = 2.3 without training
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
+    assert losses["fp16"] == pytest.approx(losses["fp32"], rel=0.02)
 
 
 # Rates that follow the minibatch's size
@@ -504,9 +507,8 @@ def test_a_run_is_that_with_the_scaled_values_and_its_plan_tells_them() -> None:
 
     scaled = run("optimizer.lr_scale_with={batch: 64, rule: sqrt}")
     rate, eps = 0.01 * 2**0.5, 1e-8 / 2**0.5
-    by_hand = run(
-        f"optimizer.lr={rate}", f"optimizer.betas=[{1 - 2 * (1 - 0.9)},{1 - 2 * (1 - 0.999)}]", f"optimizer.eps={eps}"
-    )
+    betas = [1 - 2 * (1 - beta) for beta in (0.9, 0.999)]
+    by_hand = run(f"optimizer.lr={rate}", f"optimizer.betas={betas}", f"optimizer.eps={eps}")
     assert torch.equal(trained(scaled), trained(by_hand))
     assert not torch.equal(trained(scaled), trained(run()))
     told = plan_lines(scaled)["optimizer"]

@@ -13,7 +13,6 @@ from mbgd.task.parameter_groups import check_options, parameter_groups
 from mbgd.task.task import Task
 from mbgd.text.listing import shown
 
-
 KEYS_OF_OURS = ("groups", "lr_scale_with")
 """Keys of the node that are not arguments of the target."""
 

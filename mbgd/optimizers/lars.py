@@ -22,7 +22,7 @@ class Lars(Layerwise):
         momentum: float = 0.9,
         weight_decay: float = 1e-4,
         trust_coefficient: float = 1e-3,
-        adapt_vectors: bool = False,
+        adapt_vectors: bool = True,
     ) -> None:
         defaults = {
             "lr": lr,

@@ -19,8 +19,8 @@ from mbgd.errors import UsageError
 class Layerwise(Optimizer):
     """An optimizer whose groups have the option `adapt_vectors`.
 
-    Where that is false, parameters of fewer than two dimensions (biases, norms) have ratio 1 and no weight decay, as in
-    the authors' code.
+    Where that is false, parameters of fewer than two dimensions (biases, norms) have ratio 1 and no weight decay: the
+    authors' code of LAMB leaves them out by name, and so do many recipes with LARS.
     """
 
     @torch.no_grad()
