@@ -138,6 +138,8 @@ def test_rules_between_settings() -> None:
         (Settings(steps=-1), "steps=-1"),
         (Settings(max_grad_norm=-1.0), "max_grad_norm=-1"),
         (Settings(max_grad_norm=math.nan), "max_grad_norm=nan"),
+        (Settings(max_grad_value=0.0), "max_grad_value=0.0; it must be a finite number > 0"),
+        (Settings(max_grad_value=math.inf), "max_grad_value=inf"),
         (Settings(evaluation=mbgd.Evaluation(every_steps=0)), "evaluation.every_steps=0"),
         (Settings(evaluation=mbgd.Evaluation(batch_size=0)), "evaluation.batch_size=0"),
         (Settings(averaging=mbgd.Averaging(num_threads=0)), "averaging.num_threads=0"),
