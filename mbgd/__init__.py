@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mbgd import schedule
+    from mbgd import optimizers, schedule
     from mbgd.batches.bucketed import BucketedOrder
     from mbgd.batches.loader import Data
     from mbgd.batches.weighted import WeightedOrder, balanced_classes
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         NoiseScale,
         Precision,
         Settings,
+        in_steps,
     )
     from mbgd.data import InMemory
     from mbgd.errors import NotSaved, ObserverFailed, Preempted, UsageError, WorkersLost
@@ -76,6 +77,8 @@ __all__ = [
     "Workers",
     "WorkersLost",
     "balanced_classes",
+    "in_steps",
+    "optimizers",
     "schedule",
     "start_workers",
 ]
@@ -107,8 +110,8 @@ def __getattr__(name: str) -> Any:
         from mbgd.versions import of_mbgd
 
         return of_mbgd()
-    if name == "schedule":
-        return import_module("mbgd.schedule")
+    if name in ("optimizers", "schedule"):
+        return import_module(f"mbgd.{name}")
     if name in __all__:
         for home in _HOMES:
             module = import_module(f"mbgd.{home}")

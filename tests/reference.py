@@ -19,6 +19,7 @@ def train(
     minibatches: Sequence[Sequence[int]],
     make_optimizer: Callable[[Any], torch.optim.Optimizer],
     max_grad_norm: float | None = None,
+    max_grad_value: float | None = None,
 ) -> list[float]:
     """Trains in place on the minibatches, given as example indices; each minibatch's weighted mean loss."""
     optimizer = make_optimizer(model.parameters())
@@ -29,6 +30,8 @@ def train(
         mean = losses.mean() if weights is None else (losses * weights).sum() / weights.sum()
         optimizer.zero_grad()
         mean.backward()  # type: ignore[no-untyped-call]
+        if max_grad_value is not None:
+            torch.nn.utils.clip_grad_value_(model.parameters(), max_grad_value)
         if max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
         optimizer.step()

@@ -31,6 +31,7 @@ LAYERS = """
     checkpoints
     checks
     averaging
+    optimizers
     task
     data models
     batches
@@ -48,6 +49,8 @@ PURE = [
     "batches.order",
     "task.objective",
     "task.losses",
+    "config.duration",
+    "config.resolved",
     "config.settings",
     "config.must_match",
     "config.field_types",

@@ -89,6 +89,7 @@ class Case:
     micro_batch: int | None = None
     optimizer: str = "sgd"
     max_grad_norm: float | None = None
+    max_grad_value: float | None = None
     steps: int | None = None
     averaging: str = "ddp"
 
@@ -118,6 +119,8 @@ CASES_OF_DDP = [
     Case("uniform", optimizer="adamw"),
     Case("ragged tokens", optimizer="adamw", micro_batch=7),
     Case("uniform", max_grad_norm=0.05),
+    Case("uniform", max_grad_value=0.005),
+    Case("ragged tokens", max_grad_value=0.005, max_grad_norm=0.02, optimizer="adamw"),
     Case("some zero", max_grad_norm=0.05, micro_batch=7, optimizer="adamw"),
     Case("uniform", 250, 100, 30, steps=9),  # three epochs, each in an order of its own
 ]
@@ -163,6 +166,7 @@ def train(workers: mbgd.Workers, case: Case) -> tuple[Tensor, list[str], list[fl
             batch=mbgd.Batch(size=case.minibatch, micro_batch_size=case.micro_batch),
             precision=mbgd.Precision.fp64,
             max_grad_norm=case.max_grad_norm,
+            max_grad_value=case.max_grad_value,
             averaging=mbgd.Averaging(AveragingName(case.averaging)),
             log_every_steps=1,
         ),
@@ -191,6 +195,7 @@ def in_plain_torch(case: Case) -> tuple[Tensor, list[float]]:
         list(case.minibatches()),
         OPTIMIZERS[case.optimizer],
         case.max_grad_norm,
+        case.max_grad_value,
     )
     return nn.utils.parameters_to_vector(model.parameters()).detach(), losses
 

@@ -462,9 +462,10 @@ def not_finite_of_workers(workers: mbgd.Workers, averaging: str) -> str:
 
 
 def test_it_is_noticed_at_once_where_the_norm_is_known_and_in_the_very_last_step() -> None:
-    message = not_finite_at(3, 7, max_grad_norm=1.0)
-    assert "the gradient of layer.weight is not finite at step 3, although the loss is" in message
-    assert "The step was not made" in message
+    for clipped in ("max_grad_norm", "max_grad_value"):
+        message = not_finite_at(3, 7, **{clipped: 1.0})
+        assert "the gradient of layer.weight is not finite at step 3, although the loss is" in message
+        assert "The step was not made" in message
     assert "step 7" in not_finite_at(7, 7)  # its norm is logged
 
 

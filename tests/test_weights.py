@@ -115,7 +115,7 @@ def trained_average(workers: mbgd.Workers, averaging: str, how: dict[str, Any], 
     return {"average": average, "metrics": result.metrics, "sha256": made.weights_sha256()}
 
 
-HOW = [{"decay": 0.9}, {"decay": 0.5, "start": 3, "every_steps": 2}]
+HOW: list[dict[str, Any]] = [{"decay": 0.9}, {"decay": 0.5, "start": 3, "every_steps": 2}]
 
 
 @pytest.mark.parametrize("how", HOW, ids=str)
@@ -157,6 +157,13 @@ def test_the_average_is_that_of_one_process_on_any_number_of_workers(averaging: 
                     k: v for k, v in alone["metrics"].items() if "eval" in k
                 }
                 assert all(tensor.equal(alone["average"][name]) for name, tensor in found["average"].items())
+
+
+def test_durations_are_given_in_epochs_too() -> None:
+    ema, freeze = mbgd.EMA(0.9, start="1 epochs", warmup_steps="10 examples"), mbgd.Freeze(["backbone.*"], "2 epochs")
+    trainer(mbgd.Workers(), [ema, freeze])  # 5 minibatches an epoch
+    assert (ema.start, freeze.until) == (5, 10)
+    assert ema.decay_after(6) == pytest.approx(0.45)
 
 
 @given(st.floats(0, 0.9999), st.integers(1, 50), st.integers(1, 300))
@@ -326,12 +333,13 @@ def test_parameters_are_frozen_and_unfrozen_as_in_plain_torch(averaging: str) ->
     ("make", "message"),
     [
         (lambda: mbgd.EMA(1.0), "ema.decay=1.0; it must be at least 0 and less than 1"),
-        (lambda: mbgd.EMA(every_steps=0), "ema.every_steps=0; it is a number of steps, at least 1"),
-        (lambda: mbgd.EMA(start=-1), "ema.start=-1"),
+        (lambda: mbgd.EMA(every_steps=0), "ema.every_steps=0; it must be at least 1"),
+        (lambda: mbgd.EMA(start=-1), "ema.start=-1; it must be at least 0"),
+        (lambda: mbgd.EMA(start="1 epoc"), "ema.start=1 epoc; it takes a whole number of steps"),
         (lambda: mbgd.EMA(power=0.0), "ema.power=0.0; it must be greater than 0"),
         (lambda: mbgd.EMA(power=0.5, warmup_steps=9), "choose one kind of warm-up"),
         (lambda: mbgd.Freeze("backbone.*"), "it takes a list of patterns"),
-        (lambda: mbgd.Freeze(["head.*"], 0), "unfreeze.at=0; it is a number of steps, at least 1"),
+        (lambda: mbgd.Freeze(["head.*"], 0), "unfreeze.at=0; it must be at least 1"),
         (lambda: trainer(mbgd.Workers(), [mbgd.Freeze(["hed.*"])]), "no parameter's name matches 'hed.*'"),
         (lambda: trainer(mbgd.Workers(), [mbgd.Freeze(["*"])]), "leaves no parameter to train"),
         (

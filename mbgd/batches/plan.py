@@ -10,7 +10,7 @@ from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
-from mbgd.config import AveragingName, Settings
+from mbgd.config import AveragingName, Settings, in_steps
 from mbgd.errors import UsageError
 
 NUM_REPRODUCIBLE_LEAVES = 8
@@ -166,6 +166,6 @@ def make_plan(settings: Settings, num_examples: int, num_workers: int) -> Plan:
 def count_steps(settings: Settings, plan: Plan) -> int:
     """Optimizer steps of the whole run."""
     if settings.steps is not None:
-        return settings.steps
+        return in_steps(settings.steps, plan)
     assert settings.epochs is not None
     return settings.epochs * plan.steps_per_epoch

@@ -14,13 +14,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mbgd import averaging
 from mbgd.batches.loader import Data
-from mbgd.batches.plan import count_steps, make_plan
+from mbgd.batches.plan import Plan, count_steps, make_plan
 from mbgd.building.make import make
 from mbgd.building.observers import make_observers
 from mbgd.building.optimizer import make_optimizer
 from mbgd.building.references import referred
 from mbgd.checkpoints import saving
-from mbgd.config import Config, Run, validate
+from mbgd.config import Config, Run, in_steps, validate
+from mbgd.config.duration import FORMS, problem
 from mbgd.config.field_types import WORDS, converted
 from mbgd.config.renamed import new_name
 from mbgd.errors import UsageError
@@ -102,6 +103,8 @@ def _shown(path: Sequence[str]) -> str:
 
 def _rule(reason: str) -> str:
     """The rule behind OmegaConf's `reason`, for reasons in its own terms."""
+    if "Union[int, str]" in reason and "None" not in reason.split(" is incompatible")[0]:
+        return f" It takes {FORMS}."
     kinds = {"Integer": int, "Float": float, "Boolean": bool}
     if found := re.search(r"could not be converted to (\w+)", reason):
         return f" It takes {WORDS[kinds[found[1]]].lower()}." if found[1] in kinds else ""
@@ -109,7 +112,7 @@ def _rule(reason: str) -> str:
         return " It is a section: give values to its keys."
     if "is not a ListConfig" in reason:
         return " It takes a list, such as [a,b]."
-    return " It cannot be null." if "is not Optional" in reason else ""
+    return " It cannot be null." if "is not Optional" in reason or "Value 'None'" in reason else ""
 
 
 def _make_writable(section: DictConfig) -> None:
@@ -194,11 +197,11 @@ def build_trainer(config: Config, workers: Workers) -> Trainer:
     objective = make("objective", config.objective, _partial_=_is_function(config.objective))
     if not callable(objective):
         raise UsageError(f"objective is a {type(objective).__name__}; it must be a function (model, batch).")
-    optimizer, notes = make_optimizer(config.optimizer, Task(model, objective))
+    optimizer, notes = make_optimizer(config.optimizer, Task(model, objective), config.batch.size)
     plan = make_plan(config, len(data.train), workers.num_workers)
     schedule = None
     if config.schedule is not None:
-        schedule = make("schedule", config.schedule, num_steps=count_steps(config, plan))
+        schedule = make("schedule", _in_steps(config.schedule, plan), num_steps=count_steps(config, plan))
         if not callable(schedule):
             raise UsageError(f"schedule is a {type(schedule).__name__}; it must be a function of the step.")
     metrics = {name: make(f"evaluation.metrics.{name}", node) for name, node in config.evaluation.metrics.items()}
@@ -212,6 +215,16 @@ def build_trainer(config: Config, workers: Workers) -> Trainer:
     saving.check(config.checkpoint, trainer.evaluations.names)
     profiling.check(config.profile, trainer.setup.num_steps)
     return trainer
+
+
+def _in_steps(schedule: Any, plan: Plan) -> Any:
+    """The node of a schedule with its arguments `…_steps` in whole steps, also where they are given in other units."""
+    if not isinstance(schedule, dict):
+        return schedule
+    texts = {key: one for key, one in schedule.items() if str(key).endswith("_steps") and isinstance(one, str)}
+    if found := [malformed for key, text in texts.items() if (malformed := problem(f"schedule.{key}", text))]:
+        raise UsageError("\n".join(found))
+    return schedule | {key: in_steps(text, plan) for key, text in texts.items()}
 
 
 def build_data(config: Config) -> Data:

@@ -17,6 +17,7 @@ from mbgd.checkpoints import memory_tier
 from mbgd.checkpoints.memory_tier import memory_path
 from mbgd.checkpoints.snapshot import Snapshot
 from mbgd.config import Checkpoint, Direction
+from mbgd.config.duration import whole
 from mbgd.errors import UsageError
 from mbgd.workers.group import Workers
 from mbgd.workers.log import write_to_log
@@ -121,7 +122,7 @@ class CheckpointFolder:
 
     def _is_due(self, step: int) -> bool:
         every_steps = self._settings.every_steps
-        return every_steps is not None and step % every_steps == 0
+        return every_steps is not None and step % whole(every_steps) == 0
 
     def due_by_time(self) -> bool:
         every_seconds = self._settings.every_seconds
@@ -275,7 +276,7 @@ def check(settings: Checkpoint, evaluation_names: Sequence[str]) -> None:
 
 
 def create(settings: Checkpoint, run: Path, disk: Path, identity: Mapping[str, Any], workers: Workers) -> Keeper:
-    """The checkpoints that this worker keeps for the run in folder `run`; those on disk are in `disk`."""
+    """This worker's checkpoints, by resolved settings, of the run in folder `run`; those on disk are in `disk`."""
     kept: Keeper = CheckpointsElsewhere()
     if workers.is_main:
         kept = CheckpointFolder(disk, settings, identity)
@@ -284,7 +285,7 @@ def create(settings: Checkpoint, run: Path, disk: Path, identity: Mapping[str, A
         if problem := memory_tier.make(path):
             print(f"warning: {problem}; no snapshots are kept in this host's memory.", flush=True)
         else:
-            kept = DiskAndMemory(kept, MemoryFolder(path, settings.memory_every_steps, identity))
+            kept = DiskAndMemory(kept, MemoryFolder(path, whole(settings.memory_every_steps), identity))
     return kept
 
 

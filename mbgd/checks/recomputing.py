@@ -18,6 +18,7 @@ from mbgd.batches.order import mix
 from mbgd.batches.plan import cut
 from mbgd.checks.replicas import checksum
 from mbgd.checks.setup import Setup
+from mbgd.config.duration import whole
 from mbgd.errors import ComputedWrongly
 from mbgd.text.listing import shown
 
@@ -68,7 +69,7 @@ class Recomputing:
         gradients_of(step, examples): the gradients of Σ w L, as the averaging gets them; it changes no state.
         """
         every_steps = setup.settings.check.recompute_every_steps
-        return None if every_steps is None else cls(setup, every_steps, gradients_of)
+        return None if every_steps is None else cls(setup, whole(every_steps), gradients_of)
 
     def watch(self, step: int, norms: MicroBatchNorms | None) -> MicroBatchNorms | None:
         """The norms for the averaging of this step: at a checked step they take checksums, otherwise `norms`."""

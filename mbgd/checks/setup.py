@@ -1,6 +1,6 @@
 """What a trainer works with, checked before the first step, with the same result on every worker."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -14,8 +14,10 @@ from mbgd.checks import optimizers
 from mbgd.checks.preflight import Findings, Trial
 from mbgd.checks.same_program import check_same_program
 from mbgd.checks.targets import check_skipping, check_targets
-from mbgd.config import AveragingName, Config, Precision, Settings, validate
+from mbgd.config import AveragingName, Config, Duration, Precision, Settings, resolved, validate
+from mbgd.config.duration import whole
 from mbgd.errors import UsageError
+from mbgd.schedule import Schedule
 from mbgd.task import extra_state
 from mbgd.task.activation_checkpointing import checkpoint_
 from mbgd.task.buffers import Buffers
@@ -35,6 +37,7 @@ class Setup:
     optimizer: Optimizer
     data: Data
     settings: Settings
+    """With durations in whole steps."""
     workers: Workers
     plan: Plan
     num_steps: int
@@ -54,10 +57,10 @@ class Setup:
     @cached_property
     def compared_every_steps(self) -> list[int]:
         """The copies of the state are compared every N steps, for each N here, and before each evaluation."""
-        every = [self.settings.check.replicas_every_steps]
+        every: list[Duration | None] = [self.settings.check.replicas_every_steps]
         if isinstance(self.settings, Config):
             every += [self.settings.checkpoint.every_steps, self.settings.checkpoint.memory_every_steps]
-        return [one for one in every if one is not None]
+        return [whole(one) for one in every if one is not None]
 
     def compares_after(self, num_steps: int) -> bool:
         """Whether the copies of the state are compared after `num_steps` steps, beside evaluations."""
@@ -74,6 +77,9 @@ def set_up(
     plan = make_plan(settings, len(data.train), workers.num_workers)
     if settings.matmul_precision is not None:
         torch.set_float32_matmul_precision(settings.matmul_precision.value)
+    settings = resolved(settings, plan)
+    if isinstance(settings.schedule, Schedule):
+        settings = replace(settings, schedule=settings.schedule.in_steps(plan))
     averaging.prepare(settings.averaging, plan, workers.device)
     task = Task(model, objective, in_bf16=settings.precision is Precision.bf16_true)
     refuse_odd_parts(task)

@@ -18,7 +18,7 @@ from mbgd.building.build import build_trainer, resolved_yaml, run_name, typed
 from mbgd.checkpoints import saving
 from mbgd.checks.same_program import check_same_config
 from mbgd.cli import failing, launching
-from mbgd.config import Config, must_match
+from mbgd.config import Config, must_match, resolved
 from mbgd.errors import FAILED, Preempted, UsageError
 from mbgd.measuring import profiling
 from mbgd.runs import wording
@@ -66,7 +66,8 @@ def _train(
         if trainer.state.step == 0:
             start_from(trainer, config.init, quiet=config.tracking.quiet)
         profiler = profiling.create(config.profile, folder.path, workers, quiet=config.tracking.quiet)
-        checkpoints = saving.create(config.checkpoint, folder.path, folder.checkpoints_path, must_match(plain), workers)
+        checkpoint = resolved(config.checkpoint, trainer.setup.plan)
+        checkpoints = saving.create(checkpoint, folder.path, folder.checkpoints_path, must_match(plain), workers)
         if workers.is_main:
             tell_of_another_version(folder.path)
             folder.write_config(text)

@@ -1,6 +1,8 @@
 """The settings of a run: types, units, and the rules between them. Pure: no Hydra, no torch.distributed."""
 
+from mbgd.config.duration import Duration, in_steps
 from mbgd.config.must_match import must_match
+from mbgd.config.resolved import resolved
 from mbgd.config.rules import profiled_steps, validate
 from mbgd.config.settings import (
     ActivationCheckpointing,
@@ -45,6 +47,7 @@ __all__ = [
     "Config",
     "DeviceName",
     "Direction",
+    "Duration",
     "EarlyStoppingSettings",
     "EmaSettings",
     "Evaluation",
@@ -60,7 +63,9 @@ __all__ = [
     "Unfreeze",
     "Wandb",
     "WandbMode",
+    "in_steps",
     "must_match",
     "profiled_steps",
+    "resolved",
     "validate",
 ]

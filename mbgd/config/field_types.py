@@ -8,6 +8,7 @@ from enum import Enum
 from numbers import Integral, Real
 from typing import Any, Self, Union, get_args, get_origin, get_type_hints
 
+from mbgd.config.duration import FORMS, Duration
 from mbgd.config.renamed import new_name
 from mbgd.errors import UsageError
 from mbgd.text.suggestions import did_you_mean
@@ -41,6 +42,8 @@ def converted(given: str, value: Any, wanted: Any) -> Any:
     kind, may_be_none = _without_none(wanted)
     if value is None and may_be_none:
         return None
+    if kind == Duration:
+        return _duration(given, value)
     origin: Any = get_origin(kind) or kind
     if issubclass(origin, Enum):
         return _member(given, value, origin)
@@ -57,11 +60,21 @@ def converted(given: str, value: Any, wanted: Any) -> Any:
 
 
 def _without_none(wanted: Any) -> tuple[Any, bool]:
-    """(type without None, whether None is allowed); a union of several types becomes object."""
-    if get_origin(wanted) not in (Union, types.UnionType):
+    """(type without None, whether None is allowed); a union of types other than `Duration` becomes object."""
+    if wanted == Duration or get_origin(wanted) not in (Union, types.UnionType):
         return wanted, False
+    if wanted == Duration | None:
+        return Duration, True
     kinds = [one for one in get_args(wanted) if one is not type(None)]
     return kinds[0] if len(kinds) == 1 else object, len(kinds) < len(get_args(wanted))
+
+
+def _duration(given: str, value: Any) -> Duration:
+    """The form of a text is one of the settings' rules (rules.py)."""
+    result: Duration | None = value if isinstance(value, str) else _plain(value, int)
+    if result is None:
+        raise UsageError(f"{given}: it takes {FORMS}.")
+    return result
 
 
 def _member(given: str, value: Any, choices: type[Enum]) -> Enum:

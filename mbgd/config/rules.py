@@ -3,6 +3,7 @@
 import math
 import re
 
+from mbgd.config.duration import Duration, is_less_than_one_step, problem
 from mbgd.config.settings import AveragingName, CompileName, Config, Precision, Settings
 
 
@@ -28,11 +29,7 @@ def validate(settings: Settings) -> list[str]:
     num_threads = settings.averaging.num_threads
     if num_threads is not None and num_threads < 1:
         found.append(f"averaging.num_threads={num_threads}; a worker has at least 1 thread; null: torch's choice.")
-    if settings.steps is None and settings.epochs is None:
-        found.append("steps=null and epochs=null; set one of them.")
-    for name, value in (("steps", settings.steps), ("epochs", settings.epochs)):
-        if value is not None and value < 0:
-            found.append(f"{name}={value}; it must be ≥ 0.")
+    found += _problems_of_the_length(settings.steps, settings.epochs)
     evaluation, noise = settings.evaluation, settings.noise_scale
     found += _too_small(
         ("log_every_steps", settings.log_every_steps, ""),
@@ -44,7 +41,10 @@ def validate(settings: Settings) -> list[str]:
         ("noise_scale.smoothing", noise.smoothing, " (1: each measurement by itself)"),
     )
     found += _do_not_go_together(settings)
-    found += _not_positive(("max_grad_norm", settings.max_grad_norm, ", or null to leave gradients as they are"))
+    found += _not_positive(
+        ("max_grad_norm", settings.max_grad_norm, ", or null to leave gradients as they are"),
+        ("max_grad_value", settings.max_grad_value, ", or null to leave gradients as they are"),
+    )
     if isinstance(settings, Config):
         found += _problems_of_a_run(settings)
     elif settings.schedule is not None and not callable(settings.schedule):
@@ -69,6 +69,14 @@ def _do_not_go_together(settings: Settings) -> list[str]:
             "gradient has the same bits on every worker only with averaging=reproducible. Use that, or null."
         )
     return found
+
+
+def _problems_of_the_length(steps: Duration | None, epochs: int | None) -> list[str]:
+    if steps is None and epochs is None:
+        return ["steps=null and epochs=null; set one of them."]
+    negative = [(name, one) for name, one in (("steps", steps), ("epochs", epochs)) if isinstance(one, int) and one < 0]
+    malformed = "" if steps is None else problem("steps", steps)
+    return [f"{name}={value}; it must be ≥ 0." for name, value in negative] + ([malformed] if malformed else [])
 
 
 def _problems_of_a_run(config: Config) -> list[str]:
@@ -97,12 +105,14 @@ def _problems_of_a_run(config: Config) -> list[str]:
     return found + [f"{name} is empty; leave it out, or give a value." for name, text in texts.items() if text == ""]
 
 
-def _too_small(*numbers: tuple[str, int | None, str]) -> list[str]:
-    return [
-        f"{name}={value}; it must be ≥ 1{otherwise}."
-        for name, value, otherwise in numbers
-        if value is not None and value < 1
-    ]
+def _too_small(*numbers: tuple[str, Duration | None, str]) -> list[str]:
+    found = []
+    for name, value, otherwise in numbers:
+        if value is not None and (malformed := problem(name, value)):
+            found.append(malformed)
+        elif value is not None and is_less_than_one_step(value):
+            found.append(f"{name}={value}; it must be ≥ 1{otherwise}.")
+    return found
 
 
 def _not_positive(*numbers: tuple[str, float | None, str]) -> list[str]:

@@ -1,12 +1,14 @@
 """The typed settings of a run.
 
-`conf/` gives the values and comments; these classes give types, units and rules. Long because it is the one list of them.
+`conf/` gives the values and comments; these classes give types, units and rules. A number of steps is a `Duration`: it
+may be given in epochs or examples, too. Long because it is the one list of all settings.
 """
 
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from mbgd.config.duration import Duration
 from mbgd.config.field_types import Typed
 
 MUST_MATCH = {"must_match": True}
@@ -79,7 +81,7 @@ class Averaging(Typed):
 
 @dataclass(frozen=True)
 class Evaluation(Typed):
-    every_steps: int | None = None
+    every_steps: Duration | None = None
     """Optimizer steps between evaluations; None: at the end of each epoch. There is always one at the end."""
     at_start: bool = False
     """Evaluate also before the first step."""
@@ -91,7 +93,7 @@ class Evaluation(Typed):
 
 @dataclass(frozen=True)
 class NoiseScale(Typed):
-    every_steps: int | None = 50
+    every_steps: Duration | None = 50
     """Optimizer steps between measurements of the gradient's noise; None: not measured."""
     smoothing: int = 20
     """Measurements to average over, with weights that decay exponentially."""
@@ -99,9 +101,9 @@ class NoiseScale(Typed):
 
 @dataclass(frozen=True)
 class Check(Typed):
-    replicas_every_steps: int | None = None
+    replicas_every_steps: Duration | None = None
     """Optimizer steps between comparisons of the workers' copies of the state; None: before each evaluation alone."""
-    recompute_every_steps: int | None = None
+    recompute_every_steps: Duration | None = None
     """Optimizer steps between steps that recompute a micro-batch on another worker; None: never."""
 
 
@@ -117,7 +119,7 @@ class Settings(Typed):
 
     seed: int = field(default=0, metadata=MUST_MATCH)
     epochs: int | None = 1
-    steps: int | None = None
+    steps: Duration | None = None
     """Optimizer steps; None: `epochs` passes over the training examples."""
     batch: Batch = field(default_factory=Batch)
     precision: Precision = field(default=Precision.fp32, metadata=MUST_MATCH)
@@ -129,10 +131,12 @@ class Settings(Typed):
     averaging: Averaging = field(default_factory=Averaging)
     max_grad_norm: float | None = field(default=None, metadata=MUST_MATCH)
     """Largest Euclidean norm of the mean gradient; None: not clipped."""
+    max_grad_value: float | None = field(default=None, metadata=MUST_MATCH)
+    """Largest absolute value of an element of the mean gradient, clipped before the norm is; None: not clipped."""
     schedule: Any = field(default=None, metadata=MUST_MATCH)
     """Step (counted from 0) → factor for the learning rate; None: 1."""
     evaluation: Evaluation = field(default_factory=Evaluation)
-    log_every_steps: int = 50
+    log_every_steps: Duration = 50
     noise_scale: NoiseScale = field(default_factory=NoiseScale)
     check: Check = field(default_factory=Check)
 
@@ -175,7 +179,7 @@ class Sweep(Typed):
 
 @dataclass(frozen=True)
 class Checkpoint(Typed):
-    every_steps: int | None = None
+    every_steps: Duration | None = None
     """Optimizer steps between checkpoints; None: by time alone. There is always one at the end."""
     every_seconds: float | None = 300.0
     """Seconds between checkpoints; None: by steps alone."""
@@ -185,7 +189,7 @@ class Checkpoint(Typed):
     """An evaluation metric, such as eval/accuracy, whose best checkpoint is kept too; None: the newest alone."""
     direction: Direction = Direction.minimize
     """Whether smaller or larger values of `best` are better."""
-    memory_every_steps: int | None = None
+    memory_every_steps: Duration | None = None
     """Optimizer steps between snapshots in the host's memory, for workers that restart there; None: none."""
     required: bool = False
     """End the run if a checkpoint cannot be written."""
@@ -207,11 +211,11 @@ class EmaSettings(Typed):
 
     decay: float | None = None
     """Share of the old average that an update keeps; None: no average."""
-    every_steps: int = 1
+    every_steps: Duration = 1
     """Optimizer steps between updates of the average."""
-    start: int = 0
+    start: Duration = 0
     """Optimizer steps after which the average begins, as a copy of the parameters."""
-    warmup_steps: int = 0
+    warmup_steps: Duration = 0
     """Optimizer steps in which the decay rises linearly from 0; 0: none."""
     power: float | None = None
     """Let the decay rise as 1 − (1 + t)^−power, t steps after the start, up to `decay`; None: at once."""
@@ -235,7 +239,7 @@ class EarlyStoppingSettings(Typed):
 
 @dataclass(frozen=True)
 class Unfreeze(Typed):
-    at: int | None = None
+    at: Duration | None = None
     """Optimizer steps after which the parameters of `freeze` are trained; None: never."""
 
 

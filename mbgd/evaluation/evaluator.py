@@ -15,6 +15,7 @@ from mbgd.checks.preflight import NUM_EXAMPLES
 from mbgd.checks.setup import Setup
 from mbgd.checks.targets import check_targets
 from mbgd.config import Settings
+from mbgd.config.duration import whole
 from mbgd.errors import UsageError
 from mbgd.evaluation.metrics import WholeSetMetrics, check
 from mbgd.task.extra_state import extra_state_kept
@@ -161,7 +162,7 @@ class Evaluations:
                 f"evaluation.metrics={', '.join(metrics)}, but there is no evaluation dataset. Give data.evaluation, "
                 "or leave them out."
             )
-        self._every_steps = setup.settings.evaluation.every_steps or setup.plan.steps_per_epoch
+        self._every_steps = whole(setup.settings.evaluation.every_steps or setup.plan.steps_per_epoch)
         self._last_step = setup.num_steps
         self.by_name = {name: Evaluator(setup, name, dataset) for name, dataset in sets.items()}
         """A single set has the name ""."""

@@ -7,7 +7,7 @@ from typing import Any
 from mbgd.checkpoints import format as checkpoint
 from mbgd.checkpoints import saving
 from mbgd.checkpoints.saving import Take
-from mbgd.config import Batch, Checkpoint, Run, Settings
+from mbgd.config import Batch, Checkpoint, Run, Settings, resolved
 from mbgd.config.must_match import marked
 from mbgd.errors import UsageError
 from mbgd.runs.resume import restore
@@ -20,7 +20,7 @@ class Checkpoints:
 
     def __init__(self, folder: str | Path, trainer: Trainer, settings: Checkpoint | None = None) -> None:
         """UsageError, on every worker, if the folder cannot be made or another run writes to it."""
-        settings = settings or Checkpoint()
+        settings = resolved(settings or Checkpoint(), trainer.setup.plan)
         saving.check(settings, trainer.evaluations.names)
         self._trainer, workers = trainer, trainer.setup.workers
         self._folder = open_run_folder(Run(dir=str(folder)), "", workers, may_hold_a_run=True)

@@ -5,7 +5,9 @@ from pathlib import Path
 import torch
 
 from mbgd.batches.plan import Plan
-from mbgd.config import Precision
+from mbgd.config import Config, Precision
+from mbgd.optimizers.describing import described
+from mbgd.optimizers.scaling import Scale
 from mbgd.step.done import Result
 from mbgd.task import threads
 from mbgd.task.precision import parameter_dtype
@@ -30,11 +32,19 @@ def plan_lines(trainer: Trainer) -> dict[str, str]:
         "examples": f"{plan.num_examples:,} for training, {evaluation} for evaluation",
         "steps": f"{trainer.setup.num_steps:,}, {plan.steps_per_epoch:,} an epoch",
         "parameters": f"{parameters:,} in {describe_precision(trainer.setup.settings.precision)}",
+        "optimizer": _describe_optimizer(trainer),
         "averaging": trainer.train_step.averaging.describe(),
         "noise scale": trainer.train_step.noise_scale.describe(),
         "device": f"{workers.device.type}, {count(torch.get_num_threads(), 'thread')} per worker"
         + "".join(f" ({reason})" for reason in threads.why),
     }
+
+
+def _describe_optimizer(trainer: Trainer) -> str:
+    settings, rates = trainer.setup.settings, trainer.train_step.update.base_rates
+    node = settings.optimizer if isinstance(settings, Config) and isinstance(settings.optimizer, dict) else {}
+    scale = Scale.of(node.get("lr_scale_with"))
+    return described(trainer.setup.optimizer, rates, scale, settings.batch.size)
 
 
 def describe_precision(precision: Precision) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mbgd.config.duration import Duration, check_duration, in_steps, whole
 from mbgd.errors import UsageError
 from mbgd.step.done import Done
 
@@ -24,9 +25,9 @@ class EMA:
     def __init__(
         self,
         decay: float = 0.999,
-        every_steps: int = 1,
-        start: int = 0,
-        warmup_steps: int = 0,
+        every_steps: Duration = 1,
+        start: Duration = 0,
+        warmup_steps: Duration = 0,
         power: float | None = None,
         evaluate: bool = True,
     ) -> None:
@@ -37,25 +38,26 @@ class EMA:
         """
         if not 0 <= decay < 1:
             raise UsageError(f"ema.decay={decay}; it must be at least 0 and less than 1, such as 0.999.")
-        for key, value, least in (
-            ("every_steps", every_steps, 1),
-            ("start", start, 0),
-            ("warmup_steps", warmup_steps, 0),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise UsageError(f"ema.{key}={value}; it is a number of steps, at least {least}.")
+        check_duration("ema.every_steps", every_steps, least=1)
+        check_duration("ema.start", start)
+        check_duration("ema.warmup_steps", warmup_steps)
         if power is not None and not power > 0:
             raise UsageError(f"ema.power={power}; it must be greater than 0, such as 2/3, or null for no such warm-up.")
         if power is not None and warmup_steps:
             raise UsageError(f"ema.power={power} and ema.warmup_steps={warmup_steps}: choose one kind of warm-up.")
-        self.decay, self.every_steps, self.start = decay, every_steps, start
-        self.warmup_steps, self.power, self.evaluate = warmup_steps, power, evaluate
+        self.decay, self.power, self.evaluate = decay, power, evaluate
+        self._durations = {"every_steps": every_steps, "start": start, "warmup_steps": warmup_steps}
         self._parameters: dict[str, Tensor] = {}
         self._average: list[Tensor] = []
         """Empty until it begins."""
         self._may_skip = False
 
+    @property
+    def start(self) -> int:
+        return whole(self._durations["start"])
+
     def before_training(self, trainer: Any) -> None:
+        self._durations = {name: in_steps(one, trainer.setup.plan) for name, one in self._durations.items()}
         self._parameters = {name: _real(p.detach()) for name, p in trainer.setup.trained.by_name.items()}
         self._may_skip = trainer.train_step.update.may_skip
 
@@ -69,7 +71,7 @@ class EMA:
             if step >= self.start:
                 self._begin()
             return
-        if (step - self.start) % self.every_steps:
+        if (step - self.start) % whole(self._durations["every_steps"]):
             return
         share, parameters = 1 - self.decay_after(step), list(self._parameters.values())
         if any(p.dtype != average.dtype for p, average in zip(parameters, self._average, strict=True)):
@@ -82,10 +84,10 @@ class EMA:
 
     def decay_after(self, step: int) -> float:
         """The decay d of the update after `step` steps."""
-        since = step - self.start
+        since, warmup_steps = step - self.start, whole(self._durations["warmup_steps"])
         if self.power is not None:
             return float(min(self.decay, 1 - (1 + since) ** -self.power))
-        return self.decay * min(1.0, since / self.warmup_steps) if self.warmup_steps else self.decay
+        return self.decay * min(1.0, since / warmup_steps) if warmup_steps else self.decay
 
     @contextmanager
     def other_weights(self) -> Iterator[None]:

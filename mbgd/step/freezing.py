@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from mbgd.config.duration import Duration, check_duration, in_steps
 from mbgd.errors import UsageError
 from mbgd.step.done import Done
 from mbgd.text.suggestions import nearest
@@ -20,17 +21,18 @@ class Freeze:
 
     name = "freeze"
 
-    def __init__(self, patterns: Sequence[str], until: int | None = None) -> None:
+    def __init__(self, patterns: Sequence[str], until: Duration | None = None) -> None:
         """until: the steps after which the parameters are trained like the others; None: they stay frozen."""
         if isinstance(patterns, str) or not patterns or not all(isinstance(one, str) and one for one in patterns):
             raise UsageError(f"freeze={patterns!r}; it takes a list of patterns of names, such as [backbone.*].")
-        if until is not None and (isinstance(until, bool) or not isinstance(until, int) or until < 1):
-            raise UsageError(f"unfreeze.at={until}; it is a number of steps, at least 1, or null for never.")
+        if until is not None:
+            check_duration("unfreeze.at", until, least=1)
         self.patterns, self.until = list(patterns), until
         self._frozen: list[nn.Parameter] = []
 
     def before_training(self, trainer: Any) -> None:
         """UsageError where a pattern matches no parameter, or none is left to train."""
+        self.until = None if self.until is None else in_steps(self.until, trainer.setup.plan)
         by_name: dict[str, nn.Parameter] = trainer.setup.trained.by_name
         for pattern in self.patterns:
             matched = [parameter for name, parameter in by_name.items() if fnmatchcase(name, pattern)]

@@ -23,6 +23,7 @@ from mbgd.averaging.norms import MicroBatchNorms
 from mbgd.batches.plan import MicroBatch, Minibatch, Plan
 from mbgd.checkpoints.snapshot import Snapshot
 from mbgd.config import NoiseScale
+from mbgd.config.duration import whole
 from mbgd.step.done import Done
 from mbgd.task.objective import PerExample
 
@@ -60,7 +61,8 @@ class NoiseMeter:
         self, settings: NoiseScale, plan: Plan, parameters: Sequence[Tensor], loss_scale: Callable[[], Tensor]
     ) -> None:
         """loss_scale(): the factor that the micro-batches' gradients are scaled by: float64, shape ()."""
-        self._every_steps, self._plan = settings.every_steps, plan
+        self._every_steps = None if settings.every_steps is None else whole(settings.every_steps)
+        self._plan = plan
         self._parameters, self._loss_scale = parameters, loss_scale
         self._size = min(plan.minibatch_size, plan.num_examples)
         self._decay = 1.0 - 1.0 / settings.smoothing

@@ -35,7 +35,8 @@ class Update:
         self._watch, self._trained, self._optimizer = watch, setup.trained, optimizer
         self._optimizer_step = _step_of(optimizer)
         self.hooks = GradientHooks(setup.trained)
-        self._clip_norm = settings.max_grad_norm
+        self._clip_norm, self._clip_value = settings.max_grad_norm, settings.max_grad_value
+        self._clips = self._clip_norm is not None or self._clip_value is not None
         self._schedule = settings.schedule
         self._base_rates = [group["lr"] for group in optimizer.param_groups]
         names: dict[Tensor, str] = {parameter: name for name, parameter in setup.trained.by_name.items()}
@@ -50,7 +51,7 @@ class Update:
         # attribute is meant for torch.amp.GradScaler and is float32: exact for whole numbers up to 2^24.
         self._divides_in_kernel = (
             self._scaler is None
-            and self._clip_norm is None
+            and not self._clips
             and settings.batch.size <= 2**24
             and getattr(optimizer, "_step_supports_amp_scaling", False)
             and self._is_fused
@@ -60,6 +61,11 @@ class Update:
         self._device = device
         self._num_skipped = torch.zeros((), dtype=torch.int64, device=device)
         self._skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
+
+    @property
+    def base_rates(self) -> list[float]:
+        """The learning rate of each of the optimizer's groups, before the schedule's factor."""
+        return [float(rate) for rate in self._base_rates]
 
     @property
     def num_skipped(self) -> int:
@@ -193,11 +199,14 @@ class Update:
         if self.hooks:
             self.hooks.call()
             gradients = self._gradients()
-        if not want_norm and self._clip_norm is None and self._scaler is None:
+        if not want_norm and not self._clips and self._scaler is None:
             return None
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = torch.nn.utils.get_total_norm(gradients)  # also to clip by value: infinity is noticed before it is cut
+        if self._clip_value is not None:  # first, so that one huge element does not shrink all others
+            torch.nn.utils.clip_grad_value_(self._trained.parameters, self._clip_value)
         if self._clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self._trained.parameters, self._clip_norm, norm)
+            clipped = norm if self._clip_value is None else torch.nn.utils.get_total_norm(gradients)
+            torch.nn.utils.clip_grads_with_norm_(self._trained.parameters, self._clip_norm, clipped)
         return norm
 
     def _set_learning_rate(self, step: int) -> None:

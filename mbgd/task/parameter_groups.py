@@ -26,7 +26,7 @@ def parameter_groups(named: Mapping[str, nn.Parameter], groups: Groups) -> tuple
         for pattern in _patterns(number, group):
             matched = [name for name in named if fnmatchcase(name, pattern)]
             if not matched:
-                raise UsageError(_matches_none(number, pattern, named))
+                raise UsageError(matching_none(f"optimizer.groups[{number}].match", pattern, named))
             if taken := [name for name in matched if owner.setdefault(name, number) != number]:
                 told.append(
                     f"note: optimizer.groups[{number}] also matches {shown(taken)}, which an earlier group has: the "
@@ -63,10 +63,11 @@ def _patterns(number: int, group: Any) -> list[str]:
     return list(patterns)
 
 
-def _matches_none(number: int, pattern: str, names: Iterable[str]) -> str:
+def matching_none(setting: str, pattern: str, names: Iterable[str]) -> str:
+    """The error about a pattern in a setting that matches no parameter's name."""
     names = list(names)
     meant = nearest(pattern.strip("*."), names) or names[:5]
     return (
-        f"optimizer.groups[{number}].match: no parameter's name matches {pattern!r}. Names of this model are "
+        f"{setting}: no parameter's name matches {pattern!r}. Names of this model are "
         f"{', '.join(meant)}{', …' if len(names) > len(meant) else ''}."
     )

@@ -8,6 +8,7 @@ import torch
 from mbgd.checkpoints.fingerprint import examples_sha256, weights_sha256
 from mbgd.checks.setup import Setup
 from mbgd.config import AveragingName, CompileName
+from mbgd.config.duration import whole
 from mbgd.measuring.clock import Clock
 from mbgd.step.done import Done
 from mbgd.task.compiling import num_graphs
@@ -30,7 +31,7 @@ class TrainingLog:
     def logs(self, step: int) -> bool:
         """Whether step number `step` is logged: the first, so that mistakes show at once, every Nth and the last."""
         num_done = step + 1
-        every_steps = self._setup.settings.log_every_steps
+        every_steps = whole(self._setup.settings.log_every_steps)
         return num_done == 1 or num_done % every_steps == 0 or num_done == self._setup.num_steps
 
     def after_update(self, done: Done) -> None:

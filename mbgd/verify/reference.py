@@ -117,6 +117,8 @@ class Reference:
             for name, parameter in self.trained.by_name.items():
                 parameter.grad = gradient[name].to(parameter.dtype) if name in gradient else None
             hooks.call()
+            if self._config.max_grad_value is not None:
+                torch.nn.utils.clip_grad_value_(self.trained.parameters, self._config.max_grad_value)
             if self._config.max_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(self.trained.parameters, self._config.max_grad_norm)
             schedule = self.trainer.setup.settings.schedule
