@@ -3,7 +3,7 @@
 import math
 import re
 
-from mbgd.config.settings import AveragingName, Config, Settings
+from mbgd.config.settings import AveragingName, BatchNormOver, Config, Settings
 
 
 def profiled_steps(profile: str) -> range:
@@ -43,12 +43,7 @@ def validate(settings: Settings) -> list[str]:
         ("noise_scale.every_steps", noise.every_steps, ", or null not to measure it"),
         ("noise_scale.smoothing", noise.smoothing, " (1: each measurement by itself)"),
     )
-    recompute = settings.check.recompute_every_steps
-    if recompute is not None and settings.averaging.name is not AveragingName.reproducible:
-        found.append(
-            f"check.recompute_every_steps={recompute} with averaging={settings.averaging.name.value}; a micro-batch's "
-            "gradient has the same bits on every worker only with averaging=reproducible. Use that, or null."
-        )
+    found += _problems_of_averaging(settings)
     found += _not_positive(("max_grad_norm", settings.max_grad_norm, ", or null to leave gradients as they are"))
     if isinstance(settings, Config):
         found += _problems_of_a_run(settings)
@@ -56,6 +51,23 @@ def validate(settings: Settings) -> list[str]:
         found.append(
             f"schedule={settings.schedule!r}; it must be a function of the step, such as "
             "mbgd.schedule.Cosine(num_steps=1000), or None."
+        )
+    return found
+
+
+def _problems_of_averaging(settings: Settings) -> list[str]:
+    found, is_reproducible = [], settings.averaging.name is AveragingName.reproducible
+    recompute = settings.check.recompute_every_steps
+    if recompute is not None and not is_reproducible:
+        found.append(
+            f"check.recompute_every_steps={recompute} with averaging={settings.averaging.name.value}; a micro-batch's "
+            "gradient has the same bits on every worker only with averaging=reproducible. Use that, or null."
+        )
+    if settings.batch_norm is BatchNormOver.minibatch and is_reproducible:
+        found.append(
+            "batch_norm=minibatch with averaging=reproducible; its workers compute their micro-batches one after "
+            "another, so no layer sees the whole minibatch at once. Use averaging=auto, or batch_norm=micro_batch, "
+            "whose statistics do not depend on the number of workers."
         )
     return found
 

@@ -29,6 +29,13 @@ class AveragingName(Enum):
     reproducible = "reproducible"
 
 
+class BatchNormOver(Enum):
+    """The examples whose statistics BatchNorm uses in training."""
+
+    micro_batch = "micro_batch"
+    minibatch = "minibatch"  # all workers' examples
+
+
 class BackendName(Enum):
     auto = "auto"
     gloo = "gloo"
@@ -101,6 +108,8 @@ class Settings(Typed):
     batch: Batch = field(default_factory=Batch)
     precision: Precision = field(default=Precision.fp32, metadata=MUST_MATCH)
     averaging: Averaging = field(default_factory=Averaging)
+    batch_norm: BatchNormOver = field(default=BatchNormOver.micro_batch, metadata=MUST_MATCH)
+    """The examples whose statistics BatchNorm layers use in training."""
     max_grad_norm: float | None = field(default=None, metadata=MUST_MATCH)
     """Largest Euclidean norm of the mean gradient; None: not clipped."""
     schedule: Any = field(default=None, metadata=MUST_MATCH)
