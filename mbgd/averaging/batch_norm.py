@@ -8,7 +8,7 @@ backward they exchange the sums through which an example's loss depends on the o
 take CPU tensors.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -127,25 +127,26 @@ class MinibatchNorm:
 
     def __init__(self, layers: dict[str, _BatchNorm], statistics: Statistics) -> None:
         self._statistics = statistics
-        self._replaced = [
-            (layer.__dict__, partial(_normalise, layer, number, statistics))
-            for number, layer in enumerate(layers.values())
-        ]
+        self._forwards: dict[_BatchNorm, Callable[[Tensor], Tensor]] = {
+            layer: partial(_normalise, layer, number, statistics) for number, layer in enumerate(layers.values())
+        }
 
     def __call__(self, step: int = 0, *, is_stand_in: bool = False) -> AbstractContextManager[object]:
         """Inside, the layers use the statistics of all workers; for a forward and its backward."""
         self._statistics.begin(step, counts=not is_stand_in)
-        return self._replacing() if self._replaced else _NOTHING
+        return forwards_replaced(self._forwards) if self._forwards else _NOTHING
 
-    @contextmanager
-    def _replacing(self) -> Iterator[None]:
-        for attributes, forward in self._replaced:
-            attributes["forward"] = forward  # found before the class's, and not part of the state
-        try:
-            yield
-        finally:
-            for attributes, _ in self._replaced:
-                del attributes["forward"]
+
+@contextmanager
+def forwards_replaced(forwards: Mapping[_BatchNorm, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Inside, the layers compute by these functions."""
+    for layer, forward in forwards.items():
+        layer.__dict__["forward"] = forward  # found before the class's, and not part of the state
+    try:
+        yield
+    finally:
+        for layer in forwards:
+            del layer.__dict__["forward"]
 
 
 def _normalise(layer: _BatchNorm, number: int, statistics: Statistics, inputs: Tensor) -> Tensor:
