@@ -90,7 +90,7 @@ class Looking:
         if norms:
             if not same(together[:1], in_company) or self._gradients_differ():
                 is_over_minibatch = self._reference.trainer.setup.settings.batch_norm is BatchNormOver.minibatch
-                yield (findings.minibatch_norm if is_over_minibatch else findings.batch_norm)(names=norms)
+                yield findings.minibatch_norm(names=norms) if is_over_minibatch else findings.batch_norm(names=norms)
             with _in_evaluation(self._task, _BatchNorm):  # is BatchNorm the only cause?
                 found = list(self._coupling(self._each(self._few, 1)))
             yield from found
