@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from mbgd.runs.library import Checkpoints
     from mbgd.step.done import Done, Result
     from mbgd.step.early_stopping import EarlyStopping
-    from mbgd.task.losses import CrossEntropy, MeanSquaredError
+    from mbgd.task.distillation import Distillation
+    from mbgd.task.elementwise import BinaryCrossEntropy, Huber, MeanSquaredError
+    from mbgd.task.losses import CrossEntropy
     from mbgd.task.objective import PerExample
     from mbgd.tracking.base import Tracker, Trackers
     from mbgd.tracking.json_lines import JsonLines
@@ -43,15 +45,18 @@ __all__ = [
     "AveragingName",
     "Batch",
     "BatchNormOver",
+    "BinaryCrossEntropy",
     "BucketedOrder",
     "Check",
     "Checkpoint",
     "Checkpoints",
     "CrossEntropy",
     "Data",
+    "Distillation",
     "Done",
     "EarlyStopping",
     "Evaluation",
+    "Huber",
     "InMemory",
     "JsonLines",
     "MeanSquaredError",
@@ -85,6 +90,8 @@ _HOMES = (
     "errors",
     "step.done",
     "step.early_stopping",
+    "task.distillation",
+    "task.elementwise",
     "task.losses",
     "task.objective",
     "tracking.base",

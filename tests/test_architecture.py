@@ -48,6 +48,7 @@ PURE = [
     "batches.order",
     "task.objective",
     "task.losses",
+    "task.elementwise",
     "config.settings",
     "config.must_match",
     "config.field_types",
