@@ -1,5 +1,6 @@
 """batch_norm=minibatch: N workers with BatchNorm equal one process in plain torch; what cannot be is refused."""
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -286,6 +287,33 @@ def evaluate(workers: mbgd.Workers) -> tuple[dict[str, float], float, float]:
                 losses[number] = F.cross_entropy(model.eval()(inputs[:7]), targets[:7]).item()
             model.train()(inputs)
     return metrics, losses[0], losses[1]
+
+
+class Spoilt(mbgd.InMemory):
+    """One example is not finite."""
+
+    def gather(self, indices: Tensor) -> Any:
+        inputs, targets = super().gather(indices)
+        return torch.where(indices.view(-1, 1) == 3, math.nan, inputs), targets
+
+
+def spoil(workers: mbgd.Workers) -> str:
+    case = Case(partial(Layers, "nested"), num_examples=9, minibatch=3)
+    model, rows = case.made()
+    settings = mbgd.Settings(batch=mbgd.Batch(3), batch_norm="minibatch", precision="fp64")  # type: ignore[arg-type]
+    data = mbgd.Data(train=Spoilt(*rows))
+    try:
+        mbgd.Trainer(model, mbgd.CrossEntropy(), make_optimizer(model.parameters()), data, settings, workers).fit()
+    except mbgd.UsageError as error:
+        return str(error)
+    return "trained"
+
+
+def test_a_loss_that_is_not_finite_names_the_example_that_spoils_the_others() -> None:
+    """Each worker looks for it alone, with micro-batches of one example."""
+    one, *others = run_workers(spoil, 3)
+    assert all(other == one for other in others)
+    assert re.search(r"the loss is not finite at step \d; it is not for the examples 3\. ", one)
 
 
 # What cannot be

@@ -69,17 +69,16 @@ class Statistics:
         number: the layer's.
         """
         channels = inputs.shape[1]
-        mine = torch.zeros(1 + 2 * channels, dtype=torch.float64, device=inputs.device)
+        mine = self._row(number, FORWARD, inputs.device)
         if self.counts:
             is_summed_in_16_bits = inputs.dtype.itemsize < 4 and not inputs.is_cuda
             exact = inputs.float() if is_summed_in_16_bits else inputs
             count = inputs.numel() // channels
             mean, variance = torch.ops.aten.batch_norm_update_stats(exact, None, None, 0.0)
-            mine[0].fill_(count)
-            mine[1 : 1 + channels] = mean
-            mine[1 + channels :] = variance
-            mine[1 + channels :] *= count
-        rows = self._exchange(number, FORWARD, mine)
+            mine[1].fill_(count)
+            mine[2 : 2 + channels] = mean
+            torch.mul(variance.double(), count, out=mine[2 + channels : 2 + 2 * channels])
+        rows = self._exchange(mine)[:, : 1 + 2 * channels]
         counts, means, squares = torch.split(rows, [1, channels, channels], 1)
         total = counts.sum()
         mean = (counts * means).sum(0) / total
@@ -87,13 +86,18 @@ class Statistics:
 
     def sums(self, number: int, values: Tensor) -> Tensor:
         """The values added up over the workers, in float64; number: the layer's, whose backward this is."""
-        return self._exchange(number, BACKWARD, values.double()).sum(0)
-
-    def _exchange(self, number: int, direction: int, values: Tensor) -> Tensor:
-        """Every worker's values by rank: float64, shape (workers, len(values))."""
-        mine = torch.zeros(self._width, dtype=torch.float64, device=values.device)
-        mine[0].fill_(self._num_exchanges * 2 * len(self._names) + 2 * number + direction)
+        mine = self._row(number, BACKWARD, values.device)
         mine[1 : 1 + len(values)] = values
+        return self._exchange(mine)[:, : len(values)].sum(0)
+
+    def _row(self, number: int, direction: int, device: torch.device) -> Tensor:
+        """What this worker sends: the exchange's code, and room for values."""
+        row = torch.zeros(self._width, dtype=torch.float64, device=device)
+        row[0].fill_((self._num_exchanges * len(self._names) + number) * 2 + direction)
+        return row
+
+    def _exchange(self, mine: Tensor) -> Tensor:
+        """Every worker's values by rank, without the codes: float64."""
         rows = torch.stack(list(self._gather(mine)))
         if self._differ is None or not rows.is_cuda:
             codes = rows[:, 0].tolist()
@@ -102,7 +106,7 @@ class Statistics:
         else:
             self._differ(self._step, (rows[:, 0] == rows[0, 0]).all())
         self._num_exchanges += 1
-        return rows[:, 1 : 1 + len(values)]
+        return rows[:, 1:]
 
     def _describe(self, codes: Sequence[float]) -> str:
         told = []

@@ -50,6 +50,7 @@ class TrainStep:
         self.alarm = Alarm(setup, self._forward_again)
         statistics = batch_norm.Statistics(norms, self.averaging.gather, self.alarm.check_layers)
         self._minibatch_norm = batch_norm.MinibatchNorm(norms, statistics)
+        self._norm_alone = batch_norm.MinibatchNorm(norms, batch_norm.Statistics(norms, batch_norm.alone))
         self.update = Update(setup, self.alarm.everywhere)
         self.noise_scale = NoiseMeter(settings.noise_scale, setup.plan, trained.parameters, self.update.loss_scale)
         self._means = Means(setup.findings, self.alarm, logs, self.noise_scale.measures)
@@ -149,10 +150,13 @@ class TrainStep:
         return done
 
     def _forward_again(self, step: int, examples: Examples) -> PerExample:
-        """Repeat the forward of a micro-batch, with the same buffers and random numbers."""
+        """Repeat the forward of a micro-batch, with the same buffers and random numbers.
+
+        With batch_norm=minibatch its statistics are this worker's alone, and may be of a single value.
+        """
         self._setup.buffers.put_back()
         key_generators(self._setup.workers.device, self._setup.settings.seed, step, examples.micro_batch.number)
-        with self.autocast:
+        with self.autocast, self._norm_alone(step):
             terms: PerExample = self._setup.task(examples.batch, examples.micro_batch.size)
             return terms
 
