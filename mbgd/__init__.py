@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         Averaging,
         AveragingName,
         Batch,
+        BatchNormOver,
         Check,
         Checkpoint,
         Evaluation,
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
     from mbgd.step.early_stopping import EarlyStopping
     from mbgd.step.ema import EMA
     from mbgd.step.freezing import Freeze
-    from mbgd.task.losses import CrossEntropy, MeanSquaredError
+    from mbgd.task.distillation import Distillation
+    from mbgd.task.elementwise import BinaryCrossEntropy, Huber, MeanSquaredError
+    from mbgd.task.losses import CrossEntropy
     from mbgd.task.objective import PerExample
     from mbgd.tracking.base import Tracker, Trackers
     from mbgd.tracking.json_lines import JsonLines
@@ -47,16 +50,20 @@ __all__ = [
     "Averaging",
     "AveragingName",
     "Batch",
+    "BatchNormOver",
+    "BinaryCrossEntropy",
     "BucketedOrder",
     "Check",
     "Checkpoint",
     "Checkpoints",
     "CrossEntropy",
     "Data",
+    "Distillation",
     "Done",
     "EarlyStopping",
     "Evaluation",
     "Freeze",
+    "Huber",
     "InMemory",
     "JsonLines",
     "MeanSquaredError",
@@ -94,6 +101,8 @@ _HOMES = (
     "step.early_stopping",
     "step.ema",
     "step.freezing",
+    "task.distillation",
+    "task.elementwise",
     "task.losses",
     "task.objective",
     "tracking.base",

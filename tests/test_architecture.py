@@ -51,6 +51,7 @@ PURE = [
     "task.losses",
     "config.duration",
     "config.resolved",
+    "task.elementwise",
     "config.settings",
     "config.must_match",
     "config.field_types",

@@ -39,6 +39,12 @@ NEEDED = {
     "schedule/inverse_square_root": ["schedule.warmup_steps=1"],
     "schedule/own": ["schedule._target_=mbgd.schedule.Step", "+schedule.every_steps=5"],
     "objective/mse": ["data=regression"],
+    "objective/huber": ["data=regression"],
+    "objective/bce": ["data=tensors", "data.path=own.npz", "model=linear", "model.num_outputs=1"],
+    "objective/distillation": [
+        *("objective.teacher._target_=mbgd.models.MLP", "objective.weights=null"),
+        *("+objective.teacher.input_shape=null", "+objective.teacher.num_outputs=null"),
+    ],
     "objective/own": ["objective._target_=mbgd.CrossEntropy"],
 }
 """What a group's member needs beside itself: values that only the user knows, or parts that fit."""

@@ -133,6 +133,24 @@ def test_any_number_of_workers_of_one_device_train_as_one_cpu_does(device: str) 
                     torch.testing.assert_close(got[name][key], tensor, rtol=1e-9, atol=1e-12, msg=f"{name} {key}")
 
 
+def train_over_the_minibatch(workers: mbgd.Workers) -> dict[str, Tensor]:
+    how = {"batch": mbgd.Batch(20), "batch_norm": "minibatch", "max_grad_norm": None}
+    trainer = make_trainer(workers, "cnn with BatchNorm", "ddp", "fp64", SGD, **how)
+    trainer.fit()
+    return state(trainer)
+
+
+@on_devices
+@pytest.mark.parametrize("backend", ["gloo", pytest.param("nccl", marks=needs_two_gpus)])
+def test_batch_norm_over_the_minibatch_is_that_of_one_cpu(device: str, backend: str) -> None:
+    if (device, backend) == ("cpu", "nccl"):
+        pytest.skip("nccl is for GPUs")
+    wanted = train_over_the_minibatch(mbgd.Workers())
+    for got in run_workers(train_over_the_minibatch, 2, backend=backend, device=device):
+        for key, tensor in wanted.items():
+            torch.testing.assert_close(got[key], tensor, rtol=1e-9, atol=1e-12, msg=key)
+
+
 def train_reproducibly(workers: mbgd.Workers, precisions: list[str]) -> dict[str, tuple[str, str]]:
     hashes = {}
     for precision in precisions:

@@ -44,6 +44,13 @@ RIGHT = {
     "unused": [*NET, "+model.wrong=unused"],
     "partly_detached": [*NET, "+model.wrong=partly_detached"],
     "kink": [*NET, "+model.wrong=kink"],
+    "minibatch_norm": [*NET, "+model.wrong=batch_norm", "batch_norm=minibatch"],
+    "resnet over the minibatch": ["model=resnet", "model.depth=8", "batch.size=31", "batch_norm=minibatch"],
+    "minibatch_norm of one value": [*NET, "+model.wrong=batch_norm", "batch_norm=minibatch", "batch.size=3"],
+    "minibatch_norm and dropout": [
+        *("model=cnn", "model.batch_norm=true", "model.dropout=0.2", "model.channels=[4,8]", "batch.size=31"),
+        "batch_norm=minibatch",
+    ],
     "transformers": [
         *("model=own", "model._target_=wrong_parts.gpt2", "data=own", "data.train._target_=wrong_parts.Ragged"),
         *("objective=own", "objective._target_=wrong_parts.next_token", "batch.size=13"),
@@ -56,6 +63,10 @@ NOTES = {
     "unused": {"unused_parameters"},
     "partly_detached": {"gradient_is_not_the_derivative"},
     "bf16": {"autocast"},
+    "minibatch_norm": {"minibatch_norm", "moving_buffers"},
+    "resnet over the minibatch": {"minibatch_norm", "moving_buffers"},
+    "minibatch_norm of one value": {"minibatch_norm", "moving_buffers"},
+    "minibatch_norm and dropout": {"minibatch_norm", "moving_buffers", "keyed_randomness"},
 }
 WRONG = {
     "batch_norm": [*NET, "+model.wrong=batch_norm"],

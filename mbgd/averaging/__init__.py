@@ -52,6 +52,9 @@ class Averager(Protocol):
         leaves: (number, vector) of this worker's micro-batches, in order.
         """
 
+    def gather(self, values: Tensor) -> Sequence[Tensor]:
+        """Every worker's values by rank, valid until the second call after this one; for several workers."""
+
     def describe(self) -> str:
         """For people: the averaging's name and the backend that carries its gradients."""
 
@@ -92,11 +95,19 @@ def prepare(settings: Averaging, plan: Plan, device: torch.device) -> None:
 
 
 def create(
-    settings: Averaging, task: Task, trained: Trained, plan: Plan, workers: Workers, *, parameters_vary: bool
+    settings: Averaging,
+    task: Task,
+    trained: Trained,
+    plan: Plan,
+    workers: Workers,
+    *,
+    parameters_vary: bool,
+    exchanges_in_backward: bool = False,
 ) -> Averager:
     """The averaging that the settings name, the same on every worker; makes the workers' models equal.
 
-    parameters_vary: not every parameter takes part in every loss.
+    parameters_vary: not every parameter takes part in every loss. exchanges_in_backward: layers of the model exchange
+    values between the workers.
     """
     if settings.find_unused_parameters is not None:
         parameters_vary = settings.find_unused_parameters
@@ -116,4 +127,5 @@ def create(
             note = f"; not through shared memory: {error}"
     if is_reproducible:
         return Reproducible(task, trained, workers, plan, find_unused_parameters=parameters_vary, note=note)
-    return DDP(task, trained, workers, find_unused_parameters=parameters_vary, note=note)
+    late = exchanges_in_backward and parameters_vary
+    return DDP(task, trained, workers, find_unused_parameters=parameters_vary, sums_late=late, note=note)

@@ -87,15 +87,27 @@ class DDP:
     """
 
     def __init__(
-        self, task: Task, trained: Trained, workers: Workers, *, find_unused_parameters: bool, note: str = ""
+        self,
+        task: Task,
+        trained: Trained,
+        workers: Workers,
+        *,
+        find_unused_parameters: bool,
+        sums_late: bool = False,
+        note: str = "",
     ) -> None:
-        """note: text that `describe` appends."""
+        """sums_late: exchange gradients after the backward, in which the model's layers have exchanges of their own.
+        Where unused parameters differ between workers, so would the order of these and of DDP's buckets.
+
+        note: text that `describe` appends.
+        """
         self._workers, self._task, self._trained, self._note = workers, task, trained, note
-        self._parameters_vary = find_unused_parameters
+        self._parameters_vary, self._sums_late = find_unused_parameters, sums_late
         self._ddp: DistributedDataParallel | None = None
         self._norms: MicroBatchNorms | None = None
         self._exchanged = True
         self._works: list[dist.Work] = []
+        self._late: list[Tensor] = []
         trained.moved_on()
         self._wrap()
 
@@ -110,8 +122,14 @@ class DDP:
         if self._norms is not None:
             gradients: dict[Tensor, Tensor] = dict(zip(bucket.parameters(), bucket.gradients(), strict=True))
             self._norms.take(self._number, gradients, self._before)
-        self._works.append(dist.all_reduce(bucket.buffer(), async_op=True))
+        self._late.append(bucket.buffer())
+        if not self._sums_late:
+            self._start_sums()
         return completed(bucket.buffer())
+
+    def _start_sums(self) -> None:
+        self._works += [dist.all_reduce(buffer, async_op=True) for buffer in self._late]
+        self._late.clear()
 
     def forward(self, batch: Any, num_examples: int) -> PerExample:
         # Without DDP the forward is called directly: in small steps every call counts.
@@ -153,6 +171,7 @@ class DDP:
             self._trained.moved_on()
             return [note]
         check_exchanged(self._trained, self._exchanged)
+        self._start_sums()
         for work in self._works:
             work.wait()
         self._works.clear()
@@ -173,6 +192,9 @@ class DDP:
         for _, values in leaves:
             total += values
         return self._workers.sum_(total)
+
+    def gather(self, values: Tensor) -> Sequence[Tensor]:
+        return self._workers.all_gather(values)
 
     def describe(self) -> str:
         return f"ddp over {self._workers.backend}{self._note}" if self._ddp is not None else "none: one worker"

@@ -220,9 +220,12 @@ class Reproducible:
         mine = torch.zeros(most, num_values, dtype=torch.float64, device=self._workers.device)
         for row, (_, values) in zip(mine, counter.nodes, strict=False):
             row.copy_(values)
-        gathered = self._memory.all_gather(mine) if self._memory is not None else self._workers.all_gather(mine)
+        gathered = self.gather(mine)
         by_node = {node: rows[row] for held, rows in zip(nodes, gathered, strict=True) for row, node in enumerate(held)}
         return fold(by_node, num_leaves, torch.add).clone()
+
+    def gather(self, values: Tensor) -> Sequence[Tensor]:
+        return self._memory.all_gather(values) if self._memory is not None else self._workers.all_gather(values)
 
     def describe(self) -> str:
         if self._workers.num_workers == 1:

@@ -91,6 +91,9 @@ class SharedMemory:
             total += values
         return reduce(torch.add, self._memory.all_gather(total))
 
+    def gather(self, values: Tensor) -> Sequence[Tensor]:
+        return self._memory.all_gather(values)
+
     def describe(self) -> str:
         return "shared_memory"
 

@@ -194,7 +194,7 @@ def build_trainer(config: Config, workers: Workers) -> Trainer:
     model = make("model", config.model, **from_data)
     if not isinstance(model, torch.nn.Module):
         raise UsageError(f"model is a {type(model).__name__}; it must be a torch.nn.Module.")
-    objective = make("objective", config.objective, _partial_=_is_function(config.objective))
+    objective = make("objective", _with_teacher(config.objective, data), _partial_=_is_function(config.objective))
     if not callable(objective):
         raise UsageError(f"objective is a {type(objective).__name__}; it must be a function (model, batch).")
     optimizer, notes = make_optimizer(config.optimizer, Task(model, objective), config.batch.size)
@@ -240,6 +240,15 @@ def build_data(config: Config) -> Data:
         elif isinstance(value, dict) or (key in ("train", "evaluation") and value is not None):
             data[key] = make(f"data.{key}", value)
     return Data(**data)
+
+
+def _with_teacher(node: Any, data: Data) -> Any:
+    """The objective's node; a teacher's arguments that come from the dataset are filled in, as the model's."""
+    teacher = node.get("teacher") if isinstance(node, dict) else None
+    if not isinstance(teacher, dict):
+        return node
+    given = {key: getattr(data.train, key, None) for key in FROM_DATA if teacher.get(key, ...) is None}
+    return {**node, "teacher": {**teacher, **given}}
 
 
 def _function_or_node(node: Any) -> Any:

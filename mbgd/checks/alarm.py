@@ -64,6 +64,10 @@ class Alarm:
         if self.everywhere.found():
             raise UsageError(f"step {step + 1}: {self._setup.buffers.unlike()}")
 
+    def check_layers(self, step: int, are_alike: Tensor) -> None:
+        """Stop where workers computed different BatchNorm layers at the same time; on a GPU, at the next log."""
+        self.everywhere.check_true(Wrong.layers, step, are_alike)
+
     def check_parameters(self, step: int) -> None:
         """Stop where a forward has changed parameters; the trial before training refuses those that do so there."""
         if changed := self._setup.trained.changed():

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from mbgd.averaging.batch_norm import OTHER_LAYERS
 from mbgd.batches.loader import Examples, Shard
 from mbgd.batches.reading import Indices
 from mbgd.checks.finite import Wrong, not_finite
@@ -62,6 +63,8 @@ def describe(first: int, step: int, wrong: Wrong, trained: Trained, has_weights:
             f"objective returned negative weights in the minibatch of step {first + 1}{noticed}; weights must be ≥ 0 "
             f"(0 leaves an example out). {LEFT}"
         )
+    if wrong is Wrong.layers:
+        return f"in step {first + 1}{noticed} the workers did not compute the same layers. {OTHER_LAYERS}"
     spoilt = not_finite(trained.by_name)
     if wrong is Wrong.gradient:
         gradients = {name: p.grad for name, p in trained.by_name.items() if p.grad is not None}

@@ -17,6 +17,7 @@ NEVER = 2**62
 class Wrong(Enum):
     """What can be wrong with a step, the most informative first."""
 
+    layers = "workers computed different BatchNorm layers"
     negative_weights = "a weight was negative"
     no_weight = "all weights were 0"
     loss = "the loss was not finite"

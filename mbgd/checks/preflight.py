@@ -4,7 +4,7 @@ The first examples go forward and backward through the plain model, a few times.
 and the default generators are as before, except for what a forward has initialised; gradients are cleared.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from mbgd.batches.plan import Plan
 from mbgd.batches.randomness import key_generators, random_state_kept
 from mbgd.batches.reading import Indices, read
 from mbgd.checks.bytes_of_images import told_of_bytes
+from mbgd.checks.sizes import NUM_EXAMPLES, Sizes
 from mbgd.config import AveragingName, Precision, Settings
 from mbgd.errors import UsageError
 from mbgd.task.buffers import Buffers
@@ -27,7 +28,6 @@ from mbgd.task.task import Task
 from mbgd.task.trained import GradientHooks, Trained
 from mbgd.text.listing import shown
 
-NUM_EXAMPLES = 4
 SCALES = 2.0**-10, 2.0**10
 """The gradient of each loss in the two backwards of the trial; scaling by powers of 2 is exact."""
 
@@ -83,7 +83,7 @@ class Trial:
             again, gradients_again = self._run(few, SCALES[1])
             self._check_repeated(terms, again, gradients, gradients_again)
             unused = tuple(n for n, p in self._trained.by_name.items() if p.requires_grad and n not in gradients)
-            self._check_sizes(first_minibatch, moving)
+            Sizes(self._task, self._buffers, self._plan, self._settings, self._forward)(first_minibatch, moving)
             moving = [name for name in moving if name in self._buffers.tensors()]  # without caches
             names = tuple(sorted(terms.metrics))
             self._check_weights(terms, first_minibatch, names)
@@ -202,52 +202,6 @@ class Trial:
             self._forward(first_minibatch)
         self._buffers.put_back(but=flags)  # such as a flag that marks the initialisation as done
         self._trained.start_step()
-
-    def _check_sizes(self, first_minibatch: Indices, moving: Sequence[str]) -> None:
-        """UsageError where the model refuses the smallest micro-batch, or an integer buffer depends on the size."""
-        if self._settings.steps == 0 or (self._plan.most_forwards == 1 and self._plan.smallest_micro_batch > 1):
-            return  # nothing is trained, or every forward has a whole minibatch
-        before = self._integers(moving)
-        smallest = self._plan.smallest_micro_batch
-        if smallest < NUM_EXAMPLES and smallest <= len(first_minibatch):
-            self._buffers.put_back()
-            try:
-                with torch.no_grad():
-                    self._forward(first_minibatch[:smallest])
-            except UsageError:
-                raise
-            except Exception as error:
-                raise UsageError(self._describe_smallest(error)) from error
-        elif moving and len(first_minibatch) > 1:
-            self._buffers.put_back()
-            with torch.no_grad():
-                self._forward(first_minibatch[: min(NUM_EXAMPLES, len(first_minibatch)) - 1])
-        self._buffers.changed()
-        after = self._integers(moving)
-        if self._plan.most_forwards > 1 and (found := [n for n in before if not torch.equal(before[n], after[n])]):
-            raise UsageError(
-                f"the forward's new value of the integer buffer {shown(found)} depends on the number of examples. A "
-                "minibatch is cut into micro-batches, and each would count its own examples. Count minibatches (+= 1) "
-                "instead of examples, or use one worker and batch.micro_batch_size=null."
-            )
-
-    def _integers(self, moving: Sequence[str]) -> dict[str, Tensor]:
-        tensors = self._buffers.tensors(caches=True)
-        known = {name: tensors[name] for name in moving if name in tensors}
-        return {n: t.clone() for n, t in known.items() if not (t.is_floating_point() or t.is_complex())}
-
-    def _describe_smallest(self, error: Exception) -> str:
-        plan = self._plan
-        remedies = [
-            f"batch.size={fits.minibatch_size}" if fits.drop_last == plan.drop_last else "batch.drop_last=true"
-            for fits in plan.with_micro_batches_of(plan.smallest_micro_batch + 1)
-        ]
-        return (
-            f"the model cannot take the smallest micro-batch of this plan, of {plan.smallest_micro_batch} examples: "
-            f"{type(error).__name__}: {error} (BatchNorm needs at least 2 values of each channel.) Minibatches of "
-            f"{' and '.join(map(str, plan.minibatch_sizes))} examples are cut into micro-batches for "
-            f"{plan.num_workers} workers. What works: {' or '.join(remedies) or 'fewer workers'}."
-        )
 
     def _check_weights(self, terms: PerExample, first_minibatch: Indices, names: tuple[str, ...]) -> None:
         if terms.weights is not None and terms.losses.dtype in (torch.bfloat16, torch.float16):

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from mbgd import averaging
 from mbgd.batches.loader import Data, Loader
 from mbgd.batches.plan import Plan, count_steps, make_plan
-from mbgd.checks import optimizers
+from mbgd.checks import batch_norm, optimizers
 from mbgd.checks.preflight import Findings, Trial
 from mbgd.checks.same_program import check_same_program
 from mbgd.checks.targets import check_skipping, check_targets
@@ -89,7 +89,7 @@ def set_up(
     dtype = parameter_dtype(settings.precision)
     task.move_(workers.device, dtype)
     trained = Trained(task, optimizer)
-    warnings = _set_up_modes(task, trained)
+    warnings = _set_up_modes(task, trained) + batch_norm.check(task, settings, plan)
     own_copies = settings.averaging.name is AveragingName.reproducible
     loader = Loader(data, plan, settings.seed, workers, dtype=dtype, own_copies=own_copies)
     buffers = Buffers(task, workers.device)

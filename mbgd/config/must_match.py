@@ -11,6 +11,9 @@ from mbgd.config.settings import MUST_MATCH, Batch, Config
 NOT_OF_TRAINING = ("evaluation", "num_workers")
 """Keys of `data` that may change when a run is resumed."""
 
+AS_BEFORE = {"batch_norm": "micro_batch"}
+"""Settings that older runs did not record, with the value that they all had."""
+
 
 def must_match(config: Mapping[str, Any]) -> dict[str, Any]:
     """The values that must be the same when a run is resumed, by flat key; config: the whole of it, as plain values.
@@ -19,6 +22,7 @@ def must_match(config: Mapping[str, Any]) -> dict[str, Any]:
     size, averaging, backend, logging and evaluation may change.
     """
     values = {key: config.get(key) for key in marked(Config)}
+    values = {key: value for key, value in values.items() if key not in AS_BEFORE or value != AS_BEFORE[key]}
     values["data"] = {key: value for key, value in config["data"].items() if key not in NOT_OF_TRAINING}
     values["batch"] = {key: config["batch"].get(key) for key in marked(Batch)}
     if _depends_on_length(config.get("schedule")):

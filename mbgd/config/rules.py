@@ -4,7 +4,7 @@ import math
 import re
 
 from mbgd.config.duration import Duration, is_less_than_one_step, problem
-from mbgd.config.settings import AveragingName, CompileName, Config, Precision, Settings
+from mbgd.config.settings import AveragingName, BatchNormOver, CompileName, Config, Precision, Settings
 
 
 def profiled_steps(profile: str) -> range:
@@ -55,28 +55,41 @@ def validate(settings: Settings) -> list[str]:
     return found
 
 
-def _do_not_go_together(settings: Settings) -> list[str]:
-    found = []
-    if settings.precision is Precision.bf16_true and settings.compile is not CompileName.none:
-        found.append(
-            f"precision=bf16-true with compile={settings.compile.value}; the compiler would start again in every step. "
-            "Use precision=bf16, which the compiler makes as fast, or compile=none."
-        )
-    recompute = settings.check.recompute_every_steps
-    if recompute is not None and settings.averaging.name is not AveragingName.reproducible:
-        found.append(
-            f"check.recompute_every_steps={recompute} with averaging={settings.averaging.name.value}; a micro-batch's "
-            "gradient has the same bits on every worker only with averaging=reproducible. Use that, or null."
-        )
-    return found
-
-
 def _problems_of_the_length(steps: Duration | None, epochs: int | None) -> list[str]:
     if steps is None and epochs is None:
         return ["steps=null and epochs=null; set one of them."]
     negative = [(name, one) for name, one in (("steps", steps), ("epochs", epochs)) if isinstance(one, int) and one < 0]
     malformed = "" if steps is None else problem("steps", steps)
     return [f"{name}={value}; it must be ≥ 0." for name, value in negative] + ([malformed] if malformed else [])
+
+
+def _do_not_go_together(settings: Settings) -> list[str]:
+    found, is_reproducible = [], settings.averaging.name is AveragingName.reproducible
+    is_compiled = settings.compile is not CompileName.none
+    over_minibatch = settings.batch_norm is BatchNormOver.minibatch
+    if settings.precision is Precision.bf16_true and is_compiled:
+        found.append(
+            f"precision=bf16-true with compile={settings.compile.value}; the compiler would start again in every step. "
+            "Use precision=bf16, which the compiler makes as fast, or compile=none."
+        )
+    if over_minibatch and is_compiled:
+        found.append(
+            f"batch_norm=minibatch with compile={settings.compile.value}; its layers exchange sums in the middle of the "
+            "forward, which is not compiled. Use compile=none, or batch_norm=micro_batch."
+        )
+    recompute = settings.check.recompute_every_steps
+    if recompute is not None and not is_reproducible:
+        found.append(
+            f"check.recompute_every_steps={recompute} with averaging={settings.averaging.name.value}; a micro-batch's "
+            "gradient has the same bits on every worker only with averaging=reproducible. Use that, or null."
+        )
+    if over_minibatch and is_reproducible:
+        found.append(
+            "batch_norm=minibatch with averaging=reproducible; its workers compute their micro-batches one after "
+            "another, so no layer sees the whole minibatch at once. Use averaging=auto, or batch_norm=micro_batch, "
+            "whose statistics do not depend on the number of workers."
+        )
+    return found
 
 
 def _problems_of_a_run(config: Config) -> list[str]:

@@ -32,6 +32,13 @@ class AveragingName(Enum):
     reproducible = "reproducible"
 
 
+class BatchNormOver(Enum):
+    """The examples whose statistics BatchNorm uses in training."""
+
+    micro_batch = "micro_batch"
+    minibatch = "minibatch"  # all workers' examples
+
+
 class BackendName(Enum):
     auto = "auto"
     gloo = "gloo"
@@ -129,6 +136,8 @@ class Settings(Typed):
     """Whether torch.compile compiles the model, or each of its blocks."""
     activation_checkpointing: ActivationCheckpointing = field(default_factory=ActivationCheckpointing)
     averaging: Averaging = field(default_factory=Averaging)
+    batch_norm: BatchNormOver = field(default=BatchNormOver.micro_batch, metadata=MUST_MATCH)
+    """The examples whose statistics BatchNorm layers use in training."""
     max_grad_norm: float | None = field(default=None, metadata=MUST_MATCH)
     """Largest Euclidean norm of the mean gradient; None: not clipped."""
     max_grad_value: float | None = field(default=None, metadata=MUST_MATCH)

@@ -11,8 +11,8 @@ from torch import Tensor
 from mbgd.batches.plan import MicroBatch, micro_batches
 from mbgd.batches.randomness import random_state_kept
 from mbgd.batches.reading import Batches, read
-from mbgd.checks.preflight import NUM_EXAMPLES
 from mbgd.checks.setup import Setup
+from mbgd.checks.sizes import NUM_EXAMPLES
 from mbgd.checks.targets import check_targets
 from mbgd.config import Settings
 from mbgd.config.duration import whole

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from mbgd import averaging as averagings
+from mbgd.averaging import batch_norm
 from mbgd.batches.loader import Examples, Shard
 from mbgd.batches.randomness import key_generators
 from mbgd.checks.alarm import Alarm
 from mbgd.checks.recomputing import Recomputing
 from mbgd.checks.setup import Setup
+from mbgd.config import BatchNormOver
 from mbgd.measuring.clock import FORWARD, Clock
 from mbgd.measuring.profiling import part
 from mbgd.step.done import Done, Observer
@@ -35,11 +37,22 @@ class TrainStep:
         settings, workers, trained = setup.settings, setup.workers, setup.trained
         compile_(setup.model, settings.compile, workers.device)
         varies = bool(setup.findings.unused_parameters)
+        is_over_minibatch = settings.batch_norm is BatchNormOver.minibatch and workers.num_workers > 1
+        norms = batch_norm.layers_of(setup.task) if is_over_minibatch else {}
         self.averaging = averagings.create(
-            settings.averaging, setup.task, trained, setup.plan, workers, parameters_vary=varies
+            settings.averaging,
+            setup.task,
+            trained,
+            setup.plan,
+            workers,
+            parameters_vary=varies,
+            exchanges_in_backward=bool(norms),
         )
         self.autocast = autocast(settings.precision, workers.device)
         self.alarm = Alarm(setup, self._forward_again)
+        statistics = batch_norm.Statistics(norms, self.averaging.gather, self.alarm.check_layers)
+        self._minibatch_norm = batch_norm.MinibatchNorm(norms, statistics)
+        self._norm_alone = batch_norm.MinibatchNorm(norms, batch_norm.Statistics(norms, batch_norm.alone))
         self.update = Update(setup, self.alarm.everywhere)
         self.noise_scale = NoiseMeter(settings.noise_scale, setup.plan, trained.parameters, self.update.loss_scale)
         self._means = Means(setup.findings, self.alarm, logs, self.noise_scale.measures)
@@ -92,7 +105,8 @@ class TrainStep:
         elif not is_last:
             setup.trained.remember_flags()
         key_generators(setup.workers.device, setup.settings.seed, shard.step, micro_batch.number)
-        with self.averaging.micro_batch(micro_batch, is_last=is_last):
+        statistics = self._minibatch_norm(shard.step, is_stand_in=micro_batch.is_stand_in)
+        with self.averaging.micro_batch(micro_batch, is_last=is_last), statistics:
             with part("forward"), self.autocast:
                 terms = self.averaging.forward(examples.batch, micro_batch.size)
             if is_last:
@@ -138,10 +152,13 @@ class TrainStep:
         return done
 
     def _forward_again(self, step: int, examples: Examples) -> PerExample:
-        """Repeat the forward of a micro-batch, with the same buffers and random numbers."""
+        """Repeat the forward of a micro-batch, with the same buffers and random numbers.
+
+        With batch_norm=minibatch its statistics are this worker's alone, and may be of a single value.
+        """
         self._setup.buffers.put_back()
         key_generators(self._setup.workers.device, self._setup.settings.seed, step, examples.micro_batch.number)
-        with self.autocast:
+        with self.autocast, self._norm_alone(step):
             terms: PerExample = self._setup.task(examples.batch, examples.micro_batch.size)
             return terms
 

@@ -47,7 +47,8 @@ class Buffer:
 
     def has_changed(self) -> bool:
         """Whether the last forward changed it, or may have."""
-        return self.is_another() or self.moves_unseen or (self._is_of_norm and self._module.training)
+        moves = self._is_of_norm and self.tensor is not None and self._module.training
+        return moves or self.is_another() or self.moves_unseen
 
     def remember(self) -> None:
         """Take the buffer's current value as its value before the step."""

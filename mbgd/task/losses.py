@@ -1,4 +1,4 @@
-"""The objectives that ship: cross-entropy and squared error, unreduced."""
+"""Cross-entropy of classes, unreduced."""
 
 import math
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ class CrossEntropy:
 
     def __call__(self, model: nn.Module, batch: Any) -> PerExample:
         inputs, targets = batch
-        logits = self._classes_last(model(inputs), targets)
+        logits = self.classes_last(model(inputs), targets)
         if targets.dtype is not torch.int64:
             _check_integers(targets)
             targets = targets.long()
@@ -82,7 +82,7 @@ class CrossEntropy:
         accuracy = partial(_correct, logits, targets)
         return PerExample(losses, weights, {"accuracy": accuracy}, partial(_probabilities, logits, targets))
 
-    def _classes_last(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def classes_last(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The logits as (*targets.shape, C); UsageError if the shapes do not fit, or fit in two ways."""
         if logits.dim() == 2 and logits.shape[:1] == targets.shape:
             return logits
@@ -185,29 +185,3 @@ def _are_same(positions: Sequence[int], others: Sequence[int]) -> bool:
     if 1 in (len(positions), len(others)):
         return math.prod(positions) == math.prod(others)
     return tuple(positions) == tuple(others)
-
-
-class MeanSquaredError:
-    """Squared error of each example, averaged over the example's values.
-
-    `model(inputs)` gives predictions of the targets' shape; one more dimension of size 1 is allowed, as in (N, 1) for
-    targets (N,).
-    """
-
-    def __call__(self, model: nn.Module, batch: Any) -> PerExample:
-        inputs, targets = batch
-        predictions = model(inputs)
-        if predictions.dim() == targets.dim() + 1:
-            for dim in range(1, predictions.dim()):
-                if predictions.shape[dim] == 1 and predictions.squeeze(dim).shape == targets.shape:
-                    predictions = predictions.squeeze(dim)
-                    break
-        if predictions.shape != targets.shape:
-            raise UsageError(
-                f"the model's output has shape {tuple(predictions.shape)} and the targets {tuple(targets.shape)}; "
-                "mean squared error needs equal shapes."
-            )
-        dtype = torch.promote_types(predictions.dtype, torch.float32)  # targets are not rounded to 16 bits
-        squares = F.mse_loss(predictions.to(dtype), targets.to(dtype), reduction="none")
-        losses = squares.flatten(1).mean(1) if squares.dim() > 1 else squares
-        return PerExample(losses, predictions=(predictions, targets))

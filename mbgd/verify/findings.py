@@ -49,8 +49,15 @@ batch_norm = Kind(
     "batch_norm",
     "BatchNorm in training mode ({names}): each example's loss depends on the others in its micro-batch, "
     "so the result depends on how the minibatch is cut.",
-    "Use GroupNorm or LayerNorm, freeze the statistics (module.eval()), or accept it: fewer workers and larger "
-    "micro-batches come nearer to the whole minibatch.",
+    "Set batch_norm=minibatch: the statistics are then those of the whole minibatch. Or use GroupNorm or LayerNorm, or "
+    "freeze the statistics (module.eval()).",
+)
+minibatch_norm = Kind(
+    NOTE,
+    "minibatch_norm",
+    "BatchNorm in training mode ({names}) uses the statistics of the whole minibatch (batch_norm=minibatch): each "
+    "example's loss depends on the others, but not on how the minibatch is cut.",
+    "Nothing.",
 )
 unkeyed = Kind(
     WRONG,

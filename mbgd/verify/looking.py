@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from mbgd.batches.reading import Indices
-from mbgd.config import Precision
+from mbgd.config import BatchNormOver, Precision
 from mbgd.task.objective import PerExample
 from mbgd.task.task import plain_name
 from mbgd.text.listing import shown
@@ -89,7 +89,8 @@ class Looking:
         norms = [name for name, module in _modules(self._task, _BatchNorm) if module.training]
         if norms:
             if not same(together[:1], in_company) or self._gradients_differ():
-                yield findings.batch_norm(names=norms)
+                is_over_minibatch = self._reference.trainer.setup.settings.batch_norm is BatchNormOver.minibatch
+                yield findings.minibatch_norm(names=norms) if is_over_minibatch else findings.batch_norm(names=norms)
             with _in_evaluation(self._task, _BatchNorm):  # is BatchNorm the only cause?
                 found = list(self._coupling(self._each(self._few, 1)))
             yield from found

@@ -2,20 +2,24 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
+from mbgd.averaging.batch_norm import layers_of
 from mbgd.batches.describing import content
 from mbgd.batches.loader import Examples, Loader, Shard
 from mbgd.batches.plan import Plan
 from mbgd.batches.randomness import key_generators
 from mbgd.building.build import build_trainer
-from mbgd.config import AveragingName, Config, Precision
+from mbgd.config import AveragingName, BatchNormOver, Config, Precision
 from mbgd.task.objective import PerExample
 from mbgd.task.precision import autocast, parameter_dtype
 from mbgd.task.trained import GradientHooks
 from mbgd.verify.subject import Gradient
+from mbgd.verify.together import together
 from mbgd.workers.group import Workers
 
 FP16_SCALE = 2.0**12
@@ -43,6 +47,8 @@ class Reference:
         self.task, self.trained = self.trainer.setup.task, self.trainer.setup.trained
         self._buffers, self._precision, self._config = self.trainer.setup.buffers, precision, config
         self._device, self._rates = device, [group["lr"] for group in self.trainer.setup.optimizer.param_groups]
+        is_over_minibatch = config.batch_norm is BatchNormOver.minibatch
+        self._layers = layers_of(self.task) if is_over_minibatch else {}
         self.data = replace(self.trainer.setup.data, num_workers=0)
 
     def load(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
@@ -88,21 +94,24 @@ class Reference:
 
     def cut(self, shards: list[Shard]) -> Cut:
         """From every worker's shard of a step."""
-        sums, total, weights = [], 0.0, []
+        counting = [[one for one in of_worker.micro_batches if not one.micro_batch.is_stand_in] for of_worker in shards]
+        step, sums, total, weights = shards[0].step, [], 0.0, []
         with self.without_hooks():
-            for shard in shards:
-                losses: list[Tensor] = []
+            if self._layers:
+                forwards = [partial(self._sums_of, step, one) for of_worker in counting for one in of_worker]
+                results = iter(together(self._layers, forwards))
+            else:
+                results = (self._sums_of(step, one) for of_worker in counting for one in of_worker)
+            for of_worker in counting:
+                parts: list[Gradient] = []
                 weight = 0.0
-                for one in shard.micro_batches:
-                    if not one.micro_batch.is_stand_in:
-                        weighted, its_weight = self._sums(self.losses(one, shard.step, one.micro_batch.number))
-                        losses.append(weighted)
-                        weight += its_weight.item()
-                if losses and weight:
-                    loss = torch.stack(losses).sum()
-                    sums.append(self._gradient(loss))
+                for weighted, its_weight in islice(results, len(of_worker)):
+                    parts.append(self._gradient(weighted, is_last=not self._layers))
+                    total += weighted.item()
+                    weight += its_weight.item()
+                if weight:
+                    sums.append({name: torch.stack([one[name] for one in parts]).sum(0) for name in parts[0]})
                     weights.append(weight)
-                    total += loss.item()
         names = self.trained.by_name
         gradient = {name: torch.stack([one[name] for one in sums]).sum(0) / sum(weights) for name in names}
         means = [{name: one[name] / weight for name in names} for one, weight in zip(sums, weights, strict=True)]
@@ -130,6 +139,9 @@ class Reference:
             hooks.put_back()
         return {name: parameter.detach() for name, parameter in self.trained.by_name.items()}
 
+    def _sums_of(self, step: int, examples: Examples) -> tuple[Tensor, Tensor]:
+        return self._sums(self.losses(examples, step, examples.micro_batch.number))
+
     def _sums(self, terms: PerExample) -> tuple[Tensor, Tensor]:
         """(Σ w_i L_i, Σ w_i); a loss of weight 0 counts as 0, even if it is not finite."""
         losses = terms.losses.double()
@@ -138,10 +150,11 @@ class Reference:
         weights = terms.weights.double()
         return (torch.where(weights != 0, losses, 0.0) * weights).sum(), weights.sum()
 
-    def _gradient(self, loss: Tensor) -> Gradient:
+    def _gradient(self, loss: Tensor, *, is_last: bool = True) -> Gradient:
+        """is_last: no other gradient comes from the same graph."""
         scale = FP16_SCALE if self._precision is Precision.fp16 else 1.0
         held = self.with_gradient()
-        found = torch.autograd.grad(loss * scale, list(held.values()), allow_unused=True)
+        found = torch.autograd.grad(loss * scale, list(held.values()), allow_unused=True, retain_graph=not is_last)
         gradients = dict(zip(held, found, strict=True))
         wide = {name: torch.promote_types(p.dtype, torch.float64) for name, p in self.trained.by_name.items()}
         return {
