@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from mbgd.runs.library import Checkpoints
     from mbgd.step.done import Done, Result
     from mbgd.step.early_stopping import EarlyStopping
+    from mbgd.task.info_nce import InfoNCE, RandomCrops
     from mbgd.task.losses import CrossEntropy, MeanSquaredError
-    from mbgd.task.objective import PerExample
+    from mbgd.task.objective import Coupled, PerExample
     from mbgd.tracking.base import Tracker, Trackers
     from mbgd.tracking.json_lines import JsonLines
     from mbgd.trainer import Trainer
@@ -45,12 +46,14 @@ __all__ = [
     "Check",
     "Checkpoint",
     "Checkpoints",
+    "Coupled",
     "CrossEntropy",
     "Data",
     "Done",
     "EarlyStopping",
     "Evaluation",
     "InMemory",
+    "InfoNCE",
     "JsonLines",
     "MeanSquaredError",
     "NoiseScale",
@@ -59,6 +62,7 @@ __all__ = [
     "PerExample",
     "Precision",
     "Preempted",
+    "RandomCrops",
     "Result",
     "Settings",
     "StopOnSignal",
@@ -83,6 +87,7 @@ _HOMES = (
     "errors",
     "step.done",
     "step.early_stopping",
+    "task.info_nce",
     "task.losses",
     "task.objective",
     "tracking.base",

@@ -9,24 +9,29 @@ import torch
 from torch import Tensor, nn
 
 from mbgd.errors import UsageError
-from mbgd.task.objective import Objective, PerExample
+from mbgd.task.coupled import Together
+from mbgd.task.objective import Objective, PerExample, is_coupled
 
 OBJECTIVE = "objective."
 """Prefix of the names of the objective's parameters and buffers; the model's names have none."""
 
 
 class Task(nn.Module):
-    """A micro-batch → its per-example losses."""
+    """A micro-batch → its per-example losses; those of a coupled objective as if the micro-batch were all examples."""
 
     def __init__(self, model: nn.Module, objective: Objective) -> None:
         super().__init__()
         self.model = model
         self.objective = _module_of(objective, model)
-        self._parts = (objective, model)  # nn.Module.__getattr__ for `self.model` costs microseconds in every step
+        self.pair = Together(objective) if is_coupled(objective) else None
+        """The coupled objective; None: each example has a loss of its own."""
+        self._given = objective
+        # nn.Module.__getattr__ for `self.model` costs microseconds in every step.
+        self._parts: tuple[Any, nn.Module] = (self.pair or objective, model)
 
     def forward(self, batch: Any, num_examples: int) -> PerExample:
-        objective, model = self._parts
-        terms = objective(model, batch)
+        of_batch, model = self._parts
+        terms = of_batch(model, batch)
         if not isinstance(terms, PerExample):
             raise UsageError(
                 f"objective returned {type(terms).__name__}; it must return mbgd.PerExample(losses=…) with one "
@@ -38,7 +43,7 @@ class Task(nn.Module):
     @property
     def given_objective(self) -> Objective:
         """The objective as the user gave it: a module, an object or a function."""
-        return self._parts[0]
+        return self._given
 
     def parameters_by_name(self) -> dict[str, nn.Parameter]:
         """Every parameter once, under the first of its names; see `plain_name`."""
