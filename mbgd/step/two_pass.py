@@ -35,7 +35,7 @@ _OF_LOSSES = 0x6C6F7373  # so that draws of `losses` have another key than those
 
 
 class TwoPass:
-    """The passes of a coupled objective; with one micro-batch, this worker keeps its graph and makes one pass alone."""
+    """The passes of a coupled objective. Where each worker has one micro-batch, it keeps its graph and makes one pass."""
 
     def __init__(
         self, setup: Setup, pair: Together, averaging: Averager, update: Update, lap: Callable[[str], None]
@@ -59,7 +59,9 @@ class TwoPass:
     def begin(self, shard: Shard) -> None:
         self._setup.trained.remember_flags()
         self._whole = None
-        if len(shard.micro_batches) > 1 or not self._may_keep_graph:
+        # DDP's forward may exchange messages, too, so that all workers make the same passes.
+        num_micro_batches = self._setup.plan.num_micro_batches(shard.minibatch.size)
+        if num_micro_batches > self._setup.plan.num_workers or not self._may_keep_graph:
             with torch.set_grad_enabled(self._has_graph), part("encode"):
                 parts = [[one.detach() for one in self._encode(shard.step, one_of)] for one_of in shard.micro_batches]
             self._whole = self._losses(shard, parts)
