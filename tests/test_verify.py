@@ -44,6 +44,8 @@ RIGHT = {
     "unused": [*NET, "+model.wrong=unused"],
     "partly_detached": [*NET, "+model.wrong=partly_detached"],
     "kink": [*NET, "+model.wrong=kink"],
+    "pair": [*NET, "objective=own", "objective._target_=wrong_parts.Contrastive", "batch.size=20"],
+    "pair of random views": ["objective=info_nce", "objective.learn_temperature=true", "batch.micro_batch_size=5"],
     "transformers": [
         *("model=own", "model._target_=wrong_parts.gpt2", "data=own", "data.train._target_=wrong_parts.Ragged"),
         *("objective=own", "objective._target_=wrong_parts.next_token", "batch.size=13"),
@@ -52,6 +54,7 @@ RIGHT = {
 HAS_TRANSFORMERS = find_spec("transformers") is not None
 NOTES = {
     "dropout": {"keyed_randomness"},
+    "pair of random views": {"keyed_randomness"},
     "hook": {"hooks"},
     "unused": {"unused_parameters"},
     "partly_detached": {"gradient_is_not_the_derivative"},
@@ -66,6 +69,9 @@ WRONG = {
     "hidden_mean": [*NET, "objective=own", "objective._target_=wrong_parts.hidden_mean"],
     "divided": [*NET, "objective=own", "objective._target_=wrong_parts.divided"],
     "contrastive": [*NET, "objective=own", "objective._target_=wrong_parts.contrastive"],
+    "coupled_pair": [
+        *(*NET, "objective=own", "objective._target_=wrong_parts.Contrastive", "+objective.wrong=coupled")
+    ],
     "data": [*NET, "data=own", "data.train._target_=wrong_parts.OfWorker", "data.evaluation=null"],
 }
 REFUSED = {"changes_parameters": [*NET, "+model.wrong=changes_parameters"]}
@@ -78,6 +84,7 @@ REASONS = {
     "hidden_mean": {"reduced_loss"},
     "divided": {"reduced_loss"},
     "contrastive": {"coupled_losses"},
+    "coupled_pair": {"coupled_encodings"},
     "data": {"data_depends_on_worker"},
 }
 

@@ -31,11 +31,12 @@ from mbgd.task.objective import PerExample
 from mbgd.task.precision import autocast
 from mbgd.task.task import OBJECTIVE
 
-_OF_LOSSES = 0x6C6F7373  # so that draws of `losses` have another key than those of any micro-batch
+OF_LOSSES = 0x6C6F7373
+"""In the place of a micro-batch's number, it keys what `losses` draws."""
 
 
 class TwoPass:
-    """The passes of a coupled objective. Where each worker has one micro-batch, it keeps its graph and makes one pass."""
+    """Both passes of a coupled objective; one where no worker has more than one micro-batch, whose graph is kept."""
 
     def __init__(
         self, setup: Setup, pair: Together, averaging: Averager, update: Update, lap: Callable[[str], None]
@@ -130,7 +131,7 @@ class TwoPass:
         self._lap("forward_backward")  # waiting for other workers is not this worker's own time
         if self._has_buffers:
             setup.buffers.put_back()
-        key_generators(device, setup.settings.seed, shard.step, _OF_LOSSES)
+        key_generators(device, setup.settings.seed, shard.step, OF_LOSSES)
         with part("losses"), self._autocast:
             terms = self._pair.losses(encodings)
         weights = self._update.backward_weights(terms, is_stand_in=False)
