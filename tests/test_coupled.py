@@ -14,7 +14,7 @@ import mbgd
 
 from processes import run_workers
 
-NUM_EXAMPLES, EPOCHS, LR = 22, 2, 0.2
+NUM_EXAMPLES, EPOCHS, LR = 22, 1, 0.2
 AVERAGINGS = ("ddp", "shared_memory", "reproducible")
 
 
@@ -95,7 +95,6 @@ class Normalised(nn.Module):
     def __init__(self, *, shared: bool = False) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(3, affine=False)
-        self.of_encode = nn.BatchNorm1d(3) if shared else None
         self.register_buffer("num_seen", torch.zeros((), dtype=torch.long))
         self.register_buffer("centre", torch.zeros(3, dtype=torch.float64))
         self.shared = shared
@@ -199,8 +198,9 @@ def trainer_of(workers: mbgd.Workers, case: Case, averaging: str, size: int | No
 def train(workers: mbgd.Workers) -> dict[tuple[str, str, int | None], tuple[dict[str, Tensor], dict[str, float]]]:
     """Every case in every averaging, with one micro-batch a worker and with several."""
     found = {}
-    for name, case in CASES.items():
-        for averaging in AVERAGINGS:
+    names = ["weighted", "buffers", "unused parameters"] if workers.num_workers == 2 else list(CASES)
+    for name, case in ((name, CASES[name]) for name in names):
+        for averaging in AVERAGINGS[workers.num_workers == 1 :]:  # alone, the first two are the same
             for size in (None, min(3, case.size - 1)):
                 if averaging == "reproducible" and case.size < workers.num_workers:
                     continue  # refused: a worker takes whole micro-batches
@@ -230,6 +230,210 @@ def test_training_is_that_of_the_whole_minibatch_in_plain_torch(trained: dict[in
                     for key, value in wanted.items():
                         error = (parameters[key] - value).double().norm() / value.double().norm().clamp(min=1e-3)
                         assert error <= 1e-12, (num_workers, how, key)
-    assert num_compared == sum(len(AVERAGINGS) * 2 * n for n in trained) - (6 if CASES[name].size < 3 else 0)
+    assert num_compared >= 4 + 3 * (4 if CASES[name].size < 3 else 6)
     start = state(*made(CASES[name])[:2])
     assert all((wanted[key] - start[key]).norm() > 1e-3 for key in ("layers.0.weight", "first.weight") if key in wanted)
+
+
+@pytest.mark.parametrize("name", ["weighted", "views"])
+def test_losses_and_metrics_are_those_of_the_whole_minibatch_and_of_each_evaluated_group(
+    trained: dict[int, Any], name: str
+) -> None:
+    runs = [run for of_workers in trained.values() for one in of_workers for run in one.items()]
+    found = [metrics for how, (_, metrics) in runs if how[0] == name]
+    model, objective, _ = made(CASES[name])
+    at_end = trained[1][0][name, "reproducible", None][0]
+    model.load_state_dict({key: value for key, value in at_end.items() if not key.startswith("objective.")})
+    if isinstance(objective, nn.Module):
+        own = {k.removeprefix("objective."): v for k, v in at_end.items() if k.startswith("objective.")}
+        objective.load_state_dict(own)
+    sums = torch.zeros(2, dtype=torch.float64)
+    for rows in torch.arange(NUM_EXAMPLES).split([7, 7, 8]):
+        terms = objective.losses(*objective.encode(model, tuple(column[rows] for column in data())))
+        weights = torch.ones_like(terms.losses) if terms.weights is None else terms.weights
+        sums += torch.stack([(weights * terms.losses).sum(), weights.sum()]).detach()
+    for metrics in found:
+        assert metrics["eval/loss"] == pytest.approx(float(sums[0] / sums[1]), rel=1e-12)
+        own = {"weighted": "train/largest", "views": "train/accuracy"}[name]
+        for key in ("train/loss", "train/gradient_norm", own, own.replace("train", "eval")):
+            assert metrics[key] == pytest.approx(found[0][key], rel=1e-11), key
+
+
+def images() -> mbgd.InMemory:
+    generator = torch.Generator().manual_seed(0)
+    return mbgd.InMemory(torch.randn(52, 1, 4, 4, generator=generator), torch.zeros(52))
+
+
+def random_trainer(workers: mbgd.Workers, **settings: Any) -> mbgd.Trainer:
+    """Draws everywhere, and statistics of BatchNorm."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 4))
+    objective = mbgd.InfoNCE(learn_temperature=True, augment=mbgd.RandomCrops())
+    optimizer = torch.optim.AdamW([*model.parameters(), *objective.parameters()], lr=0.01)
+    settings = {"batch": mbgd.Batch(size=18), "averaging": mbgd.Averaging(name="reproducible"), **settings}  # type: ignore[arg-type]
+    return mbgd.Trainer(
+        model, objective, optimizer, mbgd.Data(train=images()), mbgd.Settings(epochs=3, **settings), workers
+    )
+
+
+def bits(workers: mbgd.Workers, recompute: int | None) -> str:
+    trainer = random_trainer(workers, check=mbgd.Check(recompute_every_steps=recompute))
+    trainer.fit()
+    buffers = [float(one.double().sum()) for one in trainer.setup.model.buffers()]
+    return f"{trainer.weights_sha256()} {buffers}"
+
+
+def test_reproducible_averaging_gives_the_same_bits_on_any_number_of_workers() -> None:
+    """8 workers have one micro-batch each, and make one pass; with fewer, each makes two."""
+    found = {one for number in (1, 2, 3) for one in run_workers(bits, number, 1)}
+    assert found == set(run_workers(bits, 8, None))
+    assert len(found) == 1
+
+
+def half(workers: mbgd.Workers) -> dict[str, dict[str, float]]:
+    return {one: random_trainer(workers, precision=one, steps=1).fit().metrics for one in ("fp32", "fp16")}
+
+
+def test_fp16_comes_near() -> None:
+    """bf16 is a case of `verify`, which knows how far rounding alone goes."""
+    for found in run_workers(half, 2):
+        for key in ("train/loss", "train/gradient_norm"):
+            assert found["fp16"][key] == pytest.approx(found["fp32"][key], rel=0.03)
+            assert found["fp16"][key] != found["fp32"][key]
+
+
+def resumed(workers: mbgd.Workers, name: str) -> dict[str, Tensor]:
+    first = trainer_of(workers, CASES[name], "ddp", 3, steps=3)
+    first.fit()
+    second = trainer_of(workers, CASES[name], "ddp", 3)
+    second.restore(first.snapshot())
+    second.fit()
+    return state(second.setup.model, second.setup.task.given_objective)
+
+
+@pytest.mark.parametrize("name", ["buffers"])
+def test_a_resumed_run_goes_on(name: str) -> None:
+    wanted = whole(CASES[name])
+    for key, value in resumed(mbgd.Workers(), name).items():
+        torch.testing.assert_close(value, wanted[key], rtol=1e-12, atol=1e-12)
+
+
+class Counting(Net):
+    num_calls = 0
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.num_calls += self.training
+        return super().forward(inputs)
+
+
+def test_one_micro_batch_is_encoded_once_and_several_are_encoded_twice() -> None:
+    for size, a_step in ((None, 1), (8, 1), (3, 2 * 3), (1, 2 * 8)):
+        trainer = trainer_of(mbgd.Workers(), Case(Counting, Plain), "ddp", size, steps=2)
+        before = trainer.setup.model.num_calls
+        trainer.fit()
+        assert trainer.setup.model.num_calls - before == 2 * a_step
+
+
+def of_micro_batch(model: nn.Module, batch: Any) -> mbgd.PerExample:
+    """The same loss as an ordinary objective sees only a micro-batch of it."""
+    return Plain().losses(Plain().encode(model, batch))
+
+
+def test_an_ordinary_objective_gives_another_result_once_the_minibatch_is_cut() -> None:
+    wanted = whole(CASES["plain"])
+    for size, is_wrong in ((None, False), (3, True)):
+        trainer = trainer_of(mbgd.Workers(), Case(Net, lambda: of_micro_batch), "ddp", size)
+        trainer.fit()
+        found = state(trainer.setup.model, None)
+        error = max(float((found[key] - wanted[key]).norm() / wanted[key].norm()) for key in wanted)
+        assert (error > 0.01) is is_wrong
+        assert is_wrong or error <= 1e-12
+
+
+def test_the_noise_scale_is_not_measured() -> None:
+    settings = {"noise_scale": mbgd.NoiseScale(every_steps=1)}
+    trainer = trainer_of(mbgd.Workers(), CASES["plain"], "ddp", 3, **settings)
+    assert trainer.train_step.noise_scale.describe() == "not measured: examples have no losses of their own"
+    assert "noise_scale" not in trainer.fit().metrics
+
+
+def unlike(workers: mbgd.Workers, objective: Any) -> str:
+    try:
+        trainer_of(workers, Case(Net, lambda: objective), "ddp", 3).fit()
+    except mbgd.UsageError as error:
+        return str(error)
+    return ""
+
+
+class Odd(Plain):
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.generator = torch.Generator().manual_seed(0)
+
+    def encode(self, model: nn.Module, batch: Any) -> Any:
+        codes = model(batch[0])
+        shown = {
+            "mean": lambda: codes.mean(0),
+            "scalar": lambda: (codes, torch.tensor(0.1)),
+            "text": lambda: (codes, "text"),
+            "nothing": lambda: None,
+            "ragged": lambda: F.pad(codes, (0, len(codes) % 2)),
+            "own draws": lambda: codes + torch.rand(codes.shape, generator=self.generator),
+        }
+        return shown.get(self.what, lambda: codes)()
+
+    def losses(self, *encodings: Tensor) -> Any:
+        terms = super().losses(encodings[0])
+        if self.what == "tensor":
+            return terms.losses
+        if self.what == "mean of losses":
+            return mbgd.PerExample(terms.losses.mean())
+        return mbgd.PerExample(terms.losses.detach()) if self.what == "detached" else terms
+
+
+class Both(Plain):
+    def __call__(self, model: nn.Module, batch: Any) -> mbgd.PerExample:
+        return self.losses(self.encode(model, batch))
+
+
+@pytest.mark.parametrize(
+    ("objective", "told"),
+    [
+        (Odd("mean"), "encode returned a tensor of shape (3,) for 4 examples"),
+        (Odd("scalar"), "encode returned a tensor of shape () for 4 examples"),
+        (Odd("text"), "encode returned a tuple of Tensor, str; it must return a tensor of shape (N, …)"),
+        (Odd("nothing"), "encode returned a NoneType"),
+        (Odd("ragged"), "encode returned float64 (N, 4) for one micro-batch, and float64 (N, 3) for others"),
+        (Odd("own draws"), "A coupled objective encodes each example twice"),
+        (Odd("tensor"), "losses returned Tensor; it must return mbgd.PerExample"),
+        (Odd("mean of losses"), "objective returned a scalar loss"),
+        (Odd("detached"), "losses do not depend on any"),
+        (Normalised(shared=True), "encode and its losses both change the buffer objective.num_seen"),
+        (Both(), "the objective Both has encode and losses, and can be called"),
+    ],
+    ids=lambda value: getattr(value, "what", type(value).__name__) if not isinstance(value, str) else "",
+)
+def test_what_cannot_be_right_is_refused(objective: Any, told: str) -> None:
+    assert told in unlike(mbgd.Workers(), objective)
+
+
+class Infinite(Pairs):
+    """Example 13 has no finite encoding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.columns[0][13] = torch.inf
+
+
+def not_finite(workers: mbgd.Workers) -> str:
+    model, objective, optimizer = made(Case(Net, Weighted))
+    settings = mbgd.Settings(steps=3, batch=mbgd.Batch(size=8, micro_batch_size=3), precision="fp64")  # type: ignore[arg-type]
+    data = mbgd.Data(train=Infinite(), shuffle=False)
+    with pytest.raises(mbgd.UsageError) as caught:
+        mbgd.Trainer(model, objective, optimizer, data, settings, workers).fit()
+    return str(caught.value)
+
+
+def test_the_example_that_spoils_all_losses_is_named() -> None:
+    for told in run_workers(not_finite, 2):
+        assert told.startswith("the loss is not finite at step 2; it is not for the examples 13."), told

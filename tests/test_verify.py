@@ -44,7 +44,7 @@ RIGHT = {
     "unused": [*NET, "+model.wrong=unused"],
     "partly_detached": [*NET, "+model.wrong=partly_detached"],
     "kink": [*NET, "+model.wrong=kink"],
-    "pair": [*NET, "objective=own", "objective._target_=wrong_parts.Contrastive", "batch.size=20"],
+    "pair": [*NET, "objective=own", "objective._target_=wrong_parts.Contrastive", "precision=bf16"],
     "pair of random views": ["objective=info_nce", "objective.learn_temperature=true", "batch.micro_batch_size=5"],
     "transformers": [
         *("model=own", "model._target_=wrong_parts.gpt2", "data=own", "data.train._target_=wrong_parts.Ragged"),
@@ -59,6 +59,7 @@ NOTES = {
     "unused": {"unused_parameters"},
     "partly_detached": {"gradient_is_not_the_derivative"},
     "bf16": {"autocast"},
+    "pair": {"autocast"},
 }
 WRONG = {
     "batch_norm": [*NET, "+model.wrong=batch_norm"],

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mbgd.errors import UsageError
 from mbgd.task.buffers import Buffers
-from mbgd.task.coupled import Together
+from mbgd.task.coupled import Pair
 from mbgd.task.task import OBJECTIVE, Task
 from mbgd.text.listing import shown
 
@@ -15,7 +15,7 @@ TOLERANCE = 1e-3
 """Relative difference of losses up to which they are rounding: on GPUs some operations add up in any order."""
 
 
-def moved_by_losses(task: Task, pair: Together, buffers: Buffers, encode: Callable[[], Sequence[Tensor]]) -> set[str]:
+def moved_by_losses(task: Task, pair: Pair, buffers: Buffers, encode: Callable[[], Sequence[Tensor]]) -> set[str]:
     """Names of the objective's buffers that its `losses` changes; UsageError if `encode` changes them, too.
 
     encode(): the encodings of a few examples. It begins and ends with the buffers put back.

@@ -26,7 +26,7 @@ from mbgd.measuring.profiling import part
 from mbgd.step.gathering import Gathering
 from mbgd.step.one_pass import gradients_of
 from mbgd.step.update import Update
-from mbgd.task.coupled import Together, WholeLoss
+from mbgd.task.coupled import Pair, WholeLoss
 from mbgd.task.objective import PerExample
 from mbgd.task.precision import autocast
 from mbgd.task.task import OBJECTIVE
@@ -39,7 +39,7 @@ class TwoPass:
     """Both passes of a coupled objective; one where no worker has more than one micro-batch, whose graph is kept."""
 
     def __init__(
-        self, setup: Setup, pair: Together, averaging: Averager, update: Update, lap: Callable[[str], None]
+        self, setup: Setup, pair: Pair, averaging: Averager, update: Update, lap: Callable[[str], None]
     ) -> None:
         """averaging: of an `Encoder`."""
         self._setup, self._pair, self._averaging, self._update, self._lap = setup, pair, averaging, update, lap

@@ -14,16 +14,13 @@ Encodings = list[Tensor]
 """Each of shape (N, …)."""
 
 
-class Together:
-    """The pair as an objective of one batch, which holds all examples that look at each other."""
+class Pair:
+    """The objective's two methods, whose results are checked."""
 
     def __init__(self, objective: Coupled) -> None:
         self._objective = objective
 
-    def __call__(self, model: nn.Module, batch: Any) -> PerExample:
-        return self.losses(self.encode(model, batch))
-
-    def encode(self, model: nn.Module, batch: Any, num_examples: int | None = None) -> Encodings:
+    def encode(self, model: nn.Module, batch: Any, num_examples: int) -> Encodings:
         """The batch's encodings; UsageError unless each has one row for each example."""
         given = self._objective.encode(model, batch)
         encodings = [given] if isinstance(given, Tensor) else list(given) if isinstance(given, list | tuple) else []
@@ -32,12 +29,11 @@ class Together:
                 f"the objective's encode returned {_kinds(given)}; it must return a tensor of shape (N, …) for a batch "
                 "of N examples, or a tuple of such tensors."
             )
-        expected = num_examples if num_examples is not None or not encodings[0].dim() else len(encodings[0])
-        if wrong := [one for one in encodings if one.dim() == 0 or len(one) != expected]:
+        if wrong := [one for one in encodings if one.dim() == 0 or len(one) != num_examples]:
             raise UsageError(
-                f"the objective's encode returned a tensor of shape {tuple(wrong[0].shape)} for {expected} examples; "
-                f"the first dimension counts the examples: ({expected}, …). What belongs to no example, such as a "
-                "temperature, is an attribute of the objective."
+                f"the objective's encode returned a tensor of shape {tuple(wrong[0].shape)} for {num_examples} "
+                f"examples; the first dimension counts the examples: ({num_examples}, …). What belongs to no example, "
+                "such as a temperature, is an attribute of the objective."
             )
         return encodings
 
@@ -87,7 +83,7 @@ class WholeLoss:
 class Encoder(nn.Module):
     """The task whose forward gives the roots of a micro-batch's backward."""
 
-    def __init__(self, task: nn.Module, pair: Together, model: nn.Module) -> None:
+    def __init__(self, task: nn.Module, pair: Pair, model: nn.Module) -> None:
         """task: the module of all parameters, those of model and objective."""
         super().__init__()
         self.task = task

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mbgd.errors import UsageError
-from mbgd.task.coupled import Together
+from mbgd.task.coupled import Pair
 from mbgd.task.objective import Objective, PerExample, is_coupled
 
 OBJECTIVE = "objective."
@@ -23,15 +23,16 @@ class Task(nn.Module):
         super().__init__()
         self.model = model
         self.objective = _module_of(objective, model)
-        self.pair = Together(objective) if is_coupled(objective) else None
+        self.pair = Pair(objective) if is_coupled(objective) else None
         """The coupled objective; None: each example has a loss of its own."""
-        self._given = objective
         # nn.Module.__getattr__ for `self.model` costs microseconds in every step.
-        self._parts: tuple[Any, nn.Module] = (self.pair or objective, model)
+        self._parts: tuple[Any, nn.Module, Pair | None] = (objective, model, self.pair)
 
     def forward(self, batch: Any, num_examples: int) -> PerExample:
-        of_batch, model = self._parts
-        terms = of_batch(model, batch)
+        objective, model, pair = self._parts
+        if pair is not None:
+            return pair.losses(pair.encode(model, batch, num_examples))
+        terms = objective(model, batch)
         if not isinstance(terms, PerExample):
             raise UsageError(
                 f"objective returned {type(terms).__name__}; it must return mbgd.PerExample(losses=…) with one "
@@ -43,7 +44,8 @@ class Task(nn.Module):
     @property
     def given_objective(self) -> Objective:
         """The objective as the user gave it: a module, an object or a function."""
-        return self._given
+        objective: Objective = self._parts[0]
+        return objective
 
     def parameters_by_name(self) -> dict[str, nn.Parameter]:
         """Every parameter once, under the first of its names; see `plain_name`."""

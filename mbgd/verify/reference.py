@@ -13,7 +13,7 @@ from mbgd.batches.randomness import key_generators
 from mbgd.building.build import build_trainer
 from mbgd.config import AveragingName, Config, Precision
 from mbgd.step.two_pass import OF_LOSSES
-from mbgd.task.coupled import Together
+from mbgd.task.coupled import Pair
 from mbgd.task.objective import PerExample
 from mbgd.task.precision import autocast, parameter_dtype
 from mbgd.task.trained import GradientHooks
@@ -80,7 +80,7 @@ class Reference:
             terms: PerExample = self.task(examples.batch, examples.micro_batch.size)
             return terms
 
-    def encodings(self, pair: Together, examples: Examples, *key: int) -> list[Tensor]:
+    def encodings(self, pair: Pair, examples: Examples, *key: int) -> list[Tensor]:
         """The same for the encodings of a coupled objective."""
         self._buffers.put_back()
         key_generators(self._device, self._config.seed, *key)
@@ -120,7 +120,7 @@ class Reference:
         mean_of_means = {name: torch.stack([one[name] for one in means]).mean(0) for name in names}
         return Cut(total / sum(weights), gradient, mean_of_means)
 
-    def _cut_of_pair(self, pair: Together, shards: list[Shard]) -> Cut:
+    def _cut_of_pair(self, pair: Pair, shards: list[Shard]) -> Cut:
         step = shards[0].step
         of_workers = [[one for one in shard.micro_batches if not one.micro_batch.is_stand_in] for shard in shards]
         with self.without_hooks():
@@ -130,7 +130,7 @@ class Reference:
         mean_of_means = {name: torch.stack([one[name] for one in means]).mean(0) for name in gradient}
         return Cut(loss, gradient, mean_of_means)
 
-    def _of_group(self, pair: Together, step: int, group: list[Examples]) -> tuple[float, Gradient]:
+    def _of_group(self, pair: Pair, step: int, group: list[Examples]) -> tuple[float, Gradient]:
         """(mean loss, its gradient) of examples that look at each other, each micro-batch encoded under its own key."""
         parts = [self.encodings(pair, one, step, one.micro_batch.number) for one in group]
         key_generators(self._device, self._config.seed, step, OF_LOSSES)
