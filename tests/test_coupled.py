@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -187,7 +188,7 @@ def trainer_of(workers: mbgd.Workers, case: Case, averaging: str, size: int | No
                 "max_grad_norm": case.max_grad_norm,
                 "check": mbgd.Check(replicas_every_steps=1),
                 "evaluation": mbgd.Evaluation(batch_size=9),  # three groups, of 7, 7 and 8 examples
-                "log_every_steps": 3,
+                "log_every_steps": 1,
                 **settings,
             }
         ),
@@ -291,7 +292,8 @@ def test_reproducible_averaging_gives_the_same_bits_on_any_number_of_workers() -
 
 
 def half(workers: mbgd.Workers) -> dict[str, dict[str, float]]:
-    return {one: random_trainer(workers, precision=one, steps=1).fit().metrics for one in ("fp32", "fp16")}
+    trainers = {one: trainer_of(workers, CASES["views"], "ddp", 3, precision=one, steps=1) for one in ("fp32", "fp16")}
+    return {one: trainer.fit().metrics for one, trainer in trainers.items()}
 
 
 def test_fp16_comes_near() -> None:
@@ -437,3 +439,24 @@ def not_finite(workers: mbgd.Workers) -> str:
 def test_the_example_that_spoils_all_losses_is_named() -> None:
     for told in run_workers(not_finite, 2):
         assert told.startswith("the loss is not finite at step 2; it is not for the examples 13."), told
+
+
+def test_the_example_in_the_documentation() -> None:
+    page = (Path(__file__).parent.parent / "docs/coupled_losses.md").read_text()
+    lines = page.split("    class Contrastive:")[1].split("\n\n    mbgd.Trainer")[0].splitlines()
+    source = "class Contrastive:\n" + "\n".join(line.removeprefix("    ") for line in lines)
+    assert len([line for line in source.splitlines() if line.strip()]) <= 10
+    names: dict[str, Any] = {"torch": torch, "F": F, "mbgd": mbgd}
+    exec(source, names)
+
+    def of_page() -> Any:
+        objective = names["Contrastive"]()
+        encode = objective.encode
+        objective.encode = lambda model, batch: encode(model, batch[:2])  # the page's data has nothing but pairs
+        return objective
+
+    case = Case(Net, of_page)
+    trainer = trainer_of(mbgd.Workers(), case, "ddp", 3)
+    trainer.fit()
+    found, wanted = state(trainer.setup.model, None), whole(case)
+    assert all((found[key] - wanted[key]).norm() <= 1e-12 * wanted[key].norm() for key in wanted)
