@@ -34,8 +34,9 @@ if TYPE_CHECKING:
     from mbgd.step.freezing import Freeze
     from mbgd.task.distillation import Distillation
     from mbgd.task.elementwise import BinaryCrossEntropy, Huber, MeanSquaredError
+    from mbgd.task.info_nce import InfoNCE, RandomCrops
     from mbgd.task.losses import CrossEntropy
-    from mbgd.task.objective import PerExample
+    from mbgd.task.objective import Coupled, PerExample
     from mbgd.tracking.base import Tracker, Trackers
     from mbgd.tracking.json_lines import JsonLines
     from mbgd.trainer import Trainer
@@ -56,6 +57,7 @@ __all__ = [
     "Check",
     "Checkpoint",
     "Checkpoints",
+    "Coupled",
     "CrossEntropy",
     "Data",
     "Distillation",
@@ -65,6 +67,7 @@ __all__ = [
     "Freeze",
     "Huber",
     "InMemory",
+    "InfoNCE",
     "JsonLines",
     "MeanSquaredError",
     "NoiseScale",
@@ -73,6 +76,7 @@ __all__ = [
     "PerExample",
     "Precision",
     "Preempted",
+    "RandomCrops",
     "Result",
     "Settings",
     "StopOnSignal",
@@ -103,6 +107,7 @@ _HOMES = (
     "step.freezing",
     "task.distillation",
     "task.elementwise",
+    "task.info_nce",
     "task.losses",
     "task.objective",
     "tracking.base",

@@ -27,10 +27,11 @@ SHORT = {
     "fashion_shifted": {"num_examples": 640},
     "house_prices": {"epochs": 1},
     "two_towers": {"epochs": 1},
+    "clip_fashion": {"steps": 3},
 }
 """Options of a short training, by example."""
 
-EXAMPLES = [pytest.param(name, marks=NEEDS_IMAGES if name == "fashion_shifted" else ()) for name in SHORT]
+EXAMPLES = [pytest.param(name, marks=NEEDS_IMAGES if "fashion" in name else ()) for name in SHORT]
 
 
 def key_in_first_epoch(index: int) -> int:
@@ -74,6 +75,19 @@ def test_each_example_has_one_command_and_a_section(name: str) -> None:
     assert re.findall(r"^    torchrun .*$", source, re.MULTILINE) == [f"    {command}"]
     assert f"    {command}" in (ROOT / "examples/README.md").read_text()
     assert len(source.splitlines()) <= 200
+
+
+@NEEDS_IMAGES
+def test_images_and_captions_reach_the_stated_accuracy(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    how: dict[str, Any] = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 300}
+    done = subprocess.run([*command, str(ROOT / "examples/clip_fashion.py")], **how)
+    assert done.returncode == 0, done.stderr
+    before, after, nearest = (float(one) for one in re.findall(r"([\d.]+)%", done.stdout))
+    assert before < 77
+    assert after > 84
+    assert nearest > 84
 
 
 def test_the_command_of_an_example(tmp_path: Path) -> None:

@@ -127,6 +127,7 @@ def test_what_vmap_cannot_take_goes_in_a_loop() -> None:
     ("overrides", "num_workers", "told"),
     [
         (["batch.size=600"], 2, "explain shows each example, 512 at most"),
+        (["objective=info_nce"], 2, "objective=InfoNCE: its losses look at several examples at once"),
         ([*example.OVERRIDES, "batch.size=3"], 2, "batch.size=3, but there are 2 training examples"),
         (["batch.size=2"], 3, "--workers 3 with 2 examples"),
         (["data=own"], 2, "data.train._target_ has no value"),

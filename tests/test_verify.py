@@ -51,6 +51,8 @@ RIGHT = {
         *("model=cnn", "model.batch_norm=true", "model.dropout=0.2", "model.channels=[4,8]", "batch.size=31"),
         "batch_norm=minibatch",
     ],
+    "pair": [*NET, "objective=own", "objective._target_=wrong_parts.Contrastive", "precision=bf16"],
+    "pair of random views": ["objective=info_nce", "objective.learn_temperature=true", "batch.micro_batch_size=5"],
     "transformers": [
         *("model=own", "model._target_=wrong_parts.gpt2", "data=own", "data.train._target_=wrong_parts.Ragged"),
         *("objective=own", "objective._target_=wrong_parts.next_token", "batch.size=13"),
@@ -59,6 +61,7 @@ RIGHT = {
 HAS_TRANSFORMERS = find_spec("transformers") is not None
 NOTES = {
     "dropout": {"keyed_randomness"},
+    "pair of random views": {"keyed_randomness"},
     "hook": {"hooks"},
     "unused": {"unused_parameters"},
     "partly_detached": {"gradient_is_not_the_derivative"},
@@ -67,6 +70,7 @@ NOTES = {
     "resnet over the minibatch": {"minibatch_norm", "moving_buffers"},
     "minibatch_norm of one value": {"minibatch_norm", "moving_buffers"},
     "minibatch_norm and dropout": {"minibatch_norm", "moving_buffers", "keyed_randomness"},
+    "pair": {"autocast"},
 }
 WRONG = {
     "batch_norm": [*NET, "+model.wrong=batch_norm"],
@@ -77,6 +81,9 @@ WRONG = {
     "hidden_mean": [*NET, "objective=own", "objective._target_=wrong_parts.hidden_mean"],
     "divided": [*NET, "objective=own", "objective._target_=wrong_parts.divided"],
     "contrastive": [*NET, "objective=own", "objective._target_=wrong_parts.contrastive"],
+    "coupled_pair": [
+        *(*NET, "objective=own", "objective._target_=wrong_parts.Contrastive", "+objective.wrong=coupled")
+    ],
     "data": [*NET, "data=own", "data.train._target_=wrong_parts.OfWorker", "data.evaluation=null"],
 }
 REFUSED = {"changes_parameters": [*NET, "+model.wrong=changes_parameters"]}
@@ -89,6 +96,7 @@ REASONS = {
     "hidden_mean": {"reduced_loss"},
     "divided": {"reduced_loss"},
     "contrastive": {"coupled_losses"},
+    "coupled_pair": {"coupled_encodings"},
     "data": {"data_depends_on_worker"},
 }
 

@@ -119,3 +119,21 @@ def next_token(model: nn.Module, batch: Any) -> PerExample:
     logits, labels = model(batch["input_ids"]).logits[:, :-1], batch["labels"][:, 1:]
     losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
     return PerExample(losses, (labels != -100).to(losses.dtype))
+
+
+class Contrastive:
+    """`contrastive` as a pair."""
+
+    def __init__(self, wrong: str = "") -> None:
+        self.wrong = wrong
+
+    def encode(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        inputs, _ = batch
+        codes, shifted = F.normalize(model(inputs), dim=1), F.normalize(model(inputs.roll(1, -1)), dim=1)
+        if self.wrong == "coupled":
+            codes = codes - codes.mean(0)
+        return codes, shifted
+
+    def losses(self, *encodings: Tensor) -> PerExample:
+        codes, shifted = encodings
+        return PerExample(F.cross_entropy(codes @ shifted.T / 0.5, torch.arange(len(codes)), reduction="none"))

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mbgd.averaging.ddp import DDP
 from mbgd.averaging.host_memory.memory import CannotShareError, HostMemory
@@ -20,8 +20,6 @@ from mbgd.averaging.start import start_alike
 from mbgd.batches.plan import MicroBatch, Plan
 from mbgd.config import Averaging, AveragingName
 from mbgd.errors import UsageError
-from mbgd.task.objective import PerExample
-from mbgd.task.task import Task
 from mbgd.task.trained import Trained
 from mbgd.workers import cuda
 from mbgd.workers.group import Workers
@@ -30,8 +28,8 @@ from mbgd.workers.group import Workers
 class Averager(Protocol):
     """One way to sum over micro-batches and workers."""
 
-    def forward(self, batch: Any, num_examples: int) -> PerExample:
-        """`Task.forward`, set up so that the backward of its losses triggers the exchange of gradients."""
+    def forward(self, batch: Any, num_examples: int) -> Any:
+        """The task's forward, set up so that the backward of its result triggers the exchange of gradients."""
 
     def micro_batch(self, micro_batch: MicroBatch, *, is_last: bool) -> AbstractContextManager[object]:
         """Context of one forward and backward; the shard's last backward may already exchange gradients."""
@@ -96,7 +94,7 @@ def prepare(settings: Averaging, plan: Plan, device: torch.device) -> None:
 
 def create(
     settings: Averaging,
-    task: Task,
+    task: nn.Module,
     trained: Trained,
     plan: Plan,
     workers: Workers,

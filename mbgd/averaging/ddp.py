@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
@@ -15,8 +15,6 @@ from mbgd.averaging.host_memory.exchange import NO_NOTE
 from mbgd.averaging.norms import MicroBatchNorms
 from mbgd.batches.plan import MicroBatch
 from mbgd.errors import UsageError
-from mbgd.task.objective import PerExample
-from mbgd.task.task import Task
 from mbgd.task.trained import Trained
 from mbgd.workers.group import Workers
 
@@ -30,7 +28,7 @@ _NOTHING: AbstractContextManager[object] = nullcontext()
 Hook = Callable[[object, GradBucket], torch.futures.Future[Tensor]]
 
 
-def wrap(task: Task, trained: Trained, hook: Hook, *, find_unused_parameters: bool) -> DistributedDataParallel:
+def wrap(task: nn.Module, trained: Trained, hook: Hook, *, find_unused_parameters: bool) -> DistributedDataParallel:
     """The task under DDP, whose buckets of gradients go to `hook` instead of being averaged."""
     of_optimizer = set(trained.parameters)
     if not trained.with_gradient():
@@ -88,7 +86,7 @@ class DDP:
 
     def __init__(
         self,
-        task: Task,
+        task: nn.Module,
         trained: Trained,
         workers: Workers,
         *,
@@ -131,11 +129,10 @@ class DDP:
         self._works += [dist.all_reduce(buffer, async_op=True) for buffer in self._late]
         self._late.clear()
 
-    def forward(self, batch: Any, num_examples: int) -> PerExample:
+    def forward(self, batch: Any, num_examples: int) -> Any:
         # Without DDP the forward is called directly: in small steps every call counts.
         forward = self._task.forward if self._ddp is None else self._ddp
-        terms: PerExample = forward(batch, num_examples)
-        return terms
+        return forward(batch, num_examples)
 
     def micro_batch(self, micro_batch: MicroBatch, *, is_last: bool) -> AbstractContextManager[object]:
         if self._norms is not None:

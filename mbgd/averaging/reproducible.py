@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
@@ -17,8 +17,6 @@ from mbgd.averaging.norms import MicroBatchNorms
 from mbgd.averaging.tree import Counter, fold
 from mbgd.batches.plan import MicroBatch, Plan
 from mbgd.errors import UsageError
-from mbgd.task.objective import PerExample
-from mbgd.task.task import Task
 from mbgd.task.trained import Trained
 from mbgd.workers.group import Workers
 
@@ -37,7 +35,7 @@ class Reproducible:
 
     def __init__(
         self,
-        task: Task,
+        task: nn.Module,
         trained: Trained,
         workers: Workers,
         plan: Plan,
@@ -83,10 +81,9 @@ class Reproducible:
         if self._ddp is not None and self._trained.moved_on():
             self._prepare()
 
-    def forward(self, batch: Any, num_examples: int) -> PerExample:
+    def forward(self, batch: Any, num_examples: int) -> Any:
         forward = self._task.forward if self._ddp is None else self._ddp
-        terms: PerExample = forward(batch, num_examples)
-        return terms
+        return forward(batch, num_examples)
 
     @contextmanager
     def micro_batch(self, micro_batch: MicroBatch, *, is_last: bool) -> Iterator[None]:

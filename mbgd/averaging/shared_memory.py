@@ -8,15 +8,13 @@ from functools import reduce
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mbgd.averaging.host_memory.exchange import MOVED_ON, NO_NOTE, Exchange, check_moved_on
 from mbgd.averaging.host_memory.memory import HostMemory
 from mbgd.averaging.norms import MicroBatchNorms
 from mbgd.batches.plan import MicroBatch
-from mbgd.task.objective import PerExample
-from mbgd.task.task import Task
 from mbgd.task.trained import Trained
 from mbgd.workers.group import Workers
 
@@ -35,7 +33,7 @@ class SharedMemory:
     step to step and from worker to worker.
     """
 
-    def __init__(self, task: Task, trained: Trained, workers: Workers, memory: HostMemory) -> None:
+    def __init__(self, task: nn.Module, trained: Trained, workers: Workers, memory: HostMemory) -> None:
         """Raises CannotShareError, on all workers alike, if there is too little memory to share."""
         self._task, self._trained, self._workers, self._memory = task, trained, workers, memory
         self._norms: MicroBatchNorms | None = None
@@ -56,7 +54,7 @@ class SharedMemory:
                 hook = _Place(self._step, place)
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
 
-    def forward(self, batch: Any, num_examples: int) -> PerExample:
+    def forward(self, batch: Any, num_examples: int) -> Any:
         self._step.runs = True
         return self._task.forward(batch, num_examples)
 

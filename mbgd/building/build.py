@@ -27,6 +27,7 @@ from mbgd.config.renamed import new_name
 from mbgd.errors import UsageError
 from mbgd.measuring import profiling
 from mbgd.task import threads
+from mbgd.task.objective import is_coupled
 from mbgd.task.task import Task
 from mbgd.text.suggestions import did_you_mean
 from mbgd.trainer import Trainer
@@ -195,8 +196,11 @@ def build_trainer(config: Config, workers: Workers) -> Trainer:
     if not isinstance(model, torch.nn.Module):
         raise UsageError(f"model is a {type(model).__name__}; it must be a torch.nn.Module.")
     objective = make("objective", _with_teacher(config.objective, data), _partial_=_is_function(config.objective))
-    if not callable(objective):
-        raise UsageError(f"objective is a {type(objective).__name__}; it must be a function (model, batch).")
+    if not callable(objective) and not is_coupled(objective):
+        raise UsageError(
+            f"objective is a {type(objective).__name__}; it must be a function (model, batch), or an object with the "
+            "methods encode and losses."
+        )
     optimizer, notes = make_optimizer(config.optimizer, Task(model, objective), config.batch.size)
     plan = make_plan(config, len(data.train), workers.num_workers)
     schedule = None

@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mbgd.batches.loader import Data
 from mbgd.batches.plan import Plan
 from mbgd.batches.randomness import key_generators, random_state_kept
 from mbgd.batches.reading import Indices, read
 from mbgd.checks.bytes_of_images import told_of_bytes
+from mbgd.checks.pairs import moved_by_losses, not_repeated
 from mbgd.checks.sizes import NUM_EXAMPLES, Sizes
+from mbgd.checks.watching import output_shapes, refused_operations
 from mbgd.config import AveragingName, Precision, Settings
 from mbgd.errors import UsageError
 from mbgd.task.buffers import Buffers
@@ -67,8 +69,8 @@ class Trial:
         with ExitStack() as stack:
             for context in (random_state_kept(self._device), extra_state_kept(self._task), self._clean()):
                 stack.enter_context(context)
-            stack.enter_context(_refused_operations())
-            shapes = stack.enter_context(_output_shapes(self._task.model))
+            stack.enter_context(refused_operations())
+            shapes = stack.enter_context(output_shapes(self._task.model))
             terms, gradients = self._run(few, SCALES[0])
             if self._trained.changed():
                 self._initialise(first_minibatch)
@@ -76,6 +78,9 @@ class Trial:
                 terms, gradients = self._run(few, SCALES[0])
             self._buffers.find_unseen()
             moving = self._buffers.changed()
+            if self._task.pair is not None:
+                by_losses = moved_by_losses(self._task, self._task.pair, self._buffers, lambda: self._encode(few))
+                moving = [name for name in moving if name not in by_losses]
             self._check_used(terms)
             self._buffers.put_back()
             self._trained.put_back_flags()
@@ -83,7 +88,7 @@ class Trial:
             again, gradients_again = self._run(few, SCALES[1])
             self._check_repeated(terms, again, gradients, gradients_again)
             unused = tuple(n for n, p in self._trained.by_name.items() if p.requires_grad and n not in gradients)
-            Sizes(self._task, self._buffers, self._plan, self._settings, self._forward)(first_minibatch, moving)
+            Sizes(self._task, self._buffers, self._plan, self._settings, self._encode)(first_minibatch, moving)
             moving = [name for name in moving if name in self._buffers.tensors()]  # without caches
             names = tuple(sorted(terms.metrics))
             self._check_weights(terms, first_minibatch, names)
@@ -117,6 +122,20 @@ class Trial:
             hooks.put_back()
 
     def _forward(self, indices: Indices) -> PerExample:
+        with self._read(indices) as batch:
+            terms: PerExample = self._task(batch, len(indices))
+            return terms
+
+    def _encode(self, indices: Indices) -> Any:
+        """The forward of a micro-batch that is not the whole minibatch."""
+        if self._task.pair is None:
+            return self._forward(indices)
+        with self._read(indices) as batch:
+            return self._task.pair.encode(self._task.model, batch, len(indices))
+
+    @contextmanager
+    def _read(self, indices: Indices) -> Iterator[Any]:
+        """The batch of these examples, with keyed generators and the run's precision."""
         settings = self._settings
         dtype = parameter_dtype(settings.precision)
         data, device, seed = self._data.train, self._device, settings.seed
@@ -124,8 +143,7 @@ class Trial:
         (batch,) = read(data, [indices], collate=self._data.collate, **how)
         key_generators(self._device, settings.seed)
         with autocast(settings.precision, self._device), told_of_bytes(batch):
-            terms: PerExample = self._task(batch, len(indices))
-            return terms
+            yield batch
 
     def _run(self, indices: Indices, scale: float) -> tuple[PerExample, dict[str, Tensor]]:
         """Forward and backward; returns the per-example losses and the gradients, by the parameters' names."""
@@ -157,6 +175,8 @@ class Trial:
         self, once: PerExample, again: PerExample, gradients: dict[str, Tensor], others: dict[str, Tensor]
     ) -> None:
         if not torch.equal(once.losses.nan_to_num(), again.losses.nan_to_num()):
+            if self._task.pair is not None:
+                not_repeated(once.losses, again.losses)
             if self._settings.averaging.name is AveragingName.reproducible:
                 raise UsageError(
                     "averaging=reproducible, but two computations of the same examples differ: losses "
@@ -215,34 +235,3 @@ class Trial:
             with torch.no_grad():
                 totals = Totals(self._forward(first_minibatch).sums(names), names)
         totals.check_weights("in the first minibatch")
-
-
-@contextmanager
-def _refused_operations() -> Iterator[None]:
-    """With averaging=reproducible torch refuses operations that are not deterministic; explain its error to users."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "does not have a deterministic implementation" not in str(error):
-            raise
-        raise UsageError(
-            f"averaging=reproducible, but the model or the objective uses an operation without a deterministic version "
-            f"in torch on this device: {str(error).split(' does not')[0]}. Replace the operation, or use "
-            "averaging=ddp."
-        ) from error
-
-
-@contextmanager
-def _output_shapes(model: nn.Module) -> Iterator[list[torch.Size]]:
-    """Collects the shapes of the model's outputs."""
-    shapes: list[torch.Size] = []
-
-    def note(module: nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.dim() > 1:
-            shapes.append(output.shape)
-
-    handle = model.register_forward_hook(note)
-    try:
-        yield shapes
-    finally:
-        handle.remove()

@@ -14,7 +14,7 @@ from mbgd.checks import batch_norm, optimizers
 from mbgd.checks.preflight import Findings, Trial
 from mbgd.checks.same_program import check_same_program
 from mbgd.checks.targets import check_skipping, check_targets
-from mbgd.config import AveragingName, Config, Duration, Precision, Settings, resolved, validate
+from mbgd.config import AveragingName, BatchNormOver, Config, Duration, Precision, Settings, resolved, validate
 from mbgd.config.duration import whole
 from mbgd.errors import UsageError
 from mbgd.schedule import Schedule
@@ -83,6 +83,7 @@ def set_up(
     averaging.prepare(settings.averaging, plan, workers.device)
     task = Task(model, objective, in_bf16=settings.precision is Precision.bf16_true)
     refuse_odd_parts(task)
+    _check_pair(task, settings)
     optimizers.check(optimizer)
     check_module_hooks(task)
     extra_state.check(task)
@@ -114,6 +115,19 @@ def set_up(
         findings,
         warnings,
     )
+
+
+def _check_pair(task: Task, settings: Settings) -> None:
+    """UsageError for settings that a coupled objective does not go with."""
+    if task.pair is None:
+        return
+    if settings.precision is Precision.bf16_true:
+        raise UsageError("precision=bf16-true with a coupled objective (encode and losses). Use precision=bf16.")
+    if settings.batch_norm is BatchNormOver.minibatch:
+        raise UsageError(
+            "batch_norm=minibatch with a coupled objective (encode and losses), whose examples pass through the model "
+            "twice. Use batch_norm=micro_batch, or a normalisation of single examples, such as GroupNorm."
+        )
 
 
 def _set_up_modes(task: Task, trained: Trained) -> list[str]:

@@ -74,8 +74,8 @@ def _do_not_go_together(settings: Settings) -> list[str]:
         )
     if over_minibatch and is_compiled:
         found.append(
-            f"batch_norm=minibatch with compile={settings.compile.value}; its layers exchange sums in the middle of the "
-            "forward, which is not compiled. Use compile=none, or batch_norm=micro_batch."
+            f"batch_norm=minibatch with compile={settings.compile.value}; its layers exchange sums within the "
+            "forward, which cannot be compiled. Use compile=none, or batch_norm=micro_batch."
         )
     recompute = settings.check.recompute_every_steps
     if recompute is not None and not is_reproducible:

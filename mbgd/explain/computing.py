@@ -37,6 +37,12 @@ class Explained:
         trainer = self._reference.trainer
         self.dataset, self._collate = trainer.setup.data.train, trainer.setup.data.collate
         self._task = self._reference.task
+        if self._task.pair is not None:
+            raise UsageError(
+                f"objective={kind(self._task.given_objective).rpartition('.')[2]}: its losses look at several examples "
+                "at once, so no example has a loss and a gradient of its own, and explain has nothing to show. "
+                "`mbgd verify` compares the whole minibatch's gradient."
+            )
         if config.batch.size > len(self.dataset):
             raise UsageError(
                 f"batch.size={config.batch.size}, but there are {len(self.dataset)} training examples; a minibatch "

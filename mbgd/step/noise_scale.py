@@ -58,10 +58,21 @@ class NoiseMeter:
     """
 
     def __init__(
-        self, settings: NoiseScale, plan: Plan, parameters: Sequence[Tensor], loss_scale: Callable[[], Tensor]
+        self,
+        settings: NoiseScale,
+        plan: Plan,
+        parameters: Sequence[Tensor],
+        loss_scale: Callable[[], Tensor],
+        *,
+        is_defined: bool = True,
     ) -> None:
-        """loss_scale(): the factor that the micro-batches' gradients are scaled by: float64, shape ()."""
-        self._every_steps = None if settings.every_steps is None else whole(settings.every_steps)
+        """loss_scale(): the factor that the micro-batches' gradients are scaled by: float64, shape ().
+
+        is_defined: whether each example has a loss of its own; otherwise nothing is measured.
+        """
+        self._is_defined = is_defined
+        every_steps = settings.every_steps if is_defined else None
+        self._every_steps = None if every_steps is None else whole(every_steps)
         self._plan = plan
         self._parameters, self._loss_scale = parameters, loss_scale
         self._size = min(plan.minibatch_size, plan.num_examples)
@@ -122,6 +133,8 @@ class NoiseMeter:
 
     def describe(self) -> str:
         """In words: whether the noise is measured, and from how many micro-batches."""
+        if not self._is_defined:
+            return "not measured: examples have no losses of their own"
         if self._every_steps is None:
             return "not measured"
         if self._num_parts < 2:

@@ -1,27 +1,27 @@
 """One optimizer step on this worker: examples → losses → gradients → their mean → the update."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from mbgd import averaging as averagings
 from mbgd.averaging import batch_norm
-from mbgd.batches.loader import Examples, Shard
-from mbgd.batches.randomness import key_generators
+from mbgd.batches.loader import Shard
 from mbgd.checks.alarm import Alarm
 from mbgd.checks.recomputing import Recomputing
 from mbgd.checks.setup import Setup
 from mbgd.config import BatchNormOver
-from mbgd.measuring.clock import FORWARD, Clock
+from mbgd.measuring.clock import Clock
 from mbgd.measuring.profiling import part
 from mbgd.step.done import Done, Observer
 from mbgd.step.noise_scale import NoiseMeter
+from mbgd.step.one_pass import OnePass, Passes
 from mbgd.step.speeds import Speeds
 from mbgd.step.sums import Means, MovingBuffers, Sums
+from mbgd.step.two_pass import TwoPass
 from mbgd.step.update import Update
 from mbgd.task.compiling import compile_
-from mbgd.task.objective import PerExample
+from mbgd.task.coupled import Encoder
 from mbgd.task.precision import autocast
 
 BeforeUpdate = Callable[[Shard, int | Tensor], None]
@@ -36,12 +36,12 @@ class TrainStep:
         self._setup, self._lap = setup, clock.lap
         settings, workers, trained = setup.settings, setup.workers, setup.trained
         compile_(setup.model, settings.compile, workers.device)
-        varies = bool(setup.findings.unused_parameters)
+        varies, pair = bool(setup.findings.unused_parameters), setup.task.pair
         is_over_minibatch = settings.batch_norm is BatchNormOver.minibatch and workers.num_workers > 1
         norms = batch_norm.layers_of(setup.task) if is_over_minibatch else {}
         self.averaging = averagings.create(
             settings.averaging,
-            setup.task,
+            setup.task if pair is None else Encoder(setup.task, pair, setup.model),
             trained,
             setup.plan,
             workers,
@@ -49,18 +49,26 @@ class TrainStep:
             exchanges_in_backward=bool(norms),
         )
         self.autocast = autocast(settings.precision, workers.device)
-        self.alarm = Alarm(setup, self._forward_again)
-        statistics = batch_norm.Statistics(norms, self.averaging.gather, self.alarm.check_layers)
-        self._minibatch_norm = batch_norm.MinibatchNorm(norms, statistics)
-        self._norm_alone = batch_norm.MinibatchNorm(norms, batch_norm.Statistics(norms, batch_norm.alone))
+        self.alarm = Alarm(setup, lambda step, examples: self._passes.forward_again(step, examples))
         self.update = Update(setup, self.alarm.everywhere)
-        self.noise_scale = NoiseMeter(settings.noise_scale, setup.plan, trained.parameters, self.update.loss_scale)
+        self._passes: Passes = (
+            OnePass(setup, self.averaging, self.update, norms, self.alarm.check_layers, clock.lap)
+            if pair is None
+            else TwoPass(setup, pair, self.averaging, self.update, clock.lap)
+        )
+        self.noise_scale = NoiseMeter(
+            settings.noise_scale,
+            setup.plan,
+            trained.parameters,
+            self.update.loss_scale,
+            is_defined=pair is None,
+        )
         self._means = Means(setup.findings, self.alarm, logs, self.noise_scale.measures)
         self._moving = MovingBuffers(setup.buffers, self.alarm)
         self._speeds = Speeds(workers, logs, lambda: clock.own_seconds)
         kinds = (self._means, self.noise_scale, self._moving, self._speeds)
         self._sums = Sums(kinds, self.averaging, setup.plan)
-        self.recomputing = Recomputing.of(setup, self._gradients_again)
+        self.recomputing = Recomputing.of(setup, self._passes.gradients_again)
         self.observers: list[Observer] = [self.noise_scale]
         self.before_update: list[BeforeUpdate] = []
         """Called in each step between averaging and the division, on every worker."""
@@ -71,8 +79,9 @@ class TrainStep:
         """One optimizer step: gradient = Σ w_i ∇L_i / Σ w_i over every example of every worker."""
         self._begin(shard.step)
         try:
+            self._passes.begin(shard)
             for examples in shard.micro_batches:
-                terms = self._forward_backward(shard, examples)
+                terms = self._passes.forward_backward(shard, examples)
                 if not examples.micro_batch.is_stand_in:
                     self._sums.add(terms, examples.micro_batch)
             self._lap("forward_backward")
@@ -95,29 +104,6 @@ class TrainStep:
         self.averaging.start(norms if self.recomputing is None else self.recomputing.watch(step, norms))
         self.update.hooks.take_off()
 
-    def _forward_backward(self, shard: Shard, examples: Examples) -> PerExample:
-        """Add Σ w_i ∇L_i over this micro-batch to the parameters' gradients."""
-        setup, micro_batch = self._setup, examples.micro_batch
-        is_last = examples is shard.micro_batches[-1]
-        if examples is not shard.micro_batches[0]:
-            setup.buffers.put_back()
-            setup.trained.put_back_flags()
-        elif not is_last:
-            setup.trained.remember_flags()
-        key_generators(setup.workers.device, setup.settings.seed, shard.step, micro_batch.number)
-        statistics = self._minibatch_norm(shard.step, is_stand_in=micro_batch.is_stand_in)
-        with self.averaging.micro_batch(micro_batch, is_last=is_last), statistics:
-            with part("forward"), self.autocast:
-                terms = self.averaging.forward(examples.batch, micro_batch.size)
-            if is_last:
-                self._lap(FORWARD)
-            with part("backward"):
-                # backward from the vector of losses, with gradient w_i for L_i, gives the gradient of Σ w_i L_i.
-                weights = self.update.backward_weights(terms, is_stand_in=micro_batch.is_stand_in)
-                torch.autograd.backward(terms.losses, weights)
-        setup.buffers.end_micro_batch(micro_batch.number, micro_batch.size, is_stand_in=micro_batch.is_stand_in)
-        return terms
-
     def _average(self, shard: Shard) -> None:
         """Finish the sums over all workers' examples: first the gradients, then everything in sums.py."""
         if self._forwards_differ:
@@ -129,6 +115,7 @@ class TrainStep:
             if (notes is None or any(notes)) and self.alarm.heed(notes, shard):
                 self._sums.include(self._moving)
             self._sums.exchange(shard.minibatch)
+        self._passes.end()
 
     def _finish(self, shard: Shard) -> Done:
         """Check the totals, divide once, step the optimizer and tell the observers."""
@@ -150,24 +137,3 @@ class TrainStep:
         for observer in self.observers:
             observer.after_update(done)
         return done
-
-    def _forward_again(self, step: int, examples: Examples) -> PerExample:
-        """Repeat the forward of a micro-batch, with the same buffers and random numbers.
-
-        With batch_norm=minibatch its statistics are this worker's alone, and may be of a single value.
-        """
-        self._setup.buffers.put_back()
-        key_generators(self._setup.workers.device, self._setup.settings.seed, step, examples.micro_batch.number)
-        with self.autocast, self._norm_alone(step):
-            terms: PerExample = self._setup.task(examples.batch, examples.micro_batch.size)
-            return terms
-
-    def _gradients_again(self, step: int, examples: Examples) -> dict[Tensor, Tensor]:
-        """Compute the gradients of a micro-batch again, as the averaging gets them; this changes no state."""
-        terms = self._forward_again(step, examples)
-        held: Sequence[Tensor] = self._setup.trained.with_gradient()
-        weights = self.update.backward_weights(terms, is_stand_in=False)
-        found = torch.autograd.grad(terms.losses, held, weights, allow_unused=True)
-        self._setup.buffers.put_back()
-        varies = bool(self._setup.findings.unused_parameters)
-        return {p: g + 0.0 if varies else g for p, g in zip(held, found, strict=True) if g is not None}

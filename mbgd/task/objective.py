@@ -2,13 +2,14 @@
 
     def objective(model, batch) -> PerExample
 
-The objective calls the model, so the trainer never needs to know what a batch looks like.
+The objective calls the model, so the trainer never needs to know what a batch looks like. Where the losses of examples
+look at each other, the objective is a pair of methods instead: `Coupled`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +97,15 @@ class PerExample:
         kept = self.weights != 0
         return outputs[kept], targets[kept]
 
+    def rows(self, start: int, stop: int) -> "PerExample":
+        """The terms of examples [start, stop), without a graph and without predictions."""
+        metrics: dict[str, MetricValues] = {
+            name: values[start:stop] if isinstance(values, Tensor) else _rows_of(values, start, stop)
+            for name, values in self.metrics.items()
+        }
+        weights = None if self.weights is None else self.weights.detach()[start:stop]
+        return PerExample(self.losses.detach()[start:stop], weights, metrics)
+
     def total_weight(self) -> Tensor:
         """Σ w_i: float64, shape ()."""
         if self.weights is None:
@@ -119,6 +129,10 @@ class PerExample:
             parts = [losses.sum(), weights.sum(), kept.sum().double(), (weights < 0).sum().double()]
             metrics = [self._metric(name).masked_fill(~kept, 0.0).sum() for name in metric_names]
         return torch.stack(parts + metrics)
+
+
+def _rows_of(values: Callable[[], Tensor], start: int, stop: int) -> Callable[[], Tensor]:
+    return lambda: values()[start:stop]
 
 
 NUM_SUMS = 4
@@ -177,4 +191,34 @@ class Totals:
             )
 
 
-Objective = Callable[[nn.Module, Any], PerExample]
+class Coupled(Protocol):
+    """An objective whose losses look at several examples at once, such as a contrastive one.
+
+    Any object with these two methods is one. `encode` sees a micro-batch; `losses` sees the whole minibatch, however it
+    was cut, and is computed alike on every worker. Parameters that either uses belong to the model, or to the objective
+    if it is an nn.Module.
+    """
+
+    def encode(self, model: nn.Module, batch: Any) -> Tensor | Sequence[Tensor]:
+        """One tensor or several for a batch of N examples, each of shape (N, …); each example's by itself alone."""
+
+    def losses(self, *encodings: Tensor) -> PerExample:
+        """The losses of N examples, from the encodings of all N in their order."""
+
+
+Objective = Callable[[nn.Module, Any], PerExample] | Coupled
+
+
+def is_coupled(objective: Any) -> TypeGuard[Coupled]:
+    """Whether it is a pair; UsageError where it could be either kind of objective."""
+    has_both = all(callable(getattr(objective, name, None)) for name in ("encode", "losses"))
+    if isinstance(objective, type) or not has_both:
+        return False
+    is_module = isinstance(objective, nn.Module)
+    if callable(objective) and not (is_module and type(objective).forward is nn.Module.forward):
+        raise UsageError(
+            f"the objective {type(objective).__name__} has encode and losses, and can be called with (model, batch), "
+            "too; only one of the two can be the objective. Rename encode or losses, or leave out "
+            f"{'forward' if is_module else '__call__'}."
+        )
+    return True

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from mbgd.errors import UsageError
-from mbgd.task.objective import Objective, PerExample
+from mbgd.task.coupled import Pair
+from mbgd.task.objective import Objective, PerExample, is_coupled
 
 OBJECTIVE = "objective."
 """Prefix of the names of the objective's parameters and buffers; the model's names have none."""
 
 
 class Task(nn.Module):
-    """A micro-batch → its per-example losses."""
+    """A micro-batch → its per-example losses; those of a coupled objective as if the micro-batch were all examples."""
 
     def __init__(self, model: nn.Module, objective: Objective, *, in_bf16: bool = False) -> None:
         """in_bf16: the model computes with matrices and embeddings in bf16, rounded from its parameters in fp32.
@@ -28,7 +29,10 @@ class Task(nn.Module):
         self._in_bf16 = in_bf16
         self.model = model
         self.objective = _module_of(objective, model)
-        self._parts = (objective, model)  # nn.Module.__getattr__ for `self.model` costs microseconds in every step
+        self.pair = Pair(objective) if is_coupled(objective) else None
+        """The coupled objective; None: each example has a loss of its own."""
+        # nn.Module.__getattr__ for `self.model` costs microseconds in every step.
+        self._parts: tuple[Any, nn.Module, Pair | None] = (objective, model, self.pair)
 
     def forward(self, batch: Any, num_examples: int) -> PerExample:
         if self._in_bf16:
@@ -39,7 +43,9 @@ class Task(nn.Module):
                 return terms
             finally:
                 self._in_bf16 = True
-        objective, model = self._parts
+        objective, model, pair = self._parts
+        if pair is not None:
+            return pair.losses(pair.encode(model, batch, num_examples))
         terms = objective(model, batch)
         if not isinstance(terms, PerExample):
             raise UsageError(
@@ -56,7 +62,8 @@ class Task(nn.Module):
     @property
     def given_objective(self) -> Objective:
         """The objective as the user gave it: a module, an object or a function."""
-        return self._parts[0]
+        objective: Objective = self._parts[0]
+        return objective
 
     def parameters_by_name(self) -> dict[str, nn.Parameter]:
         """Every parameter once, under the first of its names; see `plain_name`."""

@@ -92,8 +92,16 @@ coupled = Kind(
     "coupled_losses",
     "An example's loss depends on the other examples of its batch ({alone:.6g} with some, {together:.6g} with others), "
     "as with in-batch negatives or statistics of the batch.",
-    "No cut of the minibatch can give the same then. Take negatives from outside the batch (a queue, a fixed set), or "
-    "train on one worker with one micro-batch.",
+    "Make the objective a pair of methods, encode(model, batch) and losses(*encodings); the latter gets the encodings "
+    "of the whole minibatch, so that any cut is exact (docs/coupled_losses.md). Or take negatives from elsewhere.",
+)
+coupled_encodings = Kind(
+    WRONG,
+    "coupled_encodings",
+    "What encode returns for an example depends on the other examples of its batch ({alone:.6g} with some, "
+    "{together:.6g} with others): encode sees one micro-batch, so the result depends on how the minibatch is cut.",
+    "Let encode compute each example by itself; what looks at several examples belongs in losses, which gets the whole "
+    "minibatch's encodings.",
 )
 coupled_gradients = Kind(
     WRONG,

@@ -76,7 +76,9 @@ class Looking:
         return found
 
     def _look_for_keyed(self, losses: Tensor) -> Iterator[Finding]:
-        if not same(losses, self._each(self._few, 2)):
+        with torch.no_grad():
+            by_key = [of_each(self._terms(self._few, key)) for key in (1, 2)]
+        if not same(losses, self._each(self._few, 2)) or not same(*by_key):
             self.is_random = True
             names = [name for name, module in _modules(self._task, _DropoutNd) if getattr(module, "p", 0) > 0]
             yield findings.keyed(where=f" ({shown(names)})" if names else "")
@@ -113,6 +115,9 @@ class Looking:
                 yield findings.not_alone(reason=f"{type(error).__name__}: {error}")
                 is_fixed = False
         if is_fixed and not same(batch, alone):
+            if self._task.pair is not None:
+                yield findings.coupled_encodings(alone=alone[0].item(), together=batch[0].item())
+                return
             if (batch.max() - batch.min()).abs() <= SAME * batch.abs().max() and not same(alone, alone[:1]):
                 yield findings.reduced(
                     size=len(batch), losses="all examples have one and the same loss, although alone they have not"
@@ -127,7 +132,10 @@ class Looking:
         if is_coupled:
             other = alone if is_fixed else in_company
             before = batch if is_fixed else together
-            yield findings.coupled(alone=other[0].item(), together=before[0].item())
+            if self._task.pair is None:
+                yield findings.coupled(alone=other[0].item(), together=before[0].item())
+            else:
+                yield findings.coupled_encodings(alone=other[0].item(), together=before[0].item())
         elif self._gradients_differ():
             yield findings.coupled_gradients()
 
@@ -135,7 +143,7 @@ class Looking:
         """Whether the gradient of the first example's loss depends on the other examples."""
         pairs = []
         for indices in (self._few, np.repeat(self._few[:1], len(self._few))):
-            loss = of_each(self._terms(indices, 1))[0]
+            loss = of_each(self._alone(indices, 1))[0]
             pairs.append(self._gradient(loss))
         scale = max(_norm(one) for one in pairs)
         return any(_distance(a, b) > SAME * scale for a, b in zip(*pairs, strict=True))
@@ -234,11 +242,26 @@ class Looking:
 
     def _each(self, indices: Indices, key: int) -> Tensor:
         with torch.no_grad():
-            return of_each(self._terms(indices, key))
+            return of_each(self._alone(indices, key))
+
+    def _alone(self, indices: Indices, key: int) -> PerExample:
+        """What is computed of each example by itself: its loss, or one number made of its encodings."""
+        if self._task.pair is None:
+            return self._terms(indices, key)
+        examples = read_examples(self._reference.trainer, indices, Precision.fp64)
+        encodings = self._reference.encodings(self._task.pair, examples, key)
+        return PerExample(torch.stack([_projected(one) for one in encodings]).sum(0))
 
     def _gradient(self, loss: Tensor) -> tuple[Tensor | None, ...]:
         held = list(self._reference.with_gradient().values())
         return torch.autograd.grad(loss, held, allow_unused=True)
+
+
+def _projected(encodings: Tensor) -> Tensor:
+    """Each example's values along one random direction: shape (N,)."""
+    values = encodings.reshape(len(encodings), -1)
+    wide = values.to(torch.promote_types(values.dtype, torch.float64))
+    return (wide * _direction(wide[0], 0)).sum(1).real
 
 
 def _direction(parameter: Tensor, seed: int) -> Tensor:

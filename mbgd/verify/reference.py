@@ -15,6 +15,8 @@ from mbgd.batches.plan import Plan
 from mbgd.batches.randomness import key_generators
 from mbgd.building.build import build_trainer
 from mbgd.config import AveragingName, BatchNormOver, Config, Precision
+from mbgd.step.two_pass import OF_LOSSES
+from mbgd.task.coupled import Pair
 from mbgd.task.objective import PerExample
 from mbgd.task.precision import autocast, parameter_dtype
 from mbgd.task.trained import GradientHooks
@@ -33,7 +35,7 @@ class Cut:
     loss: float
     gradient: Gradient
     mean_of_means: Gradient
-    """The mean of the workers' means, for comparison."""
+    """The mean of the workers' means, for comparison; coupled losses then look at one worker's examples alone."""
 
 
 class Reference:
@@ -84,6 +86,13 @@ class Reference:
             terms: PerExample = self.task(examples.batch, examples.micro_batch.size)
             return terms
 
+    def encodings(self, pair: Pair, examples: Examples, *key: int) -> list[Tensor]:
+        """The same for the encodings of a coupled objective."""
+        self._buffers.put_back()
+        key_generators(self._device, self._config.seed, *key)
+        with autocast(self._precision, self._device):
+            return pair.encode(self.task.model, examples.batch, examples.micro_batch.size)
+
     def whole(self, shard: Shard) -> tuple[float, Gradient]:
         """(mean loss, its gradient), by one backward of the whole minibatch."""
         (examples,) = shard.micro_batches
@@ -94,6 +103,8 @@ class Reference:
 
     def cut(self, shards: list[Shard]) -> Cut:
         """From every worker's shard of a step."""
+        if self.task.pair is not None:
+            return self._cut_of_pair(self.task.pair, shards)
         counting = [[one for one in of_worker.micro_batches if not one.micro_batch.is_stand_in] for of_worker in shards]
         step, sums, total, weights = shards[0].step, [], 0.0, []
         with self.without_hooks():
@@ -117,6 +128,25 @@ class Reference:
         means = [{name: one[name] / weight for name in names} for one, weight in zip(sums, weights, strict=True)]
         mean_of_means = {name: torch.stack([one[name] for one in means]).mean(0) for name in names}
         return Cut(total / sum(weights), gradient, mean_of_means)
+
+    def _cut_of_pair(self, pair: Pair, shards: list[Shard]) -> Cut:
+        step = shards[0].step
+        of_workers = [[one for one in shard.micro_batches if not one.micro_batch.is_stand_in] for shard in shards]
+        with self.without_hooks():
+            loss, gradient = self._of_group(pair, step, [one for of_worker in of_workers for one in of_worker])
+            groups = [of_worker for of_worker in of_workers if sum(one.micro_batch.size for one in of_worker) > 1]
+            means = [self._of_group(pair, step, group)[1] for group in groups] or [gradient]
+        mean_of_means = {name: torch.stack([one[name] for one in means]).mean(0) for name in gradient}
+        return Cut(loss, gradient, mean_of_means)
+
+    def _of_group(self, pair: Pair, step: int, group: list[Examples]) -> tuple[float, Gradient]:
+        """(mean loss, its gradient) of examples that look at each other, each micro-batch encoded under its own key."""
+        parts = [self.encodings(pair, one, step, one.micro_batch.number) for one in group]
+        key_generators(self._device, self._config.seed, step, OF_LOSSES)
+        with autocast(self._precision, self._device):
+            terms = pair.losses([torch.cat(of_one) for of_one in zip(*parts, strict=True)])
+        weighted, weight = self._sums(terms)
+        return (weighted / weight).item(), self._gradient(weighted / weight)
 
     def update(self, step: int, gradient: Gradient) -> dict[str, Tensor]:
         """Parameters after hooks, clipping and a step of the optimizer with this mean gradient."""
