@@ -435,7 +435,7 @@ def refuse(workers: mbgd.Workers) -> dict[str, str]:
             told[name] = str(error)
     case = CASES["nested"]
     trainer = trainer_of(workers, case, "auto")
-    trainer.setup.task._parts = (TwiceDerived(), trainer.setup.model)
+    trainer.setup.task._parts = (TwiceDerived(), trainer.setup.model, None)
     try:
         trainer.fit()
     except mbgd.UsageError as error:
