@@ -1,8 +1,8 @@
 """What the two passes of a coupled objective cost, against the same loss of each micro-batch alone.
 
 `python benchmarks/coupled.py`. The CNN on images of 28 × 28 pixels, InfoNCE on two random crops of each, minibatches of
-256. The loss of a micro-batch alone is another, wrong loss, and costs one forward and one backward; plain is the loop
-of plain torch on the whole minibatch, in one process.
+256. The loss of a micro-batch alone is another, wrong loss; it costs one forward and one backward. plain torch is a
+loop in one process, with one forward and one backward of the whole minibatch.
 """
 
 import argparse

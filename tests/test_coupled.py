@@ -393,6 +393,16 @@ class Odd(Plain):
         return mbgd.PerExample(terms.losses.detach()) if self.what == "detached" else terms
 
 
+class Late(Plain):
+    """Draws of its own, long after the trial before training."""
+
+    num_calls = 0
+
+    def encode(self, model: nn.Module, batch: Any) -> Tensor:
+        self.num_calls += 1
+        return model(batch[0]) + max(0, self.num_calls - 12)
+
+
 class Both(Plain):
     def __call__(self, model: nn.Module, batch: Any) -> mbgd.PerExample:
         return self.losses(self.encode(model, batch))
@@ -407,6 +417,7 @@ class Both(Plain):
         (Odd("nothing"), "encode returned a NoneType"),
         (Odd("ragged"), "encode returned float64 (N, 4) for one micro-batch, and float64 (N, 3) for others"),
         (Odd("own draws"), "A coupled objective encodes each example twice"),
+        (Late(), "two computations of the same examples under the same key differ: encodings"),
         (Odd("tensor"), "losses returned Tensor; it must return mbgd.PerExample"),
         (Odd("mean of losses"), "objective returned a scalar loss"),
         (Odd("detached"), "losses do not depend on any"),

@@ -11,8 +11,8 @@ from mbgd.task.coupled import Pair
 from mbgd.task.task import OBJECTIVE, Task
 from mbgd.text.listing import shown
 
-TOLERANCE = 1e-3
-"""Relative difference of losses up to which they are rounding: on GPUs some operations add up in any order."""
+LEAST_TOLERANCE, MOST_EPSILONS = 1e-3, 8
+"""Relative difference up to which values are rounding: on GPUs some operations add up in any order."""
 
 
 def moved_by_losses(task: Task, pair: Pair, buffers: Buffers, encode: Callable[[], Sequence[Tensor]]) -> set[str]:
@@ -39,11 +39,15 @@ def moved_by_losses(task: Task, pair: Pair, buffers: Buffers, encode: Callable[[
     return by_losses
 
 
-def not_repeated(once: Tensor, again: Tensor) -> None:
-    """UsageError unless the losses of the same examples, computed twice, differ by rounding alone."""
-    if not torch.allclose(once.nan_to_num(), again.nan_to_num(), rtol=TOLERANCE, atol=TOLERANCE * 1e-3):
+def check_repeated(what: str, once: Tensor, again: Tensor) -> None:
+    """UsageError unless values of the same examples, computed twice, differ by rounding alone; waits for the device."""
+    if torch.equal(once, again):
+        return
+    tolerance = max(LEAST_TOLERANCE, MOST_EPSILONS * torch.finfo(once.dtype).eps)
+    largest = once.abs().nan_to_num(posinf=0.0).amax().item() if once.numel() else 0.0
+    if not torch.allclose(once, again, rtol=tolerance, atol=tolerance * largest, equal_nan=True):
         raise UsageError(
-            "two computations of the same examples under the same key differ: losses "
+            f"two computations of the same examples under the same key differ: {what} "
             f"{once.flatten()[:2].tolist()} and {again.flatten()[:2].tolist()}. A coupled objective encodes each "
             "example twice in a step, and both must draw alike. The model or the objective draws random numbers from a "
             "generator of its own, or keeps state between calls. Draw from torch's default generators, which the "

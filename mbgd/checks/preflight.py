@@ -17,7 +17,7 @@ from mbgd.batches.plan import Plan
 from mbgd.batches.randomness import key_generators, random_state_kept
 from mbgd.batches.reading import Indices, read
 from mbgd.checks.bytes_of_images import told_of_bytes
-from mbgd.checks.pairs import moved_by_losses, not_repeated
+from mbgd.checks.pairs import check_repeated, moved_by_losses
 from mbgd.checks.sizes import NUM_EXAMPLES, Sizes
 from mbgd.checks.watching import output_shapes, refused_operations
 from mbgd.config import AveragingName, Precision, Settings
@@ -176,7 +176,7 @@ class Trial:
     ) -> None:
         if not torch.equal(once.losses.nan_to_num(), again.losses.nan_to_num()):
             if self._task.pair is not None:
-                not_repeated(once.losses, again.losses)
+                check_repeated("losses", once.losses.detach(), again.losses.detach())
             if self._settings.averaging.name is AveragingName.reproducible:
                 raise UsageError(
                     "averaging=reproducible, but two computations of the same examples differ: losses "

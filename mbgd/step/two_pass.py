@@ -19,6 +19,7 @@ from mbgd.averaging import Averager
 from mbgd.batches.loader import Examples, Shard
 from mbgd.batches.plan import MicroBatch
 from mbgd.batches.randomness import key_generators
+from mbgd.checks.pairs import check_repeated
 from mbgd.checks.setup import Setup
 from mbgd.config import AveragingName
 from mbgd.measuring.clock import FORWARD
@@ -34,6 +35,9 @@ from mbgd.task.task import OBJECTIVE
 OF_LOSSES = 0x6C6F7373
 """In the place of a micro-batch's number, it keys what `losses` draws."""
 
+CHECKED_EVERY_STEPS = 100
+"""On a GPU, where comparing the encodings of both passes waits for the device; on a CPU it is done in every step."""
+
 
 class TwoPass:
     """Both passes of a coupled objective; one where no worker has more than one micro-batch, whose graph is kept."""
@@ -47,12 +51,8 @@ class TwoPass:
         self._gather = Gathering(setup.workers, setup.plan)
         # With a graph, torch may compute other bits, and a worker with one micro-batch always has one.
         self._has_graph = setup.settings.averaging.name is AveragingName.reproducible
-        objective = setup.task.objective
-        self._has_buffers = objective is not None and any(True for _ in objective.buffers())
         varies = setup.settings.averaging.find_unused_parameters
-        # DDP must know in the forward which parameters get a gradient, and `losses` its buffers as they were before.
-        self._may_keep_graph = not (setup.findings.unused_parameters if varies is None else varies)
-        self._may_keep_graph &= not self._has_buffers
+        self._parameters_vary = bool(setup.findings.unused_parameters) if varies is None else varies
         self._whole: WholeLoss | None = None
         self._moved: dict[str, tuple[Tensor, Tensor]] = {}
         """Buffers that `losses` has changed in this step: where, and the new values."""
@@ -60,12 +60,23 @@ class TwoPass:
     def begin(self, shard: Shard) -> None:
         self._setup.trained.remember_flags()
         self._whole = None
-        # DDP's forward may exchange messages, too, so that all workers make the same passes.
-        num_micro_batches = self._setup.plan.num_micro_batches(shard.minibatch.size)
-        if num_micro_batches > self._setup.plan.num_workers or not self._may_keep_graph:
+        if not self._keeps_graph(shard):
             with torch.set_grad_enabled(self._has_graph), part("encode"):
                 parts = [[one.detach() for one in self._encode(shard.step, one_of)] for one_of in shard.micro_batches]
             self._whole = self._losses(shard, parts)
+
+    def _keeps_graph(self, shard: Shard) -> bool:
+        """Whether one pass is enough in this step; the same on all workers, as DDP's forward may exchange messages."""
+        plan = self._setup.plan
+        if plan.num_micro_batches(shard.minibatch.size) > plan.num_workers:
+            return False
+        # DDP must know in the forward which parameters get a gradient, and `losses` its buffers as they were before.
+        return not self._parameters_vary and not self._has_buffers
+
+    @property
+    def _has_buffers(self) -> bool:
+        objective = self._setup.task.objective
+        return objective is not None and any(True for _ in objective.buffers())
 
     def forward_backward(self, shard: Shard, examples: Examples) -> PerExample:
         micro_batch, start = examples.micro_batch, examples.micro_batch.start - shard.minibatch.start
@@ -77,6 +88,9 @@ class TwoPass:
             if self._whole is None:
                 self._whole = self._losses(shard, [roots])
                 roots = self._whole.roots(roots)
+            elif self._setup.workers.device.type == "cpu" or shard.step % CHECKED_EVERY_STEPS == 0:
+                for once, again in zip(self._whole.rows(start, start + micro_batch.size), roots, strict=False):
+                    check_repeated("encodings", once, again.detach())
             if is_last:
                 self._lap(FORWARD)
             with part("backward"):
@@ -142,7 +156,7 @@ class TwoPass:
         of_parameters = {p: g for p, g in zip(held, found, strict=True) if g is not None}
         if self._has_buffers:
             self._take_moved()
-        return WholeLoss(_kept(terms), of_encodings, of_parameters)
+        return WholeLoss(_kept(terms), [one.detach() for one in encodings], of_encodings, of_parameters)
 
     def _take_moved(self) -> None:
         """Keep the values that `losses` gave the objective's buffers for the step's end."""

@@ -60,6 +60,8 @@ class WholeLoss:
     """The losses of a whole minibatch, and the gradient of Σ w_i L_i at what they were computed from."""
 
     terms: PerExample
+    encodings: Sequence[Tensor]
+    """Of the whole minibatch, without a graph."""
     of_encodings: Sequence[Tensor | None]
     """The gradient at each encoding, of its shape; None: the losses do not depend on it."""
     of_parameters: dict[nn.Parameter, Tensor]
@@ -69,6 +71,11 @@ class WholeLoss:
         """Where a micro-batch's backward begins: its encodings, and the parameters in `of_parameters`."""
         used = [one for one, gradient in zip(encodings, self.of_encodings, strict=True) if gradient is not None]
         return used + [parameter.view_as(parameter) for parameter in self.of_parameters]
+
+    def rows(self, start: int, stop: int) -> list[Tensor]:
+        """The encodings of examples [start, stop) to which there is a gradient."""
+        pairs = zip(self.encodings, self.of_encodings, strict=True)
+        return [one[start:stop] for one, gradient in pairs if gradient is not None]
 
     def at_roots(self, start: int, stop: int, *, has_parameters: bool) -> list[Tensor]:
         """The gradient at each root of the micro-batch of examples [start, stop) of the minibatch.
