@@ -17,8 +17,8 @@ import mbgd
 from mbgd.averaging.batch_norm import Statistics
 from mbgd.batches.order import Order
 from mbgd.batches.plan import Plan
+from mbgd.checkpoints.format import differences
 from mbgd.config import must_match
-from mbgd.config.must_match import AS_BEFORE
 from mbgd.models import CNN, ResNet
 
 import reference
@@ -463,9 +463,10 @@ def test_a_model_without_batch_norm_is_told_so() -> None:
     assert any("no BatchNorm layer" in told for told in trainer.setup.warnings)
 
 
-def test_runs_from_before_the_setting_resume() -> None:
+def test_runs_from_before_the_setting_resume_with_what_they_had() -> None:
     config = {"data": {}, "batch": {}, "schedule": None}
-    assert must_match(config | AS_BEFORE) == {
-        key: value for key, value in must_match(config).items() if key not in AS_BEFORE
-    }
-    assert must_match(config | {"batch_norm": "minibatch"})["batch_norm"] == "minibatch"
+    assert must_match(config)["batch_norm"] == "micro_batch"
+    before = {key: value for key, value in must_match(config).items() if key != "batch_norm"}
+    assert differences(before, must_match(config)) == []
+    found = differences(before, must_match(config | {"batch_norm": "minibatch"}))
+    assert found == ["batch_norm: micro_batch before, minibatch now"]

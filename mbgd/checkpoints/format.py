@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from mbgd.checkpoints import manifest
 from mbgd.checkpoints.manifest import FORMAT
 from mbgd.checkpoints.snapshot import Snapshot
+from mbgd.config.must_match import AS_BEFORE
 from mbgd.errors import UsageError
 from mbgd.files import folder_lock, strict_json
 from mbgd.files import reading as files
@@ -212,6 +213,7 @@ def _manifest(path: Path, *, whole_run: bool = False) -> dict[str, Any]:
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The keys in which two identities differ, with both values."""
+    before = {key: AS_BEFORE[key] for key in AS_BEFORE.keys() & now.keys()} | dict(before)
     return [
         plain(f"{key}: {before.get(key)} before, {now.get(key)} now")
         for key in sorted(before.keys() | now.keys())

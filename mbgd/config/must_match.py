@@ -21,8 +21,7 @@ def must_match(config: Mapping[str, Any]) -> dict[str, Any]:
     `epochs` and `steps` are included only if the learning rate depends on them. The number of workers, the micro-batch
     size, averaging, backend, logging and evaluation may change.
     """
-    values = {key: config.get(key) for key in marked(Config)}
-    values = {key: value for key, value in values.items() if key not in AS_BEFORE or value != AS_BEFORE[key]}
+    values = {key: config.get(key, AS_BEFORE.get(key)) for key in marked(Config)}
     values["data"] = {key: value for key, value in config["data"].items() if key not in NOT_OF_TRAINING}
     values["batch"] = {key: config["batch"].get(key) for key in marked(Batch)}
     if _depends_on_length(config.get("schedule")):
