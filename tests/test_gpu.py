@@ -29,6 +29,7 @@ from mbgd.config import AveragingName, Checkpoint, NoiseScale
 from mbgd.data import digits
 from mbgd.measuring.clock import MOST_EVENTS, PARTS, StreamStopwatch
 from mbgd.models import CNN, GPT, MLP
+from mbgd.optimizers import Lamb, Lars, MuonAdamW
 from mbgd.runs.conditions import conditions
 from mbgd.workers import cuda
 from mbgd.workers.group import start_workers
@@ -268,7 +269,11 @@ def test_steps_that_are_not_logged_do_not_wait_for_the_device(
 ) -> None:
     objective = Weighted() if weighted else None
     steps = {"steps": 12, "log_every_steps": 1000}
-    trainer = make_trainer(alone(device), name, averaging, precision, SGD, objective, **steps, **more)
+    train_without_waiting(make_trainer(alone(device), name, averaging, precision, SGD, objective, **steps, **more))
+
+
+def train_without_waiting(trainer: mbgd.Trainer) -> None:
+    device = trainer.setup.workers.device.type
     if device == "cpu":
         as_on_a_gpu(trainer)
     shards = trainer.setup.loader.shards(0, 11)
@@ -283,6 +288,19 @@ def test_steps_that_are_not_logged_do_not_wait_for_the_device(
     trainer.check()
     assert weights_sha256(trainer.setup.model) != before
     torch.use_deterministic_algorithms(False)
+
+
+def muon(parameters: Any) -> torch.optim.Optimizer:
+    return MuonAdamW([(str(number), one) for number, one in enumerate(parameters)], lr=0.01, fused=True)
+
+
+@on_devices
+@pytest.mark.parametrize(
+    "optimizer", [partial(Lamb, lr=0.01), partial(Lars, lr=1.0), muon], ids=["lamb", "lars", "muon"]
+)
+def test_our_optimizers_and_clipping_do_not_wait_for_the_device(device: str, optimizer: Any) -> None:
+    steps = {"steps": 12, "log_every_steps": 1000, "max_grad_value": 0.01}
+    train_without_waiting(make_trainer(alone(device), "gpt", "ddp", "fp32", optimizer, **steps))
 
 
 @on_devices

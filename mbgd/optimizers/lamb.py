@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mbgd.errors import UsageError
-from mbgd.optimizers.layerwise import Layerwise, check_at_least_zero, is_adapted, norms
+from mbgd.optimizers.layerwise import Layerwise, check_at_least_zero, is_adapted, norms, where_both
 
 
 class Lamb(Layerwise):
@@ -80,7 +80,7 @@ def _adapt(parameters: list[Tensor], updates: list[Tensor], group: Mapping[str, 
         torch._foreach_add_(updates, parameters, alpha=group["weight_decay"])
     of_parameters, of_updates = norms(parameters), norms(updates)
     wanted = of_parameters if group["norm_bounds"] is None else of_parameters.clamp(*group["norm_bounds"])
-    ratios = torch.where((of_parameters > 0) & (of_updates > 0), wanted / of_updates, 1.0)
+    ratios = where_both(of_parameters, of_updates, wanted / of_updates)
     torch._foreach_mul_(updates, ratios.unbind())
 
 

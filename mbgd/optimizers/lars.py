@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbgd.optimizers.layerwise import Layerwise, check_at_least_zero, is_adapted, norms
+from mbgd.optimizers.layerwise import Layerwise, check_at_least_zero, is_adapted, norms, where_both
 
 
 class Lars(Layerwise):
@@ -62,7 +62,7 @@ def _adapt(parameters: list[Tensor], updates: list[Tensor], group: Mapping[str, 
     decay, trust = group["weight_decay"], group["trust_coefficient"]
     of_parameters, of_gradients = norms(parameters), norms(updates)
     ratios = trust * of_parameters / (of_gradients + decay * of_parameters)
-    ratios = torch.where((of_parameters > 0) & (of_gradients > 0), ratios, 1.0)
+    ratios = where_both(of_parameters, of_gradients, ratios)
     if decay != 0:
         torch._foreach_add_(updates, parameters, alpha=decay)
     torch._foreach_mul_(updates, ratios.unbind())

@@ -67,6 +67,12 @@ def norms(tensors: list[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(tensors))
 
 
+def where_both(some: Tensor, others: Tensor, ratios: Tensor) -> Tensor:
+    """The ratios where both norms are above 0, otherwise 1."""
+    ones = torch.ones_like(ratios)  # by a kernel: torch.where would copy a number from the host and wait for the GPU
+    return torch.where((some > 0) & (others > 0), ratios, ones)
+
+
 def _alike(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterable[list[tuple[Tensor, Tensor]]]:
     """(parameter, gradient) in lists of one device and one dtype, which kernels for lists need."""
     found: dict[Any, list[tuple[Tensor, Tensor]]] = {}
