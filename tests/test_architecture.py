@@ -46,6 +46,7 @@ LEVELS = {room: level for level, line in enumerate(LAYERS.split("\n")) for room 
 PURE = [
     "batches.plan",
     "batches.order",
+    "batches.pieces",
     "task.objective",
     "task.losses",
     "config.settings",
