@@ -47,6 +47,7 @@ LEVELS = {room: level for level, line in enumerate(LAYERS.split("\n")) for room 
 PURE = [
     "batches.plan",
     "batches.order",
+    "batches.pieces",
     "task.objective",
     "task.losses",
     "config.duration",

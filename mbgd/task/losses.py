@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mbgd.batches.pieces import pieces
 from mbgd.errors import UsageError
 from mbgd.task.objective import PerExample, Predictions
 
@@ -131,9 +132,7 @@ class CrossEntropy:
     def check_targets(self, targets: Tensor, *, num_classes: int) -> None:
         """Raise UsageError unless every target is a class number or `ignore_index`."""
         _check_integers(targets)
-        if self.ignore_index is not None:
-            targets = targets[targets != self.ignore_index]
-        wrong = targets[(targets < 0) | (targets >= num_classes)]
+        wrong = torch.cat([self._wrong(piece, num_classes) for piece in pieces(targets)])
         if len(wrong):
             raise UsageError(
                 f"{len(wrong)} targets lie outside the classes, for example {int(wrong[0])}; the model has "
@@ -141,6 +140,10 @@ class CrossEntropy:
                 "Correct the targets, set objective.ignore_index, or give the model more outputs."
             )
         self._check_num_classes(num_classes)
+
+    def _wrong(self, targets: Tensor, num_classes: int) -> Tensor:
+        is_wrong = (targets < 0) | (targets >= num_classes)
+        return targets[is_wrong if self.ignore_index is None else is_wrong & (targets != self.ignore_index)]
 
     def _check_num_classes(self, num_classes: int) -> None:
         if self.class_weights is not None and len(self.class_weights) != num_classes:
