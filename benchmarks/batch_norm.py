@@ -1,7 +1,8 @@
 """The cost of batch_norm=minibatch against micro_batch: `python benchmarks/batch_norm.py [--rounds N]`.
 
 Two CPU workers train the same minibatches with either statistics, in interleaved rounds in the same processes, with
-shared_memory and ddp averaging.
+shared_memory and ddp averaging: the time of a step, and the processor time of the main worker, which other programs on
+the machine change less.
 """
 
 import argparse
@@ -71,34 +72,39 @@ def measure(rank: int, port: int, averaging: AveragingName, rounds: int, seconds
                 for over in BatchNormOver:
                     made = trainer(work, averaging, over, workers)
                     workers.barrier()
-                    start = time.perf_counter()
+                    start, cpu = time.perf_counter(), time.process_time()
                     made.fit()
                     workers.barrier()
                     if workers.is_main and number:
-                        seconds.append((work.name, over.value, (time.perf_counter() - start) / work.steps))
+                        spent = time.perf_counter() - start, time.process_time() - cpu
+                        seconds.append((work.name, over.value, [one / work.steps for one in spent]))
+
+
+def row(work: Work, measured: list[tuple[str, str, list[float]]]) -> str:
+    """Medians over the rounds."""
+    of_micro, of_mini = (
+        [spent for name, kind, spent in measured if (name, kind) == (work.name, over.value)] for over in BatchNormOver
+    )
+    ratios, cpu = (sorted(b[number] / a[number] for a, b in zip(of_micro, of_mini, strict=True)) for number in range(2))
+    times = [1000 * statistics.median(wall for wall, _ in spent) for spent in (of_micro, of_mini)]
+    return (
+        f"{times[0]:>9.2f} ms{times[1]:>9.2f} ms{statistics.median(ratios):>8.2f}"
+        f"{f'({ratios[0]:.2f}–{ratios[-1]:.2f})':>14}{statistics.median(cpu):>16.2f}"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
-    table = [f"{'':<22}{'averaging':<16}{'micro_batch':>12}{'minibatch':>12}{'ratio':>8}{'(range)':>14}"]
+    columns = f"{'micro_batch':>12}{'minibatch':>12}{'ratio':>8}{'(range)':>14}{'processor time':>16}"
+    table = [f"{'':<22}{'averaging':<16}{columns}"]
     with torch.multiprocessing.Manager() as manager:
         for number, averaging in enumerate((AveragingName.shared_memory, AveragingName.ddp)):
             seconds = manager.list()
             port = 20000 + (os.getpid() + number) % 20000
             torch.multiprocessing.spawn(measure, (port, averaging, arguments.rounds, seconds), NUM_WORKERS)
-            for work in WORKS:
-                of_micro, of_mini = (
-                    [time for name, kind, time in seconds if (name, kind) == (work.name, over.value)]
-                    for over in BatchNormOver
-                )
-                ratios = sorted(b / a for a, b in zip(of_micro, of_mini, strict=True))
-                table.append(
-                    f"{work.name:<22}{averaging.value:<16}"
-                    f"{1000 * statistics.median(of_micro):>9.2f} ms{1000 * statistics.median(of_mini):>9.2f} ms"
-                    f"{statistics.median(ratios):>8.2f}{f'({ratios[0]:.2f}–{ratios[-1]:.2f})':>14}"
-                )
+            table += [f"{work.name:<22}{averaging.value:<16}{row(work, list(seconds))}" for work in WORKS]
     publish("batch_norm", "\n".join(["Time of a step on two CPU workers, one thread each.", *table]))
 
 
