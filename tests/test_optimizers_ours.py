@@ -21,6 +21,7 @@ from mbgd.errors import Preempted
 from mbgd.optimizers import Lamb, Lars, MuonAdamW, scale_lr
 from mbgd.optimizers.muon import NOT_HIDDEN
 from mbgd.runs.wording import plan_lines
+from mbgd.step.optimizer_state import OptimizerState
 
 import reference
 from processes import run_workers
@@ -439,6 +440,30 @@ def test_any_number_of_workers_equals_one_process_and_a_resume_changes_nothing(
         assert torch.equal(whole, results[1][0][name, averaging][0])
     if averaging == "reproducible" or num_workers == 1:
         assert torch.equal(resumed, whole)
+
+
+@pytest.mark.parametrize("name", ["lamb", "lars", "muon"])
+def test_a_state_that_does_not_fit_is_refused_by_name(name: str) -> None:
+    model = make_model()
+    optimizer, before = OPTIMIZERS[name](model), [p.detach().clone() for p in model.parameters()]
+    state = OptimizerState(optimizer, has_schedule=True)
+    assert state.mismatches({}, state.values()) == []  # by a trial step of a copy,
+    assert not optimizer.state  # which leaves state
+    assert all(map(torch.equal, before, model.parameters()))  # and parameters as they were
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    tensors, values = state.tensors(), state.values()
+    assert state.problems() == state.mismatches(tensors, values) == []
+    first = next(key for key, one in tensors.items() if one.dim() == 2)
+    [problem] = state.mismatches({**tensors, first: tensors[first][:1]}, values)
+    assert f"optimizer state {first}: shape (1, " in problem
+    number = next(index for index, (key, _) in enumerate(values["state"]) if first.startswith(f"{key}."))
+    key, of_parameter = values["state"][number]
+    left = {"dict": [pair for pair in of_parameter["dict"] if pair[0] != first.partition(".")[2]] + [["more", 1]]}
+    lacking = {**values, "state": [*values["state"][:number], [key, left], *values["state"][number + 1 :]]}
+    found = state.mismatches({name: one for name, one in tensors.items() if name != first}, lacking)
+    assert found == [f"optimizer state {first} is missing"]
 
 
 @pytest.mark.parametrize("name", ["lamb", "lars", "muon", "adafactor"])

@@ -89,7 +89,7 @@ class OptimizerState:
             what = "nothing says what it is" if is_known else f"there are {len(self._parameters)} parameters"
             found.append(f"optimizer state {name}: {what}")
         found += [problem for name, one in paths.tensors.items() if (problem := self._mismatch(name, one))]
-        if self._is_torchs and self._made is not None:  # torch's optimizers make all state at once, and need all
+        if self._is_known and self._made is not None:  # these make all state at once, and need all
             numbers_with_state = {str(number) for number, of_parameter in state.items() if of_parameter}
             missing = [n for n in self._made if n.partition(".")[0] in numbers_with_state and n not in paths.tensors]
             found += [f"optimizer state {name} is missing" for name in missing]
@@ -99,7 +99,7 @@ class OptimizerState:
         """Keys of the state that should be a parameter's number and are not, or that occur twice."""
         of_parameters = range(len(self._parameters))
         odd = [key for key in state if type(key) is not int or key not in of_parameters]
-        if not self._is_torchs:
+        if not self._is_known:
             odd = [key for key in odd if isinstance(key, int | float)]  # other optimizers may use texts as keys
         found = [f"optimizer state {key!r} belongs to no parameter; there are {len(of_parameters)}" for key in odd]
         entries = values.get("state")
@@ -210,7 +210,7 @@ class OptimizerState:
                 and len(got.shape) == parameter.dim()
                 and all(have in (1, want) for have, want in zip(got.shape, parameter.shape, strict=True))
             )
-            return of_parameter if self._is_torchs and not fits else ""
+            return of_parameter if self._is_known and not fits else ""
         made = self._made.get(name)
         if made is None or (got.shape, got.dtype) == (made.shape, made.dtype):
             return ""
@@ -228,7 +228,7 @@ class OptimizerState:
         if parameter is None:
             return tensor.clone()
         device = parameter.device if made is None else made.device
-        if order is not None and not self._is_torchs:
+        if order is not None and not self._is_known:
             return in_order(tensor, order, device)
         if tensor.shape == parameter.shape:  # with its strides: fused kernels go through both in memory order
             return torch.empty_like(parameter, dtype=tensor.dtype, device=device, requires_grad=False).copy_(tensor)
@@ -239,8 +239,9 @@ class OptimizerState:
         return self._parameters[int(number)] if number.isdecimal() and int(number) < len(self._parameters) else None
 
     @property
-    def _is_torchs(self) -> bool:
-        return type(self._optimizer).__module__.startswith("torch.optim.")
+    def _is_known(self) -> bool:
+        """Whether it is torch's or mbgd's own."""
+        return type(self._optimizer).__module__.startswith(("torch.optim.", "mbgd.optimizers."))
 
     @property
     def _is_fused(self) -> bool:
