@@ -174,6 +174,23 @@ def test_reproducible_gives_the_same_bits_on_any_number_of_workers_of_one_device
             assert got == wanted
 
 
+def train_coupled(workers: mbgd.Workers) -> list[tuple[str, float]]:
+    found = []
+    for precision in ("fp32", "bf16"):
+        objective = mbgd.InfoNCE(augment=mbgd.RandomCrops())
+        trainer = make_trainer(workers, "mlp with dropout", "reproducible", precision, objective=objective)
+        loss = trainer.fit().metrics["eval/loss"]
+        found.append((weights_sha256(trainer.setup.task), loss))
+    return found
+
+
+@on_devices
+def test_coupled_losses_give_the_same_bits_on_any_number_of_workers_of_one_device(device: str) -> None:
+    (wanted,) = run_workers(train_coupled, 1, device=device)
+    for got in run_workers(train_coupled, 2, device=device):
+        assert got == wanted
+
+
 def use_every_collective(workers: mbgd.Workers) -> dict[str, Any]:
     rank, device = workers.rank, workers.device
     tensors = [torch.full((rank + 1, 2), rank, dtype=dtype, device=device) for dtype in (torch.int16, torch.bfloat16)]
