@@ -1,14 +1,18 @@
 """Several files as one dataset: which files a path stands for, in which order, and what is refused."""
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import mbgd
 from mbgd.data import huggingface, huggingface_images
+
+from processes import run_workers
 
 
 @pytest.fixture
@@ -55,6 +59,53 @@ def test_shards_in_the_order_of_their_numbers(datasets: Any, suffix: str) -> Non
     assert numbers([f"d/part-10.{suffix}", f"d/part-2.{suffix}"]) == [100, 101, 20, 21]
     assert numbers([f"d/part-1?.{suffix}", f"d/part-[12].{suffix}"]) == [100, 101, 10, 11, 20, 21]
     assert numbers(f"d/part-2.{suffix}") == [20, 21]
+
+
+def row_groups(folder: Path) -> None:
+    """One file, and its rows in three, in row groups that end elsewhere."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    random = np.random.default_rng(0)
+    rows = {"x": list(random.normal(size=(50, 3)).astype(np.float32)), "y": random.integers(0, 9, 50)}
+    table = pa.table(rows)
+    pq.write_table(table, folder / "one.parquet", row_group_size=50)
+    for number, (start, stop) in enumerate([(0, 20), (20, 21), (21, 50)]):
+        pq.write_table(table.slice(start, stop - start), folder / f"part-{number}.parquet", row_group_size=7)
+
+
+def gathered(path: str | list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    data = huggingface(path, "train", "x", "y")
+    assert data is not None
+    return data.gather(torch.randperm(50, generator=torch.Generator().manual_seed(0)))
+
+
+def test_several_parquet_files_are_the_same_rows_as_one(datasets: Any) -> None:
+    row_groups(Path())
+    inputs, targets = gathered("one.parquet")
+    assert len(inputs.unique()) == 150
+    for path in ("part-*.parquet", [f"part-{number}.parquet" for number in range(3)]):
+        for mine, wanted in zip(gathered(path), (inputs, targets), strict=True):
+            assert mine.dtype is wanted.dtype
+            assert torch.equal(mine, wanted)
+
+
+def gathered_on(workers: mbgd.Workers, folder: Path, cache: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    import datasets
+
+    os.chdir(folder)
+    datasets.config.HF_DATASETS_CACHE = cache
+    return gathered("part-*.parquet")
+
+
+def test_workers_that_start_together_map_one_converted_copy(datasets: Any, tmp_path: Path) -> None:
+    row_groups(Path())
+    cache = tmp_path / "shared"
+    (inputs, targets), *others = run_workers(gathered_on, 2, Path().resolve(), cache)
+    for of_worker in others:
+        assert torch.equal(of_worker[0], inputs)
+        assert torch.equal(of_worker[1], targets)
+    assert len(list(cache.rglob("*.arrow"))) == 1
 
 
 HUB = [
@@ -195,7 +246,6 @@ def test_what_is_not_one_dataset_is_refused(
 def test_images_of_several_files(datasets: Any) -> None:
     from io import BytesIO
 
-    import numpy as np
     from PIL import Image
 
     for shard in range(3):

@@ -99,7 +99,7 @@ ARRAYS = {
 }
 OBJECTIVES = {
     "Pixels": ["objective=cross_entropy", "objective.ignore_index=255"],
-    "Boxes": ["objective=own", "objective._target_=parts.of_boxes"],
+    "Boxes": ["objective=own", "objective._target_=dense_parts.of_boxes"],
     "Translation": ["objective=cross_entropy", "objective.ignore_index=-100"],
 }
 SETTINGS = [
@@ -111,14 +111,14 @@ SETTINGS = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("dense")
-    (path / "parts.py").write_text(PARTS)
+    (path / "dense_parts.py").write_text(PARTS)
     for name, (inputs, targets) in ARRAYS.items():
         np.savez(path / f"{name}.npz", inputs=inputs, targets=targets, eval_inputs=inputs, eval_targets=targets)
     return path
 
 
 def overrides(name: str) -> list[str]:
-    of_model = ["model=own", f"model._target_=parts.{name}"]
+    of_model = ["model=own", f"model._target_=dense_parts.{name}"]
     return ["data=tensors", f"data.path={name}.npz", *of_model, *OBJECTIVES[name], *SETTINGS]
 
 
@@ -138,7 +138,7 @@ def losses_and_weights(name: str, model: nn.Module, batch: tuple[Tensor, ...]) -
 def wanted(name: str, folder: Path) -> tuple[dict[str, Tensor], float]:
     """Weights after training, and the mean loss of all examples, in one process."""
     parts: dict[str, Any] = {}
-    exec((folder / "parts.py").read_text(), parts)
+    exec((folder / "dense_parts.py").read_text(), parts)
     model = parts[name]().double()
     before = [parameter.detach().clone() for parameter in model.parameters()]
     inputs, targets = (torch.from_numpy(array) for array in ARRAYS[name])
@@ -160,7 +160,7 @@ def train(workers: mbgd.Workers, folder: Path) -> dict[str, tuple[dict[str, Tens
     from runs import CONF, compose, initialize_config_dir
 
     os.chdir(folder)
-    sys.path.insert(0, str(folder))
+    sys.path[:0] = [str(folder)]
     found = {}
     for name in ARRAYS:
         with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -180,8 +180,11 @@ def check(name: str, folder: Path, weights: dict[str, Tensor], loss: float) -> N
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_targets_of_any_shape_are_one_process(folder: Path, num_workers: int) -> None:
-    for of_worker in run_workers(train, num_workers, folder):
+def test_targets_of_any_shape_are_one_process(folder: Path, num_workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    of_workers = [train(mbgd.Workers(), folder)] if num_workers == 1 else run_workers(train, num_workers, folder)
+    for of_worker in of_workers:
         for name, (weights, loss) in of_worker.items():
             check(name, folder, weights, loss)
 
