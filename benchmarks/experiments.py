@@ -22,7 +22,7 @@ VARIANTS = {
     "large_batch": {
         "minibatch of 64": ("batch.size=64", "optimizer.lr=0.02", "schedule.warmup_steps=0"),
         "LAMB": ("optimizer=lamb", "optimizer.lr=0.02"),
-        "LARS": ("optimizer=lars", "optimizer.lr=2.0", "optimizer.weight_decay=1e-4"),
+        "LARS": ("optimizer=lars", "optimizer.lr=12"),
     }
 }
 """Experiment → name → overrides of its other runs."""

@@ -266,6 +266,16 @@ def test_too_little_memory_is_told_on_every_worker_and_gloo_does_instead() -> No
         assert reproducible.startswith("reproducible over gloo; not through shared memory: worker 1 cannot: ")
 
 
+def test_memory_that_the_host_lacks_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel would give it out, and then kill processes."""
+    found = memory.available_bytes()
+    assert found is not None
+    assert 2**20 < found < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    monkeypatch.setattr(memory, "available_bytes", lambda: 4095)
+    with pytest.raises(OSError, match="4,096 bytes of shared memory cannot be allocated: 4,095 are available"):
+        memory._make_file(4096)
+
+
 def test_gpus_are_refused_and_one_worker_needs_nobody() -> None:
     plan = Plan(num_examples=8, minibatch_size=4, num_workers=2)
     with pytest.raises(mbgd.UsageError, match="averaging=shared_memory with workers on cuda"):

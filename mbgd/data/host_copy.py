@@ -11,7 +11,6 @@ import fcntl
 import hashlib
 import os
 import platform
-import re
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -22,6 +21,7 @@ import numpy as np
 from mbgd.data.mapped_file import Bytes, map_privately
 from mbgd.errors import UsageError
 from mbgd.files.file_lock import lock
+from mbgd.files.memory import available_bytes
 from mbgd.files.reading import Unreadable, open_regular
 
 SEALS = 0b1111
@@ -110,11 +110,8 @@ def _make(label: str, num_bytes: int, content: Content) -> Bytes:
 
 
 def _check_memory(num_bytes: int) -> None:
-    """Before anything is allocated: Linux gives out memory that it lacks, and then kills processes."""
-    if sys.platform != "linux":
-        return
-    found = re.search(r"^MemAvailable: +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    if found and num_bytes > (available := 1024 * int(found[1])):
+    available = available_bytes()
+    if available is not None and num_bytes > available:
         raise UsageError(
             f"{num_bytes:,} bytes of memory cannot be allocated: {available:,} are available. A .safetensors file, or "
             "a folder of .npy files, need not fit into memory."

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mbgd.averaging.host_memory.barrier import Barrier, bytes_of_inbox, make_inbox
+from mbgd.files.memory import available_bytes
 from mbgd.workers.group import Workers
 
 T = TypeVar("T")
@@ -114,10 +115,13 @@ def _host() -> list[str]:
 
 
 def _make_file(num_bytes: int) -> int:
+    available = available_bytes()
+    if available is not None and num_bytes > available:
+        raise OSError(f"{num_bytes:,} bytes of shared memory cannot be allocated: {available:,} are available")
     descriptor = os.memfd_create("mbgd", os.MFD_CLOEXEC)
     os.fchmod(descriptor, 0o600)
     try:
-        # Allocated at once: too little memory is an error here, not a SIGBUS in a later write.
+        # Allocated at once: a limit, such as a container's, is an error here, not a SIGBUS in a later write.
         os.posix_fallocate(descriptor, 0, num_bytes)
     except OSError as error:
         os.close(descriptor)
