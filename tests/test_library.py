@@ -69,7 +69,7 @@ def test_the_example_goes_on_after_a_signal(tmp_path: Path) -> None:
     process.communicate(timeout=60)
     assert process.returncode in (0, 75)  # 0: training was over before the signal came
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
-    assert "stopped by EarlyStopping" in done.stdout or "the last step" in done.stdout
+    assert "stopped by early_stopping" in done.stdout or "the last step" in done.stdout
 
 
 def shown_class(name: str) -> Any:

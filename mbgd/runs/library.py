@@ -1,6 +1,7 @@
 """Checkpoints for a program that uses mbgd as a library; train.py has the keys `checkpoint` and `resume`."""
 
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ def _identity(settings: Settings) -> dict[str, Any]:
     """The settings that the course depends on, as JSON holds them; a schedule by its type."""
     schedule = settings.schedule
     of_run = {key: getattr(settings, key) for key in marked(Settings)}
+    of_run = {key: value.value if isinstance(value, Enum) else value for key, value in of_run.items()}
     of_batch = {f"batch.{key}": getattr(settings.batch, key) for key in marked(Batch)}
     named = None if schedule is None else f"{type(schedule).__module__}.{type(schedule).__qualname__}"
-    return {**of_batch, **of_run, "precision": settings.precision.value, "schedule": named}
+    return {**of_batch, **of_run, "schedule": named}
