@@ -117,7 +117,7 @@ def _in_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def asked(run: str, *overrides: str, **options: Any) -> argparse.Namespace:
-    given = {"step": None, "best": False, "name": None, "overwrite": False, "json": None, **options}
+    given = {"step": None, "best": False, "ema": False, "name": None, "overwrite": False, "json": None, **options}
     return argparse.Namespace(run=Path(run), overrides=list(overrides), **given)
 
 
