@@ -122,12 +122,13 @@ def test_the_key_of_wandb_is_in_no_file_and_in_no_process_list(tmp_path: Path) -
     pytest.importorskip("wandb", reason="wandb is not installed: pip install 'mbgd[wandb]'")
     key = "fedcba9876543210" * 2 + "89abcdef"
     own = {"WANDB_CONFIG_DIR": "config", "WANDB_DATA_DIR": "data", "WANDB_CACHE_DIR": "cache", "HOME": str(tmp_path)}
-    patient = "tracking.wandb.init_timeout_seconds=300"  # on a busy machine, W&B's own processes start slowly
+    patient = "tracking.wandb.init_timeout_seconds=100"  # on a busy machine, W&B's own processes start slowly
     command = [str(ROOT / "launch/local.sh"), *ENDLESS, "run.dir=run", "tracking=wandb", patient]
     with wandb_server.working() as server:
         environment = own | {"WORKERS": "2", "WANDB_API_KEY": key, "WANDB_BASE_URL": server.url}
+        environment["WANDB_SERVICE"] = "3-1-unix-/nowhere"  # as a program that uses W&B leaves to those it starts
         with started_by_user(command, tmp_path, environment) as process:
-            eventually(lambda: server.history, 300)
+            eventually(lambda: server.history, 200)
             lines = [path.read_bytes() for pid in marked(tmp_path) if (path := Path(f"/proc/{pid}/cmdline")).exists()]
             assert len(lines) >= 3
             process.terminate()

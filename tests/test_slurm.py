@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def again(slurm: Slurm, folder: Path, job: str) -> None:
     time.sleep(SECONDS_TO_CLEAN_UP)
 
     def runs() -> bool:
-        if slurm.state(job) == "PENDING":
+        with suppress(AssertionError):  # it has just started by itself
             slurm.call("scontrol", "update", f"JobId={job}", "StartTime=now")
         return slurm.state(job) == "RUNNING"
 

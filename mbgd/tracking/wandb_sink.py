@@ -93,6 +93,7 @@ class WandbSink:
 def open_sink(folder: Path, start: int) -> WandbSink:
     """Begin or continue the W&B run of a run's folder; offline if an earlier process failed (start > 1)."""
     os.environ |= {"WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}  # no output, and no error reports to W&B
+    os.environ.pop("WANDB_SERVICE", None)  # of a program that uses W&B and started this run; it may end, or know no key
     import wandb
 
     config = yaml.safe_load((folder / "config.yaml").read_text())
