@@ -9,9 +9,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from mbgd.errors import UsageError
-from mbgd.task.parameter_groups import Groups, matching_none, parameter_groups
+from mbgd.task.parameter_groups import Groups, parameter_groups
 from mbgd.text.listing import shown
-from mbgd.text.suggestions import did_you_mean
+from mbgd.text.suggestions import did_you_mean, matching_none
 
 NOT_HIDDEN = (
     *("*embed*", "*wte.weight", "*wpe.weight", "tokens.*", "positions.*"),

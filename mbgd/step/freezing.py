@@ -9,7 +9,7 @@ from torch import nn
 from mbgd.config.duration import Duration, check_duration, in_steps
 from mbgd.errors import UsageError
 from mbgd.step.done import Done
-from mbgd.text.suggestions import nearest
+from mbgd.text.suggestions import matching_none
 
 
 class Freeze:
@@ -37,11 +37,7 @@ class Freeze:
         for pattern in self.patterns:
             matched = [parameter for name, parameter in by_name.items() if fnmatchcase(name, pattern)]
             if not matched:
-                meant = nearest(pattern.strip("*."), list(by_name)) or list(by_name)[:5]
-                raise UsageError(
-                    f"freeze: no parameter's name matches {pattern!r}. Names of this model are {', '.join(meant)}"
-                    f"{', …' if len(by_name) > len(meant) else ''}."
-                )
+                raise UsageError(matching_none("freeze", pattern, by_name))
             self._frozen += [parameter for parameter in matched if parameter.requires_grad]
             self._set(requires_grad=False)
         if not any(parameter.requires_grad for parameter in by_name.values()):

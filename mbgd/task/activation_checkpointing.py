@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mbgd.errors import UsageError
 from mbgd.text.listing import shown
-from mbgd.text.suggestions import nearest
+from mbgd.text.suggestions import matching_none
 
 
 def checkpoint_(model: nn.Module, patterns: Sequence[str], moving_buffers: Sequence[str]) -> list[str]:
@@ -24,11 +24,7 @@ def checkpoint_(model: nn.Module, patterns: Sequence[str], moving_buffers: Seque
     for pattern in patterns:
         matched = [name for name in layers if fnmatchcase(name, pattern)]
         if not matched:
-            meant = nearest(pattern.strip("*."), layers) or list(layers)[:5]
-            raise UsageError(
-                f"activation_checkpointing.layers: no layer's name matches {pattern!r}. Layers of this model are "
-                f"{', '.join(meant)}{', …' if len(layers) > len(meant) else ''}."
-            )
+            raise UsageError(matching_none("activation_checkpointing.layers", pattern, layers, "layer", "Layers"))
         chosen += matched
     outermost = [name for name in dict.fromkeys(chosen) if not any(name.startswith(f"{one}.") for one in chosen)]
     for name in outermost:

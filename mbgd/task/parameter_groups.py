@@ -1,6 +1,6 @@
 """Groups of parameters by patterns of their names, each with options of its own for the optimizer."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from mbgd.errors import UsageError
 from mbgd.text.listing import shown
-from mbgd.text.suggestions import did_you_mean, nearest
+from mbgd.text.suggestions import did_you_mean, matching_none
 
 Groups = Sequence[Mapping[str, Any]]
 """Each {"match": a pattern or a list of them, option: value, …}; patterns as in a shell: *.bias, head.*"""
@@ -61,13 +61,3 @@ def _patterns(number: int, group: Any) -> list[str]:
     if not isinstance(patterns, Sequence) or not patterns or not all(isinstance(one, str) for one in patterns):
         raise UsageError(f"optimizer.groups[{number}].match={group['match']!r}; it takes a pattern or a list of them.")
     return list(patterns)
-
-
-def matching_none(setting: str, pattern: str, names: Iterable[str]) -> str:
-    """The error about a pattern in a setting that matches no parameter's name."""
-    names = list(names)
-    meant = nearest(pattern.strip("*."), names) or names[:5]
-    return (
-        f"{setting}: no parameter's name matches {pattern!r}. Names of this model are "
-        f"{', '.join(meant)}{', …' if len(names) > len(meant) else ''}."
-    )

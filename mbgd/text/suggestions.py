@@ -25,3 +25,15 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """' Did you mean batch.micro_batch_size?', or empty if no valid name is near."""
     found = nearest(name, valid)
     return f" Did you mean {' or '.join(found)}?" if found else ""
+
+
+def matching_none(
+    setting: str, pattern: str, names: Iterable[str], kind: str = "parameter", listed: str = "Names"
+) -> str:
+    """The error about a pattern in a setting that matches no name. kind, listed: what has the names, for the text."""
+    names = list(names)
+    meant = nearest(pattern.strip("*."), names) or names[:5]
+    return (
+        f"{setting}: no {kind}'s name matches {pattern!r}. {listed} of this model are "
+        f"{', '.join(meant)}{', …' if len(names) > len(meant) else ''}."
+    )
