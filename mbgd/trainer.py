@@ -53,13 +53,13 @@ class Trainer:
         self.setup = setup = set_up(model, objective, optimizer, data, settings, workers or Workers())
         self.evaluations = Evaluations(setup)
         self.log = TrainingLog(setup)
-        self.train_step = TrainStep(setup, self.log.logs, self.log.clock)
+        self.observers = Observers(observers, setup.workers, self.evaluations.names)
+        self.train_step = TrainStep(setup, self.log.logs, self.log.clock, self.observers.of_users())
         self.train_step.observers.append(self.log)
         self.state = RunState(setup)
         self._replicas = Replicas(setup.workers)
         state_of_task = TaskState(setup.task, setup.buffers)
         self._compared = (state_of_task, self.train_step.update)
-        self.observers = Observers(observers, setup.workers, self.evaluations.names)
         parts = (self.state, state_of_task, self.train_step.update, self.train_step.noise_scale, self.observers)
         self._parts = Parts(parts, setup.trained.by_name, setup.workers.device)
         self.observers.before_training(self)
@@ -81,6 +81,7 @@ class Trainer:
         state, setup, first_step = self.state, self.setup, self.state.step
         setup.tell(*setup.warnings)
         self.observers.at_start(first_step)
+        self.train_step.begin(first_step)
         self.log.clock.restart()
         if first_step == 0 and setup.settings.evaluation.at_start:
             with self.log.clock.paused():
@@ -113,7 +114,7 @@ class Trainer:
                 self._log(tracker, self.log.metrics(done, self.train_step.metrics()))
             is_time = is_time_for_checkpoint(state.step, checkpoints.due_by_time())
             evaluates = self.evaluations.are_due(state.step)
-            if is_time or evaluates or setup.compares_after(state.step):
+            if is_time or evaluates or setup.compares_after(state.step) or state.step == first_step + 1:
                 self.check()
             evaluation = {}
             if evaluates:
@@ -161,6 +162,7 @@ class Trainer:
     def check(self) -> None:
         """Raise, the same on every worker, if the state is not finite or differs between workers."""
         self.train_step.alarm.check_state(self.state.step)
+        self.train_step.collect(self.state.step)
         self._replicas.compare_parts(self.state.step, self._compared)
         self.train_step.alarm.check_buffers(self.state.step)
 
@@ -171,6 +173,7 @@ class Trainer:
     def restore(self, snapshot: Snapshot) -> None:
         """Resume from a snapshot; UsageError, with nothing changed, if it does not fit model, optimizer and data."""
         self._parts.restore(snapshot)
+        self.train_step.begin(snapshot.step)
         self.log.last_logged = snapshot.step
 
     def evaluate(self) -> dict[str, float]:

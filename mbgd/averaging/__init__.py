@@ -4,7 +4,7 @@ An averaging sums over all micro-batches of all workers; `step/update.py` divide
 averaging it has; an averaging knows nothing of models, data or objectives beyond the parameters' gradients.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from mbgd.averaging.ddp import DDP
 from mbgd.averaging.host_memory.memory import CannotShareError, HostMemory
+from mbgd.averaging.host_memory.parameters import SharedParameters
 from mbgd.averaging.norms import MicroBatchNorms
+from mbgd.averaging.pieces import Piece
 from mbgd.averaging.reproducible import Reproducible
 from mbgd.averaging.shared_memory import SharedMemory
 from mbgd.averaging.start import start_alike
@@ -37,8 +39,16 @@ class Averager(Protocol):
     def start(self, norms: MicroBatchNorms | None = None) -> None:
         """Begin a step; norms: measures each micro-batch's gradients before they are summed."""
 
-    def finish(self, note: int = 0) -> list[int] | None:
+    def own(self, parameters: Mapping[str, nn.Parameter], of_workers: list[list[Piece]]) -> SharedParameters | None:
+        """Let each worker update its pieces alone; the parameters, alike on all workers, move to memory of all.
+
+        None, with nothing changed, where gradients do not go through shared memory. Raises CannotShareError.
+        """
+
+    def finish(self, note: int = 0, *, whole: bool = True) -> list[int] | None:
         """Wait until every parameter's `.grad` is the sum over all workers' micro-batches (None if none used it).
+
+        Pieces that this worker owns have their part of it. whole=False: with pieces, only they need to have it.
 
         note: a number from 0 to 254 that each worker sends to all. Returns every worker's note by rank, or None where
         the averaging exchanges no notes.

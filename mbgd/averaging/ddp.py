@@ -1,7 +1,7 @@
 """Averaging by torch's DistributedDataParallel, with a communication hook that sums instead of averaging."""
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -12,7 +12,9 @@ from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 from mbgd.averaging.host_memory.exchange import NO_NOTE
+from mbgd.averaging.host_memory.parameters import SharedParameters
 from mbgd.averaging.norms import MicroBatchNorms
+from mbgd.averaging.pieces import Piece
 from mbgd.batches.plan import MicroBatch
 from mbgd.errors import UsageError
 from mbgd.task.trained import Trained
@@ -163,7 +165,10 @@ class DDP:
         if self._ddp is not None and self._trained.moved_on():
             self._wrap()
 
-    def finish(self, note: int = NO_NOTE) -> list[int] | None:
+    def own(self, parameters: Mapping[str, nn.Parameter], of_workers: list[list[Piece]]) -> SharedParameters | None:
+        return None
+
+    def finish(self, note: int = NO_NOTE, *, whole: bool = True) -> list[int] | None:
         if self._ddp is None:
             self._trained.moved_on()
             return [note]

@@ -1,6 +1,6 @@
 """Averaging whose result has the same bits on any number of workers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,9 @@ from mbgd.averaging.bucket_exchange import BucketExchange, nodes_of_workers
 from mbgd.averaging.ddp import check_exchanged, completed, used_anywhere, wrap
 from mbgd.averaging.host_memory.exchange import MOVED_ON, NO_NOTE, Exchange, check_moved_on
 from mbgd.averaging.host_memory.memory import HostMemory
+from mbgd.averaging.host_memory.parameters import SharedParameters
 from mbgd.averaging.norms import MicroBatchNorms
+from mbgd.averaging.pieces import Owned, Piece
 from mbgd.averaging.tree import Counter, fold
 from mbgd.batches.plan import MicroBatch, Plan
 from mbgd.errors import UsageError
@@ -56,6 +58,7 @@ class Reproducible:
         self._ddp: DistributedDataParallel | None = None
         self._norms: MicroBatchNorms | None = None
         self._in_memory: Exchange | None = None
+        self._owned: Owned | None = None
         self._counter = Counter[Gradients](_add_gradients)
         self._last = MicroBatch(0, 1, 0, 0)
         self._exchanges: dict[int, BucketExchange] = {}
@@ -70,7 +73,10 @@ class Reproducible:
         """Set up the exchange for the parameters that require a gradient now."""
         self._parameters = self._trained.with_gradient()
         if self._memory is not None:
-            self._in_memory = Exchange(self._parameters, self._most_nodes, self._memory, rank=self._workers.rank)
+            rank = self._workers.rank
+            self._in_memory = Exchange(self._parameters, self._most_nodes, self._memory, rank=rank)
+            if self._owned is not None:
+                self._in_memory.own(self._owned)
         elif self._workers.num_workers > 1:
             self._ddp = None  # so that the old DDP's hooks are gone first
             self._exchanges.clear()
@@ -161,10 +167,18 @@ class Reproducible:
         exchange.start(buffer, nodes)
         self._sent.append(exchange)
 
-    def finish(self, note: int = NO_NOTE) -> list[int] | None:
+    def own(self, parameters: Mapping[str, nn.Parameter], of_workers: list[list[Piece]]) -> SharedParameters | None:
+        if self._memory is None or self._in_memory is None:
+            return None
+        shared = SharedParameters(parameters, of_workers, self._memory, self._workers.rank)
+        self._owned = shared.owned
+        self._in_memory.own(shared.owned)
+        return shared
+
+    def finish(self, note: int = NO_NOTE, *, whole: bool = True) -> list[int] | None:
         notes: list[int] | None = None
         if self._in_memory is not None:
-            notes = self._add_up(self._in_memory, note)
+            notes = self._add_up(self._in_memory, note, whole=whole)
         elif self._ddp is None:
             total = fold(dict(self._counter.nodes), self._last.num_micro_batches, _add_gradients)
             for parameter, gradient in total.items():
@@ -182,7 +196,7 @@ class Reproducible:
             self._prepare()
         return notes
 
-    def _add_up(self, in_memory: Exchange, note: int) -> list[int]:
+    def _add_up(self, in_memory: Exchange, note: int, *, whole: bool) -> list[int]:
         nodes = nodes_of_workers(self._last.num_micro_batches, self._workers.num_workers)
         rows = [[gradients.get(p) for p in self._parameters] for _, gradients in self._counter.nodes]
         order = [node for held in nodes for node in held]
@@ -192,12 +206,13 @@ class Reproducible:
             [len(held) for held in nodes],
             lambda values: fold(dict(zip(order, values, strict=True)), self._last.num_micro_batches, Tensor.add_),
             MOVED_ON if has_moved_on else note,
+            whole=whole,
         )
         if MOVED_ON in notes:
             check_moved_on(notes)
             self._prepare()
             assert self._in_memory is not None
-            return self._add_up(self._in_memory, note)
+            return self._add_up(self._in_memory, note, whole=whole)
         if not in_memory.everywhere and not self._parameters_vary:
             raise UsageError(
                 "some parameters took part in this step's loss in some micro-batches only, but all did in the first "

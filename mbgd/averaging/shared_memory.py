@@ -1,7 +1,7 @@
 """Averaging for CPU workers of one host, in memory that all of them map."""
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import reduce
@@ -13,7 +13,9 @@ from torch.utils.hooks import RemovableHandle
 
 from mbgd.averaging.host_memory.exchange import MOVED_ON, NO_NOTE, Exchange, check_moved_on
 from mbgd.averaging.host_memory.memory import HostMemory
+from mbgd.averaging.host_memory.parameters import SharedParameters
 from mbgd.averaging.norms import MicroBatchNorms
+from mbgd.averaging.pieces import Owned, Piece
 from mbgd.batches.plan import MicroBatch
 from mbgd.task.trained import Trained
 from mbgd.workers.group import Workers
@@ -39,6 +41,7 @@ class SharedMemory:
         self._norms: MicroBatchNorms | None = None
         self._num_rows = [1] * workers.num_workers
         self._step = _Step()
+        self._owned: Owned | None = None
         self._hooks: list[RemovableHandle] = []
         weakref.finalize(self, _remove, self._hooks)
         trained.moved_on()
@@ -49,6 +52,8 @@ class SharedMemory:
         _remove(self._hooks)
         self._parameters = self._trained.with_gradient()
         self._exchange = Exchange(self._parameters, 1, self._memory, rank=self._workers.rank)
+        if self._owned is not None:
+            self._exchange.own(self._owned)
         for parameter, place in zip(self._parameters, self._exchange.places[0], strict=True):
             if parameter.nbytes >= PLACED_AT_ONCE_BYTES:
                 hook = _Place(self._step, place)
@@ -72,16 +77,22 @@ class SharedMemory:
     def start(self, norms: MicroBatchNorms | None = None) -> None:
         self._norms = norms
 
-    def finish(self, note: int = NO_NOTE) -> list[int] | None:
+    def own(self, parameters: Mapping[str, nn.Parameter], of_workers: list[list[Piece]]) -> SharedParameters | None:
+        shared = SharedParameters(parameters, of_workers, self._memory, self._workers.rank)
+        self._owned = shared.owned
+        self._exchange.own(shared.owned)
+        return shared
+
+    def finish(self, note: int = NO_NOTE, *, whole: bool = True) -> list[int] | None:
         rows = [[p.grad for p in self._parameters]]
         has_moved_on = self._trained.moved_on()
-        notes = self._exchange(rows, self._num_rows, in_order, MOVED_ON if has_moved_on else note)
+        notes = self._exchange(rows, self._num_rows, in_order, MOVED_ON if has_moved_on else note, whole=whole)
         self._step.runs = False
         if MOVED_ON not in notes:
             return notes
         check_moved_on(notes)
         self._prepare()
-        return self.finish(note)
+        return self.finish(note, whole=whole)
 
     def sum(self, leaves: Sequence[tuple[int, Tensor]], *, num_leaves: int, num_values: int) -> Tensor:
         total = torch.zeros(num_values, dtype=torch.float64)

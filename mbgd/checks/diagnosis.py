@@ -38,11 +38,17 @@ def stop(
     whose loss is not finite.
     """
     order = list(Wrong)
-    mine = {"found": [] if found is None else [found[0], order.index(found[1])], "examples": list(examples)}
+    mine = {
+        "found": [] if found is None else [found[0], order.index(found[1])],
+        "examples": list(examples),
+        "gradients": not_finite(trained.gradients()),
+    }
     of_workers = workers.gather_values(mine)
     first, number = min(one["found"] for one in of_workers if one["found"])
     examples = sorted({example for one in of_workers for example in one["examples"]})
-    return UsageError(describe(first, step, order[number], trained, has_weights, examples))
+    spoilt = {name for one in of_workers for name in one["gradients"]}
+    gradients = [name for name in trained.by_name if name in spoilt]
+    return UsageError(describe(first, step, order[number], trained, has_weights, examples, gradients))
 
 
 def remedy(has_weights: bool) -> str:
@@ -50,7 +56,16 @@ def remedy(has_weights: bool) -> str:
     return DOUBLE_WHERE if has_weights else REMEDIES
 
 
-def describe(first: int, step: int, wrong: Wrong, trained: Trained, has_weights: bool, examples: Sequence[int]) -> str:
+def describe(
+    first: int,
+    step: int,
+    wrong: Wrong,
+    trained: Trained,
+    has_weights: bool,
+    examples: Sequence[int],
+    gradients: Sequence[str],
+) -> str:
+    """gradients: names of parameters whose gradient is not finite."""
     noticed = f" (noticed after step {step + 1})" if step > first else ""
     if wrong is Wrong.no_weight:
         return (
@@ -67,8 +82,7 @@ def describe(first: int, step: int, wrong: Wrong, trained: Trained, has_weights:
         return f"in step {first + 1}{noticed} the workers did not compute the same layers. {OTHER_LAYERS}"
     spoilt = not_finite(trained.by_name)
     if wrong is Wrong.gradient:
-        gradients = {name: p.grad for name, p in trained.by_name.items() if p.grad is not None}
-        names = not_finite(gradients) or spoilt
+        names = gradients or spoilt
         of = f" of {shown(names)}" if names else ""
         return (
             f"the gradient{of} is not finite at step {first + 1}{noticed}, although the loss is. "

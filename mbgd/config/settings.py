@@ -32,6 +32,14 @@ class AveragingName(Enum):
     reproducible = "reproducible"
 
 
+class ShardingName(Enum):
+    """Whether each worker updates its own pieces of the parameters."""
+
+    auto = "auto"  # optimizer for CPU workers that share memory, with an optimizer that is known to work in pieces
+    none = "none"
+    optimizer = "optimizer"
+
+
 class BatchNormOver(Enum):
     """The examples whose statistics BatchNorm uses in training."""
 
@@ -136,6 +144,8 @@ class Settings(Typed):
     """Whether torch.compile compiles the model, or each of its blocks."""
     activation_checkpointing: ActivationCheckpointing = field(default_factory=ActivationCheckpointing)
     averaging: Averaging = field(default_factory=Averaging)
+    sharding: ShardingName = ShardingName.auto
+    """Whether each worker updates its own pieces of the parameters, and keeps the optimizer's state of these alone."""
     batch_norm: BatchNormOver = field(default=BatchNormOver.micro_batch, metadata=MUST_MATCH)
     """The examples whose statistics BatchNorm layers use in training."""
     max_grad_norm: float | None = field(default=None, metadata=MUST_MATCH)

@@ -34,6 +34,7 @@ def plan_lines(trainer: Trainer) -> dict[str, str]:
         "parameters": f"{parameters:,} in {describe_precision(trainer.setup.settings.precision)}",
         "optimizer": _describe_optimizer(trainer),
         "averaging": trainer.train_step.averaging.describe(),
+        "sharding": trainer.train_step.describe_sharding,
         "noise scale": trainer.train_step.noise_scale.describe(),
         "device": f"{workers.device.type}, {count(torch.get_num_threads(), 'thread')} per worker"
         + "".join(f" ({reason})" for reason in threads.why),

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mbgd.config.duration import Duration, check_duration, in_steps, whole
 from mbgd.errors import UsageError
@@ -47,7 +47,9 @@ class EMA:
             raise UsageError(f"ema.power={power} and ema.warmup_steps={warmup_steps}: choose one kind of warm-up.")
         self.decay, self.power, self.evaluate = decay, power, evaluate
         self._durations = {"every_steps": every_steps, "start": start, "warmup_steps": warmup_steps}
+        self._trained: list[nn.Parameter] = []
         self._parameters: dict[str, Tensor] = {}
+        """Their values by name, complex ones as pairs of real numbers."""
         self._average: list[Tensor] = []
         """Empty until it begins."""
         self._may_skip = False
@@ -58,6 +60,7 @@ class EMA:
 
     def before_training(self, trainer: Any) -> None:
         self._durations = {name: in_steps(one, trainer.setup.plan) for name, one in self._durations.items()}
+        self._trained = list(trainer.setup.trained.parameters)
         self._parameters = {name: _real(p.detach()) for name, p in trainer.setup.trained.by_name.items()}
         self._may_skip = trainer.train_step.update.may_skip
 
@@ -95,13 +98,15 @@ class EMA:
         if not self._average:
             yield
             return
-        parameters = list(self._parameters.values())
-        kept = [parameter.clone() for parameter in parameters]
+        kept = [parameter.data for parameter in self._trained]
         try:
-            torch._foreach_copy_(parameters, self._average)
+            # Other memory, not other values in it: the workers of a host may share the parameters' own.
+            for parameter, average in zip(self._trained, self._average, strict=True):
+                parameter.data = _like(parameter, average)
             yield
         finally:
-            torch._foreach_copy_(parameters, kept)
+            for parameter, own in zip(self._trained, kept, strict=True):
+                parameter.data = own
 
     def state_dict(self) -> dict[str, Any]:
         """The average by the parameters' names, complex ones as pairs of real numbers; None before it begins."""
@@ -123,3 +128,9 @@ class EMA:
 
 def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _like(parameter: Tensor, average: Tensor) -> Tensor:
+    if parameter.is_complex():
+        average = torch.view_as_complex(average)
+    return average.to(parameter.dtype)

@@ -54,6 +54,10 @@ class Observers:
         self._after_update = list(self._methods("after_update"))
         self._after_evaluation = dict(self._methods("after_evaluation"))
 
+    def of_users(self) -> list[str]:
+        """Names of those whose classes are not mbgd's own."""
+        return [name for name, one in self._by_name.items() if not type(one).__module__.startswith("mbgd.")]
+
     def before_training(self, trainer: Any) -> None:
         for name, method in self._methods("before_training"):
             try:

@@ -1,6 +1,7 @@
 """The state that an optimizer makes, found out by stepping a copy of it."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,20 +30,23 @@ def parameters_of(optimizer: Optimizer) -> list[Tensor]:
 
 def try_out(optimizer: Optimizer) -> dict[str, Kind]:
     """The state that a step makes, by path. Needs memory for a copy of parameters, gradients and state meanwhile."""
-    copies: dict[int, Any] = {}
     devices = {parameter.device for parameter in parameters_of(optimizer) if parameter.is_cuda}
     with torch.random.fork_rng(devices=list(devices)):
-        for parameter in parameters_of(optimizer):
-            of_parameter = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+        tried, copies = copy_with(optimizer, parameters_of(optimizer))
+        for parameter in copies:
             if parameter.is_floating_point() or parameter.is_complex():
-                of_parameter.grad = torch.randn_like(of_parameter)
-            copies[id(parameter)] = of_parameter
-        tried = _copy(optimizer, copies)
+                parameter.grad = torch.randn_like(parameter)
         type(tried).step(tried)  # not tried.step: an attribute of the object may be the original's bound method
     flattening = Flattening()
     for key, value in tried.state_dict()["state"].items():
         flattening(value, str(key))
     return {name: Kind(one.shape, one.dtype, one.device) for name, one in flattening.tensors.items()}
+
+
+def copy_with(optimizer: Optimizer, parameters: Sequence[Tensor]) -> tuple[Optimizer, list[Tensor]]:
+    """A copy of the optimizer that holds copies of the parameters, and these copies, in order."""
+    copies = [nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad) for p in parameters]
+    return _copy(optimizer, {id(p): copy for p, copy in zip(parameters, copies, strict=True)}), list(copies)
 
 
 def _copy(optimizer: Optimizer, copies: dict[int, Any]) -> Optimizer:

@@ -1,6 +1,6 @@
 """One optimizer step on this worker: examples → losses → gradients → their mean → the update."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from mbgd.measuring.profiling import part
 from mbgd.step.done import Done, Observer
 from mbgd.step.noise_scale import NoiseMeter
 from mbgd.step.one_pass import OnePass, Passes
+from mbgd.step.sharding import shard
 from mbgd.step.speeds import Speeds
 from mbgd.step.sums import Means, MovingBuffers, Sums
 from mbgd.step.two_pass import TwoPass
@@ -31,8 +32,10 @@ BeforeUpdate = Callable[[Shard, int | Tensor], None]
 class TrainStep:
     """Makes steps, each exact over all examples of all workers."""
 
-    def __init__(self, setup: Setup, logs: Callable[[int], bool], clock: Clock) -> None:
-        """logs(step): whether a step is logged. clock: measures the step's parts."""
+    def __init__(
+        self, setup: Setup, logs: Callable[[int], bool], clock: Clock, users_observers: Sequence[str] = ()
+    ) -> None:
+        """logs(step): whether a step is logged. clock: measures the step's parts. users_observers: see `shard`."""
         self._setup, self._lap = setup, clock.lap
         settings, workers, trained = setup.settings, setup.workers, setup.trained
         compile_(setup.model, settings.compile, workers.device)
@@ -50,7 +53,8 @@ class TrainStep:
         )
         self.autocast = autocast(settings.precision, workers.device)
         self.alarm = Alarm(setup, lambda step, examples: self._passes.forward_again(step, examples))
-        self.update = Update(setup, self.alarm.everywhere)
+        self.sharded, self.describe_sharding = shard(setup, self.averaging, users_observers)
+        self.update = Update(setup, self.alarm.everywhere, self.sharded)
         self._passes: Passes = (
             OnePass(setup, self.averaging, self.update, norms, self.alarm.check_layers, clock.lap)
             if pair is None
@@ -92,6 +96,16 @@ class TrainStep:
             self.update.hooks.put_back()
             self._lap("optimizer")
 
+    def begin(self, step: int) -> None:
+        """Call before step number `step` where the parameters may have been set by others than the steps."""
+        if self.sharded is not None:
+            self.sharded.begin(step)
+
+    def collect(self, num_steps: int) -> None:
+        """Put the state after `num_steps` steps together, for comparisons and checkpoints; every worker calls this."""
+        if self.sharded is not None:
+            self.sharded.collect(num_steps)
+
     def metrics(self) -> dict[str, float]:
         """Metrics for the log beside those in `Done`; this waits for the device."""
         return {**self.noise_scale.metrics(), **self.update.metrics()}
@@ -111,7 +125,8 @@ class TrainStep:
         if self.recomputing is not None:
             self.recomputing.check(shard)
         with part("averaging"):
-            notes = self.averaging.finish(self.alarm.note())
+            whole = bool(self.before_update) or bool(self.update.hooks)
+            notes = self.averaging.finish(self.alarm.note(), whole=whole)
             if (notes is None or any(notes)) and self.alarm.heed(notes, shard):
                 self._sums.include(self._moving)
             self._sums.exchange(shard.minibatch)

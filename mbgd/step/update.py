@@ -1,6 +1,6 @@
 """The sum of gradients → the optimizer's step. The one division of the program is here."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,9 @@ from mbgd.checks.setup import Setup
 from mbgd.config import Precision
 from mbgd.errors import UsageError
 from mbgd.step.done import Norms
+from mbgd.step.norms import TotalNorm
 from mbgd.step.optimizer_state import OptimizerState
+from mbgd.step.sharding import Sharded
 from mbgd.task.objective import PerExample
 from mbgd.task.trained import GradientHooks
 
@@ -29,10 +31,13 @@ class Update:
     before they are clipped or measured. A step whose gradients overflow is skipped and counted.
     """
 
-    def __init__(self, setup: Setup, watch: Watch) -> None:
-        """watch: notes a gradient that is not finite."""
+    def __init__(self, setup: Setup, watch: Watch, sharded: Sharded | None = None) -> None:
+        """watch: notes a gradient that is not finite. sharded: this worker's pieces; None: it updates all."""
         optimizer, settings, device = setup.optimizer, setup.settings, setup.workers.device
-        self._watch, self._trained, self._optimizer = watch, setup.trained, optimizer
+        self._watch, self._trained, self._optimizer, self._sharded = watch, setup.trained, optimizer, sharded
+        self._held: Sequence[Tensor] = setup.trained.parameters if sharded is None else sharded.tensors
+        """What the optimizer holds and updates: the trained parameters, or this worker's pieces of them."""
+        self._norm = TotalNorm(setup.trained.parameters) if sharded is None else sharded.norm
         self._optimizer_step = _step_of(optimizer)
         self.hooks = GradientHooks(setup.trained)
         self._clip_norm, self._clip_value = settings.max_grad_norm, settings.max_grad_value
@@ -40,7 +45,8 @@ class Update:
         self._schedule = settings.schedule
         self._base_rates = [group["lr"] for group in optimizer.param_groups]
         names: dict[Tensor, str] = {parameter: name for name, parameter in setup.trained.by_name.items()}
-        self.optimizer_state = OptimizerState(optimizer, has_schedule=settings.schedule is not None, names=names)
+        whole = optimizer if sharded is None else sharded.state.whole
+        self.optimizer_state = OptimizerState(whole, has_schedule=settings.schedule is not None, names=names)
         self._scaler: torch.amp.GradScaler | None = None
         if settings.precision is Precision.fp16:
             # torch's default first scale, 2^16, is for a mean loss; ours is a sum over up to the whole minibatch.
@@ -93,7 +99,12 @@ class Update:
             )
 
     def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
-        """The optimizer's state by <parameter's number>.<path>, not copied."""
+        """The optimizer's state by <parameter's number>.<path>, not copied.
+
+        UsageError where it is in pieces and `collect` was not called since the last step.
+        """
+        if self._sharded is not None and not self._sharded.state.is_whole:
+            raise UsageError("the optimizer's state is in pieces, each with the worker that owns it")
         return {"optimizer": self.optimizer_state.tensors()}
 
     def values(self) -> Mapping[str, Any]:
@@ -111,6 +122,8 @@ class Update:
         """Restore the snapshot's state; no memory is shared with it afterwards."""
         values = snapshot.values["optimizer"]
         self.optimizer_state.restore(snapshot.tensors["optimizer"], values)
+        if self._sharded is not None:
+            self._sharded.state.distribute()
         self._num_skipped.fill_(values["skipped_steps"])
         if self._scaler is not None and "scaler" in values:
             self._scaler.load_state_dict(values["scaler"])
@@ -140,25 +153,32 @@ class Update:
         weight: an int where the plan knows it, otherwise a tensor of shape () on the device.
         Returns the norms that are wanted or needed anyway; the change's norm needs a copy of the parameters.
         """
-        updated = [p.detach() for p in self._trained.with_gradient()] if want_change else []
-        before = [parameter.clone() for parameter in updated] if updated else []
+        updated = [p.detach() if p.requires_grad else None for p in self._held] if want_change else []
+        before = [None if p is None else p.clone() for p in updated]
         gradient_norm = self._step(step, weight, want_norm=want_norm or want_change)
+        if self._sharded is not None:
+            self._sharded.state.forget()
+            self._sharded.parameters.wait_for_updates()
         if gradient_norm is None:
             return None
-        if not before:
+        if not want_change:
             return Norms(gradient_norm, None)
-        parameter_norm = torch.nn.utils.get_total_norm(before)
-        torch._foreach_sub_(before, updated)
-        return Norms(gradient_norm, (parameter_norm, torch.nn.utils.get_total_norm(before)))
+        parameter_norm = self._norm(before)
+        pairs = [(then, now) for then, now in zip(before, updated, strict=True) if then is not None and now is not None]
+        if pairs:
+            torch._foreach_sub_([then for then, _ in pairs], [now for _, now in pairs])
+        return Norms(gradient_norm, (parameter_norm, self._norm(before)))
 
     def _step(self, step: int, weight: int | Tensor, *, want_norm: bool) -> Tensor | None:
         """Returns the mean gradient's norm before clipping, if wanted or needed."""
         if self._scaler is not None:
             self._scaler.unscale_(self._optimizer)
+            if self._sharded is not None:
+                self._sharded.found_inf(self._scaler, self._optimizer)
         in_kernel = self._divides_in_kernel and isinstance(weight, int) and not self.hooks
         if in_kernel:
             assert isinstance(weight, int)
-            norm = torch.nn.utils.get_total_norm(self._gradients()) / weight if want_norm else None
+            norm = self._norm_of_gradients() / weight if want_norm else None
         else:
             norm = self._divide_and_clip(weight, want_norm=want_norm)
         if norm is not None and self._scaler is None:
@@ -185,7 +205,10 @@ class Update:
         self._skipped_in_a_row = (self._skipped_in_a_row + 1) * is_skipped
 
     def _gradients(self) -> list[Tensor]:
-        return [p.grad for p in self._trained.parameters if p.grad is not None]
+        return [p.grad for p in self._held if p.grad is not None]
+
+    def _norm_of_gradients(self) -> Tensor:
+        return self._norm([p.grad for p in self._held])
 
     def _scale(self, weight: int) -> Tensor:
         if weight not in self._scales:
@@ -194,19 +217,21 @@ class Update:
         return self._scales[weight]
 
     def _divide_and_clip(self, weight: int | Tensor, *, want_norm: bool) -> Tensor | None:
-        gradients = self._gradients()
-        _divide(gradients, weight)
         if self.hooks:
+            _divide([p.grad for p in self._trained.parameters if p.grad is not None], weight)
             self.hooks.call()
-            gradients = self._gradients()
+            if self._sharded is not None:
+                self._sharded.parameters.owned.take_gradients()
+        else:
+            _divide(self._gradients(), weight)
         if not want_norm and not self._clips and self._scaler is None:
             return None
-        norm = torch.nn.utils.get_total_norm(gradients)  # also to clip by value: infinity is noticed before it is cut
+        norm = self._norm_of_gradients()  # also to clip by value: infinity is noticed before it is cut
         if self._clip_value is not None:  # first, so that one huge element does not shrink all others
-            torch.nn.utils.clip_grad_value_(self._trained.parameters, self._clip_value)
+            torch.nn.utils.clip_grad_value_(self._held, self._clip_value)
         if self._clip_norm is not None:
-            clipped = norm if self._clip_value is None else torch.nn.utils.get_total_norm(gradients)
-            torch.nn.utils.clip_grads_with_norm_(self._trained.parameters, self._clip_norm, clipped)
+            clipped = norm if self._clip_value is None else self._norm_of_gradients()
+            torch.nn.utils.clip_grads_with_norm_(self._held, self._clip_norm, clipped)
         return norm
 
     def _set_learning_rate(self, step: int) -> None:
@@ -217,6 +242,8 @@ class Update:
 
 
 def _divide(gradients: list[Tensor], weight: int | Tensor) -> None:
+    if not gradients:
+        return
     if not isinstance(weight, Tensor):
         torch._foreach_div_(gradients, float(weight))
         return

@@ -39,6 +39,8 @@ class Trained:
         self.parameters = list(self.by_name.values())
         self.not_held = [name for name, p in of_task.items() if p.requires_grad and p not in held]
         """Names of parameters that require a gradient but are not in the optimizer: they are not trained."""
+        self.pieces: list[tuple[str, Tensor]] = []
+        """Where this worker updates pieces of the parameters only: these, each with the parameter's name."""
         self._versions: list[int] = []
         self._flags: list[bool] = []
         self._requires_grad = list(map(_requires_grad, self.parameters))
@@ -46,6 +48,10 @@ class Trained:
     def with_gradient(self) -> list[nn.Parameter]:
         """The parameters that require a gradient now."""
         return [p for p in self.parameters if p.requires_grad]
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The gradients that this worker updates parameters with, by the parameters' names."""
+        return {name: one.grad for name, one in self.pieces or self.by_name.items() if one.grad is not None}
 
     def start_step(self) -> None:
         """Remember each parameter's `_version`, and clear the gradients."""

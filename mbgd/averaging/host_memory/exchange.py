@@ -2,7 +2,7 @@
 
 Every worker puts its gradients into memory that all map. After a barrier, each worker sums one slice over all workers
 and writes the sum into every worker's memory; the parameters' gradients are views of it. So each element is summed by
-one worker, and all have the same bits.
+one worker, and all have the same bits. A worker that owns pieces of the parameters sums those, and keeps the sums.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from mbgd.averaging.host_memory.layout import LINE_BYTES, Layout, whole_lines
 from mbgd.averaging.host_memory.memory import HostMemory
+from mbgd.averaging.pieces import Owned, cut_out
 from mbgd.batches.plan import cut
 from mbgd.errors import UsageError
 
@@ -19,8 +21,6 @@ Row = Sequence[Tensor | None]
 Fold = Callable[[Sequence[Tensor]], Tensor]
 """All rows, by rank and in each worker's order → their sum; may overwrite the rows."""
 
-LINE_BYTES = 64
-"""Each gradient is aligned to a cache line, which also suits the widest vector instructions."""
 CHUNK_BYTES = 2**18
 """Bytes of every row that are summed at once, so that they are still in the processor's cache when the sum is
 written."""
@@ -41,13 +41,16 @@ class Exchange:
     def __init__(self, parameters: Sequence[Tensor], num_rows: int, memory: HostMemory, *, rank: int) -> None:
         """num_rows: the most rows that a worker has. All workers make it alike; raises CannotShareError."""
         self._parameters, self._memory = parameters, memory
-        layout = _Layout(parameters)
-        flags_bytes = _whole_lines(num_rows * len(parameters) + 1)
+        self._layout = layout = Layout(parameters)
+        flags_bytes = whole_lines(num_rows * len(parameters) + 1)
         pieces = memory.allocate(flags_bytes + num_rows * layout.num_bytes)
-        rows = [piece[flags_bytes:].view(num_rows, layout.num_bytes) for piece in pieces]
-        self.places = [layout.gradients(row) for row in rows[rank]]
+        self._rows = rows = [piece[flags_bytes:].view(num_rows, layout.num_bytes) for piece in pieces]
+        self.places = [layout.views(row) for row in rows[rank]]
         """This worker's gradients in shared memory: for each row, one view for each parameter."""
-        self._chunks = list(_chunks(rows, layout, rank))
+        self._chunks = list(_chunks(rows, _equal_slice(layout, rank, len(rows))))
+        self._owned: Owned | None = None
+        self._sums: list[tuple[Tensor, int, Tensor]] = []
+        """For each piece that this worker owns: the piece, its parameter's number, and its sum, in the first row."""
         self._flags = [piece[: num_rows * len(parameters)].view(num_rows, -1).numpy() for piece in pieces]
         self._my_flags = self._flags[rank]
         self._notes = [piece[flags_bytes - 1 : flags_bytes].numpy() for piece in pieces]
@@ -58,14 +61,36 @@ class Exchange:
         self.everywhere = True
         """Whether every parameter with a gradient in any row of the last exchange had one in all rows."""
 
+    def own(self, owned: Owned) -> None:
+        """Let this worker sum the pieces that it owns, instead of an equal slice."""
+        owned.follow_flags()
+        self._owned, self._sums = owned, []
+        numbers = {parameter: number for number, parameter in enumerate(self._parameters)}
+        views, ranges = self._layout.views(self._rows[0][0]), []
+        for piece, tensor in zip(owned.pieces, owned.tensors, strict=True):
+            tensor.grad, number = None, numbers.get(owned.parameters[piece.parameter])
+            if number is not None:
+                begin = self._layout.offsets[number] + piece.start * tensor.element_size()
+                ranges.append((tensor.dtype, begin, begin + whole_lines(tensor.nbytes)))
+                self._sums.append((tensor, number, cut_out(views[number], piece)))
+        self._chunks = list(_chunks(self._rows, _joined(ranges)))
+
     def __call__(
-        self, rows: Sequence[Row], rows_of_workers: Sequence[int], fold: Fold, note: int = NO_NOTE
+        self,
+        rows: Sequence[Row],
+        rows_of_workers: Sequence[int],
+        fold: Fold,
+        note: int = NO_NOTE,
+        *,
+        whole: bool = True,
     ) -> list[int]:
         """Make the parameters' gradients the sum of all workers' rows; returns every worker's note, by rank.
 
         rows: this worker's; gradients that are already in `places` are not copied. rows_of_workers: the number of rows
-        of each worker. If any worker's note is `MOVED_ON`, nothing is summed.
+        of each worker. If any worker's note is `MOVED_ON`, nothing is summed. whole=False: where workers own pieces,
+        only these get gradients, valid until the next barrier, and the parameters have none.
         """
+        whole = whole or self._owned is None
         for number, row in enumerate(rows):
             self._put(number, row)
         self._my_note[0] = note
@@ -77,12 +102,18 @@ class Exchange:
         self._read_flags(rows_of_workers)
         for of_workers in self._chunks:
             total = fold([row for rows, held in zip(of_workers, rows_of_workers, strict=True) for row in rows[:held]])
-            for target, *_ in of_workers:
+            for target, *_ in of_workers if whole else of_workers[:1]:
                 if target is not total:
                     target.copy_(total)
-        self._memory.barrier()
+        if whole:
+            self._memory.barrier()
         for parameter, place, used in zip(self._parameters, self.places[0], self._used, strict=True):
-            parameter.grad = place if used else None
+            parameter.grad = place if used and whole else None
+        if self._owned is not None and whole:
+            self._owned.take_gradients()
+        elif self._owned is not None:
+            for tensor, number, gradient in self._sums:
+                tensor.grad = gradient if self._used[number] else None
         return notes
 
     def _put(self, number: int, row: Row) -> None:
@@ -117,42 +148,30 @@ def check_moved_on(notes: Sequence[int]) -> None:
         )
 
 
-class _Layout:
-    """Each gradient's place in a row; gradients of one dtype lie together."""
-
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._parameters = parameters
-        self._offsets = [0] * len(parameters)
-        self.dtypes: list[tuple[torch.dtype, int, int]] = []
-        """Each dtype with the byte range [start, stop) of its gradients."""
-        self.num_bytes = 0
-        for dtype in dict.fromkeys(parameter.dtype for parameter in parameters):
-            start = self.num_bytes
-            for number, parameter in enumerate(parameters):
-                if parameter.dtype == dtype:
-                    self._offsets[number] = self.num_bytes
-                    self.num_bytes += _whole_lines(parameter.nbytes)
-            self.dtypes.append((dtype, start, self.num_bytes))
-
-    def gradients(self, row: Tensor) -> list[Tensor]:
-        """Views of a row's bytes, one for each parameter, with the parameter's strides."""
-        views = []
-        for parameter, offset in zip(self._parameters, self._offsets, strict=True):
-            flat = row[offset : offset + parameter.nbytes].view(parameter.dtype)
-            views.append(flat.as_strided(parameter.shape, torch.empty_like(parameter, device="meta").stride()))
-        return views
-
-
-def _chunks(rows: Sequence[Tensor], layout: _Layout, rank: int) -> Iterator[list[list[Tensor]]]:
-    """The worker's slice in chunks of one dtype: the same part of all rows, by worker and by row."""
+def _equal_slice(layout: Layout, rank: int, num_workers: int) -> list[tuple[torch.dtype, int, int]]:
+    """One byte range of each dtype, in whole cache lines, so that no two workers write to the same one."""
+    ranges = []
     for dtype, start, stop in layout.dtypes:
         num_lines = (stop - start) // LINE_BYTES
-        # In whole cache lines, so that no two workers write to the same one.
-        first, last = (start + LINE_BYTES * cut(num_lines, len(rows), edge) for edge in (rank, rank + 1))
+        first, last = (start + LINE_BYTES * cut(num_lines, num_workers, edge) for edge in (rank, rank + 1))
+        ranges.append((dtype, first, last))
+    return ranges
+
+
+def _joined(ranges: Sequence[tuple[torch.dtype, int, int]]) -> list[tuple[torch.dtype, int, int]]:
+    """Ranges that follow each other as one."""
+    joined: list[tuple[torch.dtype, int, int]] = []
+    for dtype, begin, end in sorted(ranges, key=lambda one: one[1]):
+        if joined and joined[-1][0] == dtype and joined[-1][2] == begin:
+            joined[-1] = (dtype, joined[-1][1], end)
+        else:
+            joined.append((dtype, begin, end))
+    return joined
+
+
+def _chunks(rows: Sequence[Tensor], ranges: Sequence[tuple[torch.dtype, int, int]]) -> Iterator[list[list[Tensor]]]:
+    """The worker's part in chunks of one dtype: the same bytes of all rows, by worker and by row."""
+    for dtype, first, last in ranges:
         for begin in range(first, last, CHUNK_BYTES):
             end = min(begin + CHUNK_BYTES, last)
             yield [[row[begin:end].view(dtype) for row in of_worker] for of_worker in rows]
-
-
-def _whole_lines(num_bytes: int) -> int:
-    return -(-num_bytes // LINE_BYTES) * LINE_BYTES

@@ -54,11 +54,29 @@ class HostMemory:
 
     def allocate(self, num_bytes: int) -> list[Tensor]:
         """`num_bytes` of zeroed shared memory for each worker, by rank: uint8."""
-        descriptor = _try(lambda: _make_file(num_bytes))
+        return self._mapped(num_bytes, lambda paths: [_map(path, num_bytes) for path in paths])
+
+    def allocate_once(self, num_bytes: int) -> tuple[Tensor, Tensor]:
+        """`num_bytes` of zeroed memory that all workers share, mapped twice: uint8.
+
+        Writes to the first are seen by all. The second shows them too, but each page only until this process writes to
+        it there: from then on the page is a copy of its own.
+        """
+        num_bytes = max(num_bytes, 1)
+        shared, own = self._mapped(
+            num_bytes,
+            lambda paths: [_map(paths[0], num_bytes, shared=shared) for shared in (True, False)],
+            makes=self._workers.is_main,
+        )
+        return shared, own
+
+    def _mapped(self, num_bytes: int, map_: Callable[[list[str]], list[Tensor]], *, makes: bool = True) -> list[Tensor]:
+        """map_: given every worker's path by rank. makes: whether this worker makes a file."""
+        descriptor = _try(lambda: _make_file(num_bytes)) if makes else None
         path = descriptor if isinstance(descriptor, _Failed) else f"/proc/{os.getpid()}/fd/{descriptor}"
         try:
             paths = self._agree(path)
-            pieces = _try(lambda: [_map(path, num_bytes) for path in paths])
+            pieces = _try(lambda: map_(paths))
             self._agree(pieces if isinstance(pieces, _Failed) else None)
         finally:
             if isinstance(descriptor, int):
@@ -129,5 +147,5 @@ def _make_file(num_bytes: int) -> int:
     return descriptor
 
 
-def _map(path: str, num_bytes: int) -> Tensor:
-    return torch.from_file(path, shared=True, size=num_bytes, dtype=torch.uint8)
+def _map(path: str, num_bytes: int, *, shared: bool = True) -> Tensor:
+    return torch.from_file(path, shared=shared, size=num_bytes, dtype=torch.uint8)

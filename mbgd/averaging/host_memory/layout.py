@@ -1,0 +1,40 @@
+"""Where tensors lie in a piece of shared memory."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+LINE_BYTES = 64
+"""Each tensor is aligned to a cache line, which also suits the widest vector instructions."""
+
+
+class Layout:
+    """Each parameter's place in a row of bytes; those of one dtype lie together."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._parameters = parameters
+        self.offsets = [0] * len(parameters)
+        self.dtypes: list[tuple[torch.dtype, int, int]] = []
+        """Each dtype with the byte range [start, stop) of its parameters."""
+        self.num_bytes = 0
+        for dtype in dict.fromkeys(parameter.dtype for parameter in parameters):
+            start = self.num_bytes
+            for number, parameter in enumerate(parameters):
+                if parameter.dtype == dtype:
+                    self.offsets[number] = self.num_bytes
+                    self.num_bytes += whole_lines(parameter.nbytes)
+            self.dtypes.append((dtype, start, self.num_bytes))
+
+    def views(self, row: Tensor) -> list[Tensor]:
+        """Views of a row's bytes, one for each parameter, with the parameter's strides."""
+        views = []
+        for parameter, offset in zip(self._parameters, self.offsets, strict=True):
+            flat = row[offset : offset + parameter.nbytes].view(parameter.dtype)
+            views.append(flat.as_strided(parameter.shape, torch.empty_like(parameter, device="meta").stride()))
+        return views
+
+
+def whole_lines(num_bytes: int) -> int:
+    """The number of bytes, rounded up to whole cache lines."""
+    return -(-num_bytes // LINE_BYTES) * LINE_BYTES

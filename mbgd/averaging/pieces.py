@@ -1,0 +1,101 @@
+"""Which pieces of the parameters each worker updates: ZeRO-1 (Rajbhandari et al. 2020, arXiv:1910.02054).
+
+Every averaging leaves each worker with the sum of a slice of the gradient. The worker that sums a slice also updates
+it, so that each keeps the optimizer's state of its own pieces alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK = 2**14
+"""Parameters are cut between blocks of this many elements alone, which are whole cache lines and vectors: kernels then
+compute each element as they do on whole parameters. Norms are summed block by block."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements [start, stop) of a parameter, in the order of its memory."""
+
+    parameter: int
+    """Its number among the trained parameters."""
+    start: int
+    stop: int
+
+
+def cut_in_blocks(parameters: Sequence[Tensor], num_workers: int) -> list[list[Piece]]:
+    """Each worker's pieces by rank: blocks in order, cut so that all workers have about as many bytes."""
+    blocks = [
+        (Piece(number, start, min(start + BLOCK, p.numel())), p.element_size())
+        for number, p in enumerate(parameters)
+        for start in range(0, max(p.numel(), 1), BLOCK)
+    ]
+    total = max(sum((block.stop - block.start) * size for block, size in blocks), 1)
+    of_workers: list[list[Piece]] = [[] for _ in range(num_workers)]
+    before = 0
+    for block, size in blocks:
+        num_bytes = (block.stop - block.start) * size
+        middle = before + num_bytes / 2
+        _append(of_workers[min(int(middle * num_workers / total), num_workers - 1)], block)
+        before += num_bytes
+    return of_workers
+
+
+def _append(pieces: list[Piece], block: Piece) -> None:
+    last = pieces[-1] if pieces else None
+    if last is not None and last.parameter == block.parameter and last.stop == block.start:
+        pieces[-1] = Piece(last.parameter, last.start, block.stop)
+    else:
+        pieces.append(block)
+
+
+def cut_by_parameters(parameters: Sequence[Tensor], costs: Sequence[int], num_workers: int) -> list[list[Piece]]:
+    """Each worker's whole parameters by rank: the costliest first, to the worker with the least work."""
+    of_workers: list[list[Piece]] = [[] for _ in range(num_workers)]
+    loads = [0] * num_workers
+    for number in sorted(range(len(parameters)), key=lambda number: -costs[number]):
+        rank = loads.index(min(loads))
+        loads[rank] += costs[number]
+        of_workers[rank].append(Piece(number, 0, parameters[number].numel()))
+    return [sorted(pieces, key=lambda piece: piece.parameter) for pieces in of_workers]
+
+
+class Owned:
+    """This worker's pieces as tensors that its optimizer updates in place of the parameters."""
+
+    def __init__(
+        self, parameters: Sequence[Tensor], of_workers: Sequence[Sequence[Piece]], memory: Sequence[Tensor], rank: int
+    ) -> None:
+        """parameters: all trained ones. memory: tensors like them, whose pieces the optimizer writes to."""
+        self.parameters, self.of_workers, self.pieces = list(parameters), of_workers, of_workers[rank]
+        self.tensors = [cut_out(memory[one.parameter], one).detach() for one in self.pieces]
+        """Leaf tensors: whole parameters in their shape, parts of one as vectors."""
+        self.follow_flags()
+
+    def follow_flags(self) -> None:
+        """Let each piece require a gradient as its parameter does now."""
+        for piece, tensor in zip(self.pieces, self.tensors, strict=True):
+            tensor.requires_grad_(self.parameters[piece.parameter].requires_grad)
+
+    def take_gradients(self) -> None:
+        """Give each piece its part of the parameter's gradient."""
+        for piece, tensor in zip(self.pieces, self.tensors, strict=True):
+            parameter = self.parameters[piece.parameter]
+            gradient = parameter.grad
+            if gradient is not None and gradient.stride() != parameter.stride():
+                gradient = torch.empty_like(parameter, requires_grad=False).copy_(gradient)
+            tensor.grad = None if gradient is None else cut_out(gradient, piece)
+
+
+def cut_out(tensor: Tensor, piece: Piece) -> Tensor:
+    """A view of the piece: a whole tensor as it is, otherwise a vector. The tensor has no gaps in memory."""
+    if piece.stop - piece.start == tensor.numel():
+        return tensor
+    return in_memory_order(tensor)[piece.start : piece.stop]
+
+
+def in_memory_order(tensor: Tensor) -> Tensor:
+    """The elements as a vector, a view; the tensor has no gaps in memory."""
+    return tensor.as_strided((tensor.numel(),), (1,))

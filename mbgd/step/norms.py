@@ -1,0 +1,76 @@
+"""Euclidean norms over all trained parameters, with the same bits however the parameters are divided among workers."""
+
+from collections.abc import Callable, Sequence
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from mbgd.averaging.pieces import BLOCK, Piece, in_memory_order
+
+Gather = Callable[[Tensor], Sequence[Tensor]]
+"""This worker's values → every worker's, by rank."""
+
+BLOCK_ON_GPU = 2**20
+"""There, one call for each small block would take longer than its elements."""
+ABSENT = -1.0
+"""In place of the norm of a block that has no gradient."""
+
+
+class TotalNorm:
+    """The norm of tensors like the parameters: of each block of `BLOCK` elements, and then of these norms, in order.
+
+    For parameters of one block each that is torch's `get_total_norm`.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._block = BLOCK if parameters[0].device.type == "cpu" else BLOCK_ON_GPU
+        self._dtype = reduce(torch.promote_types, (p.dtype.to_real() for p in parameters))
+        self._nothing = torch.zeros((), device=parameters[0].device)
+        self._strides = [torch.empty_like(p, device="meta").stride() for p in parameters]
+
+    def __call__(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """Shape (), in the parameters' widest dtype. tensors: one for each parameter; None: it does not count."""
+        together = zip(tensors, self._strides, strict=True)
+        blocks = [block for one, strides in together if one is not None for block in self._blocks(one, strides)]
+        norms = torch._foreach_norm(blocks) if blocks else [self._nothing]
+        total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(self._dtype) for norm in norms]))
+        return total
+
+    def _blocks(self, tensor: Tensor, strides: tuple[int, ...]) -> Sequence[Tensor]:
+        if tensor.stride() != strides:
+            tensor = tensor.new_empty_strided(tensor.shape, strides).copy_(tensor)
+        return torch.split(in_memory_order(tensor), self._block)
+
+
+class NormOfPieces:
+    """The same norm where each worker has pieces of the parameters; the workers exchange the norms of their blocks."""
+
+    def __init__(
+        self, parameters: Sequence[Tensor], of_workers: Sequence[Sequence[Piece]], rank: int, gather: Gather
+    ) -> None:
+        """of_workers: every worker's pieces."""
+        self._gather = gather
+        self._dtype = reduce(torch.promote_types, (p.dtype.to_real() for p in parameters))
+        counts = [[len(range(one.start, max(one.stop, 1), BLOCK)) for one in pieces] for pieces in of_workers]
+        self._counts = counts[rank]
+        self._most = max(map(sum, counts))
+        order = []
+        for of_rank, (pieces, of_worker) in enumerate(zip(of_workers, counts, strict=True)):
+            first = of_rank * self._most
+            for piece, count in zip(pieces, of_worker, strict=True):
+                order += [(piece.parameter, piece.start, first + at) for at in range(count)]
+                first += count
+        self._order = torch.tensor([at for *_, at in sorted(order)])
+
+    def __call__(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """Shape (); tensors: one for each of this worker's pieces. Every worker calls this."""
+        blocks = [block for one in tensors if one is not None for block in torch.split(in_memory_order(one), BLOCK)]
+        mine = torch.full((self._most,), ABSENT, dtype=torch.float64)
+        if blocks:
+            counts = zip(tensors, self._counts, strict=True)
+            is_there = torch.tensor([one is not None for one, count in counts for _ in range(count)])
+            mine[: len(is_there)][is_there] = torch.stack([norm.double() for norm in torch._foreach_norm(blocks)])
+        norms = torch.cat(list(self._gather(mine)))[self._order]
+        total: Tensor = torch.linalg.vector_norm(norms[norms != ABSENT].to(self._dtype))
+        return total

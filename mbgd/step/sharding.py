@@ -1,0 +1,166 @@
+"""The owner of a piece of the parameters updates it: `sharding=optimizer`, and where it works."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mbgd.averaging import Averager
+from mbgd.averaging.host_memory.memory import CannotShareError
+from mbgd.averaging.host_memory.parameters import SharedParameters
+from mbgd.averaging.pieces import Piece, cut_by_parameters, cut_in_blocks
+from mbgd.checks.replicas import Replicas
+from mbgd.checks.setup import Setup
+from mbgd.config import ShardingName
+from mbgd.errors import UsageError
+from mbgd.optimizers import Lamb, Lars, MuonAdamW
+from mbgd.step.norms import NormOfPieces
+from mbgd.step.optimizer_trial import STEP_HOOKS
+from mbgd.step.sharded_state import ShardedState
+from mbgd.step.sharding_trial import works_in_pieces
+from mbgd.text.listing import shown
+
+ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "ASGD")
+"""Optimizers of torch that update each element from its own gradient and state alone."""
+BY_PARAMETERS = ("Adafactor", "Muon")
+"""Optimizers of torch that update each parameter by itself, but as a whole."""
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """The optimizer's work in pieces, of which this worker has its own."""
+
+    parameters: SharedParameters
+    state: ShardedState
+    norm: NormOfPieces
+    replicas: Replicas
+    averaging: Averager
+    names: list[str]
+    """Of the trained parameters."""
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """This worker's pieces, which its optimizer holds."""
+        return self.parameters.owned.tensors
+
+    @property
+    def num_elements(self) -> int:
+        """Number of elements that this worker updates."""
+        return sum(tensor.numel() for tensor in self.tensors)
+
+    def begin(self, step: int) -> None:
+        """Share the parameters' values of now, which may have been restored or set; ReplicasDiffer if they differ."""
+        self.replicas.compare(step, dict(zip(self.names, self.parameters.owned.parameters, strict=True)), {})
+        self.parameters.adopt()
+
+    def collect(self, num_steps: int) -> None:
+        """Put the optimizer's state together after `num_steps` steps; UsageError where parameters were written."""
+        written = self.replicas.workers.gather_values(self.parameters.written_by_others())
+        if names := sorted({name for of_worker in written for name in of_worker}):
+            raise UsageError(
+                f"by step {num_steps} something other than the optimizer has written to the parameters {shown(names)}. "
+                "With sharding=optimizer each worker updates its own pieces, in memory that all share, and does not "
+                "see such a change. Use sharding=none."
+            )
+        try:
+            self.state.collect()
+        except CannotShareError as error:
+            raise UsageError(f"sharding=optimizer: for its state {error}. Use sharding=none.") from error
+
+    def found_inf(self, scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:
+        """Let a gradient that overflows on one worker count on all: each has unscaled the gradients of its pieces."""
+        found = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+        device = self.replicas.workers.device
+        mine = torch.stack([torch.zeros((), device=device), *found.values()]).amax().view(1)
+        anywhere = torch.cat(list(self.averaging.gather(mine))).amax()
+        found.clear()
+        found[device] = anywhere
+
+
+def shard(setup: Setup, averaging: Averager, users_observers: Sequence[str]) -> tuple[Sharded | None, str]:
+    """Divide the optimizer's work if the settings ask for it, or may; otherwise None. And the plan, in words.
+
+    users_observers: names of observers of the user's own, which may look at gradients or change parameters.
+    UsageError where sharding=optimizer cannot be.
+    """
+    asked = setup.settings.sharding is ShardingName.optimizer
+    if setup.settings.sharding is ShardingName.none or setup.workers.num_workers == 1:
+        return None, "none"
+    reason = _obstacle(setup)
+    if not reason and users_observers and not asked:
+        reason = f"the observer {users_observers[0]} may change parameters, or look at gradients"
+    of_workers = None if reason else _cut(setup, tries=asked)
+    if not reason and of_workers is None:
+        kind = type(setup.optimizer).__name__
+        reason = f"{kind} in pieces computes something else" if asked else f"{kind} is not known"
+    if of_workers is not None:
+        try:
+            if (shared := averaging.own(setup.trained.by_name, of_workers)) is not None:
+                return _sharded(setup, averaging, shared), f"optimizer: each worker updates 1/{len(of_workers)}"
+        except CannotShareError as error:
+            return None, f"none: {error}"
+        reason = f"the gradients go through {setup.workers.backend}, not through memory that all workers share"
+    if asked:
+        raise UsageError(
+            f"sharding=optimizer, but {reason}. Use sharding=none; CPU workers of one host, with averaging=auto or "
+            "reproducible and one of torch's optimizers, can shard."
+        )
+    return None, f"none: {reason}"
+
+
+def _sharded(setup: Setup, averaging: Averager, shared: SharedParameters) -> Sharded:
+    names, owned, workers = list(setup.trained.by_name), shared.owned, setup.workers
+    setup.trained.pieces = [(names[p.parameter], t) for p, t in zip(owned.pieces, owned.tensors, strict=True)]
+    return Sharded(
+        shared,
+        ShardedState(setup.optimizer, owned, shared.allocate, workers),
+        NormOfPieces(setup.trained.parameters, owned.of_workers, workers.rank, averaging.gather),
+        Replicas(workers),
+        averaging,
+        names,
+    )
+
+
+def _obstacle(setup: Setup) -> str:
+    """What forbids sharding; empty if nothing does."""
+    optimizer, parameters = setup.optimizer, setup.trained.parameters
+    kind = type(optimizer)
+    if not optimizer.state.keys() <= set(parameters):
+        return "the optimizer has state that belongs to no parameter"
+    if any(getattr(optimizer, hooks, None) for hooks in STEP_HOOKS) or "step" in vars(optimizer):
+        return "the optimizer's step has hooks or was replaced"
+    if kind.state_dict is not Optimizer.state_dict or kind.load_state_dict is not Optimizer.load_state_dict:
+        return f"{kind.__name__} has a state_dict of its own"
+    if any(p.is_complex() for p in parameters):
+        return "some parameters are complex"
+    return ""
+
+
+def _cut(setup: Setup, *, tries: bool) -> list[list[Piece]] | None:
+    """Every worker's pieces; None if the optimizer is not known to work in pieces, nor found to, if that is tried."""
+    optimizer, parameters, num_workers = setup.optimizer, setup.trained.parameters, setup.workers.num_workers
+    kind = type(optimizer)
+    in_blocks = cut_in_blocks(parameters, num_workers)
+    if kind in _of_torch(ELEMENTWISE):
+        return in_blocks
+    by_parameters = cut_by_parameters(parameters, _costs(optimizer, parameters), num_workers)
+    if kind in (*_of_torch(BY_PARAMETERS), Lamb, Lars, MuonAdamW):
+        return by_parameters
+    if tries:
+        for cut in (in_blocks, by_parameters):
+            if works_in_pieces(optimizer, parameters, cut):
+                return cut
+    return None
+
+
+def _costs(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> list[int]:
+    """An estimate of each parameter's work: its elements, and for Muon the products of an orthogonalisation."""
+    is_muon = type(optimizer) in _of_torch(("Muon",))
+    of_muon = {p for group in optimizer.param_groups if group.get("use_muon", is_muon) for p in group["params"]}
+    return [p.numel() * (min(p.shape) if p in of_muon else 1) for p in parameters]
+
+
+def _of_torch(names: Sequence[str]) -> list[type]:
+    return [getattr(torch.optim, name) for name in names if hasattr(torch.optim, name)]

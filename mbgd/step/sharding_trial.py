@@ -1,0 +1,49 @@
+"""Finds out whether an optimizer computes the same in pieces, by steps of copies of it."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from mbgd.averaging.pieces import Owned, Piece
+from mbgd.step.optimizer_trial import copy_with
+from mbgd.step.sharded_state import hold_pieces
+
+NUM_STEPS = 2
+
+
+def works_in_pieces(optimizer: Optimizer, parameters: Sequence[Tensor], of_workers: Sequence[Sequence[Piece]]) -> bool:
+    """Whether steps of every worker's pieces leave the same bits as steps of the whole parameters.
+
+    Needs memory for two copies of parameters, gradients and state meanwhile.
+    """
+    with torch.random.fork_rng(devices=[]):
+        gradients = [[torch.randn_like(p, requires_grad=False) for p in parameters] for _ in range(NUM_STEPS)]
+        try:
+            whole, copies = copy_with(optimizer, parameters)
+            _step(whole, copies, gradients)
+            for rank in range(len(of_workers)):
+                in_pieces, memory = copy_with(optimizer, parameters)
+                owned = Owned(memory, of_workers, memory, rank)
+                hold_pieces(in_pieces, owned)
+                _step(in_pieces, memory, gradients, owned)
+                expected = Owned(copies, of_workers, copies, rank)
+                if not {id(key) for key in in_pieces.state} <= {id(tensor) for tensor in owned.tensors}:
+                    return False
+                if not all(map(torch.equal, owned.tensors, expected.tensors)):
+                    return False
+        except Exception:  # it needs something of the parameters that pieces do not have
+            return False
+    return True
+
+
+def _step(
+    optimizer: Optimizer, parameters: list[Tensor], gradients: list[list[Tensor]], owned: Owned | None = None
+) -> None:
+    for of_step in gradients:
+        for parameter, gradient in zip(parameters, of_step, strict=True):
+            parameter.grad = gradient.clone()
+        if owned is not None:
+            owned.take_gradients()
+        type(optimizer).step(optimizer)
