@@ -93,8 +93,8 @@ class Trainer:
             raise
         if not evaluation and not any(name.startswith("eval/") for name in state.metrics):
             self._log(tracker, evaluation := self.evaluate())
-        take = self.snapshot
-        if state.step > 0 and (problem := save_last(checkpoints, setup.workers, state.step, evaluation, take)):
+        self.train_step.end(state.step)
+        if state.step > 0 and (problem := save_last(checkpoints, setup.workers, state.step, evaluation, self.snapshot)):
             setup.tell(f"warning: {problem}. The run's results are written all the same.")
         if weights_step := self.observers.at_end():
             state.metrics.update(self.evaluate())
@@ -161,8 +161,7 @@ class Trainer:
 
     def check(self) -> None:
         """Raise, the same on every worker, if the state is not finite or differs between workers."""
-        self.train_step.alarm.check_state(self.state.step)
-        self.train_step.collect(self.state.step)
+        self.train_step.check_state(self.state.step)
         self._replicas.compare_parts(self.state.step, self._compared)
         self.train_step.alarm.check_buffers(self.state.step)
 
@@ -173,7 +172,6 @@ class Trainer:
     def restore(self, snapshot: Snapshot) -> None:
         """Resume from a snapshot; UsageError, with nothing changed, if it does not fit model, optimizer and data."""
         self._parts.restore(snapshot)
-        self.train_step.begin(snapshot.step)
         self.log.last_logged = snapshot.step
 
     def evaluate(self) -> dict[str, float]:

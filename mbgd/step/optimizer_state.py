@@ -1,5 +1,6 @@
 """An optimizer's state for checkpoints: its whole `state_dict`, checked against the state that it makes itself."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -137,7 +138,7 @@ class OptimizerState:
         flattening = Flattening({id(p): "a parameter" for p in self._parameters})
         try:
             tree = {
-                "state": [[flattening(k, str(k)), flattening(v, str(k))] for k, v in whole.pop("state", {}).items()],
+                "state": [[flattening(k, str(k)), flattening(v, str(k))] for k, v in _in_order(whole.pop("state", {}))],
                 "more": {name: flattening(value, name) for name, value in whole.items()},
                 "groups": [
                     {
@@ -254,6 +255,11 @@ class OptimizerState:
             return try_out(self._optimizer)
         except Exception:  # its step needs a closure, an attribute cannot be copied, …
             return None
+
+
+def _in_order(state: Mapping[Any, Any]) -> list[tuple[Any, Any]]:
+    """By the parameters' numbers, not by when each was first used; keys that are no numbers come last, as they are."""
+    return sorted(state.items(), key=lambda one: one[0] if type(one[0]) is int else math.inf)
 
 
 def _loaded(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> dict[str, Tensor]:

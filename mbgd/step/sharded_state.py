@@ -4,7 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from mbgd.averaging.host_memory.layout import whole_lines
 from mbgd.averaging.pieces import Owned, cut_out
+from mbgd.errors import UsageError
 from mbgd.files.state_tree import Flattening, unflatten
 from mbgd.workers.group import Workers
 
@@ -48,19 +49,35 @@ class ShardedState:
     """Keeps the tensors of all pieces' state in memory that all workers map, where it is whole."""
 
     def __init__(self, optimizer: Optimizer, owned: Owned, allocate: Callable[[int], Tensor], workers: Workers) -> None:
-        """Gives the optimizer this worker's pieces in place of the parameters. allocate(bytes): memory of all."""
+        """allocate(bytes): memory of all workers."""
         self._optimizer, self._owned, self._allocate, self._workers = optimizer, owned, allocate, workers
         self.whole: Optimizer = object.__new__(type(optimizer))
         """As if the optimizer held the parameters; its state is empty except after `collect`."""
         vars(self.whole).update(vars(optimizer))
-        self.whole.param_groups = [dict(group) for group in optimizer.param_groups]
-        self.whole.state = defaultdict(dict, optimizer.state)
-        self.is_whole = False
-        """Whether the state of `whole` is that of now."""
+        self.is_whole = self._holds_pieces = False
+        """Whether the state of `whole` is that of now; whether the optimizer holds pieces."""
         self._places: dict[tuple[int, str], tuple[_Kind, Tensor]] = {}
         """(number of the parameter, path) → where that tensor of its state lies."""
-        hold_pieces(optimizer, owned)
+        self.hold()
+
+    def hold(self) -> None:
+        """Give the optimizer this worker's pieces in place of the parameters, until `release`."""
+        if self._holds_pieces:
+            return
+        self._holds_pieces = True
+        self.whole.param_groups = [dict(group) for group in self._optimizer.param_groups]
+        self.whole.state = defaultdict(dict, self._optimizer.state)
+        hold_pieces(self._optimizer, self._owned)
+        self._optimizer.state_dict = _refuse  # type: ignore[method-assign]
         self.distribute()
+
+    def release(self) -> None:
+        """Give the optimizer the parameters and the whole state back, after `collect`."""
+        self._holds_pieces = False
+        del self._optimizer.state_dict
+        for group, whole in zip(self._optimizer.param_groups, self.whole.param_groups, strict=True):
+            group.update(whole)
+        self._optimizer.state = defaultdict(dict, self.whole.state)
 
     def collect(self) -> None:
         """Put together the state of `whole`, on all workers; its tensors are shared with the pieces.
@@ -155,6 +172,14 @@ class ShardedState:
         """Let the tensor, whoever refers to it, lie in `place`."""
         if tensor.data_ptr() != place.data_ptr():
             tensor.data = place.copy_(tensor)
+
+
+def _refuse() -> NoReturn:
+    raise UsageError(
+        "optimizer.state_dict() during training: with sharding each worker's optimizer holds the state of its own "
+        "pieces of the parameters. Once training has ended it holds all again; mbgd's checkpoints hold all; "
+        "sharding=none leaves the optimizer as it is."
+    )
 
 
 def _nested(tree: Any, tensors: Mapping[str, Tensor]) -> Any:

@@ -52,22 +52,30 @@ class Sharded:
 
     def begin(self, step: int) -> None:
         """Share the parameters' values of now, which may have been restored or set; ReplicasDiffer if they differ."""
+        self.state.hold()
         self.replicas.compare(step, dict(zip(self.names, self.parameters.owned.parameters, strict=True)), {})
         self.parameters.adopt()
 
     def collect(self, num_steps: int) -> None:
         """Put the optimizer's state together after `num_steps` steps; UsageError where parameters were written."""
         written = self.replicas.workers.gather_values(self.parameters.written_by_others())
-        if names := sorted({name for of_worker in written for name in of_worker}):
+        found = {name for of_worker in written for name in of_worker}
+        if names := [name for name in self.names if name in found]:
             raise UsageError(
-                f"by step {num_steps} something other than the optimizer has written to the parameters {shown(names)}. "
-                "With sharding=optimizer each worker updates its own pieces, in memory that all share, and does not "
-                "see such a change. Use sharding=none."
+                f"by step {num_steps} something other than the optimizer has written to parameters, which are among "
+                f"{shown(names)}. With sharding=optimizer each worker updates its own pieces, in memory that all "
+                "share, and does not see such a change. Use sharding=none."
             )
         try:
             self.state.collect()
         except CannotShareError as error:
             raise UsageError(f"sharding=optimizer: for its state {error}. Use sharding=none.") from error
+
+    def end(self, num_steps: int) -> None:
+        """Leave the optimizer as the user made it: with the parameters and the whole state."""
+        if not self.state.is_whole:
+            self.collect(num_steps)
+        self.state.release()
 
     def found_inf(self, scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:
         """Let a gradient that overflows on one worker count on all: each has unscaled the gradients of its pieces."""

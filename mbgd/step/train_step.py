@@ -101,10 +101,19 @@ class TrainStep:
         if self.sharded is not None:
             self.sharded.begin(step)
 
-    def collect(self, num_steps: int) -> None:
-        """Put the state after `num_steps` steps together, for comparisons and checkpoints; every worker calls this."""
+    def check_state(self, num_steps: int) -> None:
+        """Stop where the state after `num_steps` steps is wrong; put it together for comparisons and checkpoints.
+
+        Every worker calls this.
+        """
+        self.alarm.check_state(num_steps)
         if self.sharded is not None:
             self.sharded.collect(num_steps)
+
+    def end(self, num_steps: int) -> None:
+        """Leave the optimizer as it was given, `num_steps` steps further; every worker calls this."""
+        if self.sharded is not None:
+            self.sharded.end(num_steps)
 
     def metrics(self) -> dict[str, float]:
         """Metrics for the log beside those in `Done`; this waits for the device."""

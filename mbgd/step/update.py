@@ -124,6 +124,7 @@ class Update:
         self.optimizer_state.restore(snapshot.tensors["optimizer"], values)
         if self._sharded is not None:
             self._sharded.state.distribute()
+            self._sharded.begin(snapshot.step)
         self._num_skipped.fill_(values["skipped_steps"])
         if self._scaler is not None and "scaler" in values:
             self._scaler.load_state_dict(values["scaler"])
