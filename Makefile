@@ -35,6 +35,7 @@ bench: $(INSTALLED)
 	python benchmarks/allreduce.py
 	python benchmarks/many_workers.py
 	python benchmarks/checkpoint.py
+	python benchmarks/memory.py
 	python benchmarks/checks.py
 	python benchmarks/recomputing.py
 	python benchmarks/tracking.py
