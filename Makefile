@@ -19,7 +19,8 @@ explain: $(INSTALLED)
 	python -m mbgd explain data=digits batch.size=4 $(ARGS)
 
 chaos: $(INSTALLED)
-	MBGD_CHAOS_RUNS=60 python -m pytest tests/test_chaos.py tests/test_hangs.py tests/test_multinode.py
+	python -m pytest tests/test_hangs.py tests/test_multinode.py tests/test_power_failure.py
+	python tests/chaos.py --runs $(RUNS) --results benchmarks/results/chaos.txt
 
 check: $(INSTALLED)
 	ruff check .

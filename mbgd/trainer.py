@@ -93,7 +93,7 @@ class Trainer:
             raise
         if not evaluation and not any(name.startswith("eval/") for name in state.metrics):
             self._log(tracker, evaluation := self.evaluate())
-        self.train_step.end(state.step)
+        self.train_step.end()
         if state.step > 0 and (problem := save_last(checkpoints, setup.workers, state.step, evaluation, self.snapshot)):
             setup.tell(f"warning: {problem}. The run's results are written all the same.")
         if weights_step := self.observers.at_end():
@@ -122,7 +122,7 @@ class Trainer:
                     self._log(tracker, evaluation := self.evaluate())
                 self.observers.after_evaluation(state.step, evaluation)
             if state.step == first_step + 1:
-                checkpoints.check(self.train_step.update.optimizer_state.problems() + self.observers.problems())
+                checkpoints.check(self.train_step.update.problems() + self.observers.problems())
             checkpoints.after_step(state.step, evaluation, self.snapshot, is_time=is_time)
             if stop.agreed(state.step):
                 self._stop(checkpoints, evaluation)

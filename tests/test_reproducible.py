@@ -213,7 +213,6 @@ def train(
 
     class Record:
         def progress(self, step: int) -> None:
-            trainer.train_step.check_state(step)
             moments = trainer.train_step.update.tensors()["optimizer"]
             records.append((digest(model.state_dict().values()), digest(moments[name] for name in sorted(moments)), {}))
 
@@ -221,7 +220,6 @@ def train(
             records[-1][2].update({k: v for k, v in metrics.items() if not k.startswith("time/")})
 
         def close(self) -> None:
-            pass
 
     trainer.fit(Record())
     return records

@@ -315,24 +315,31 @@ def test_after_training_the_optimizer_is_as_it_was_given() -> None:
 
 
 class AsksForState(Logged):
+    """What a user's tracker may save after each step, on any worker."""
+
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         super().__init__()
         self._optimizer = optimizer
+        self.states: list[str] = []
 
     def progress(self, step: int) -> None:
-        self._optimizer.state_dict()
+        state = self._optimizer.state_dict()
+        self.states.append(repr((state["param_groups"], sorted(state["state"].items()))))
 
 
-def ask_for_state(workers: mbgd.Workers) -> str:
-    trainer = make_trainer(workers, CASES[0], "auto", "auto", NUM_STEPS)
-    with pytest.raises(mbgd.UsageError) as caught:
-        trainer.fit(AsksForState(trainer.setup.optimizer))
-    return str(caught.value)
+def ask_for_state(workers: mbgd.Workers, sharding: str, case: Case) -> list[str]:
+    trainer = make_trainer(workers, case, "reproducible", sharding, NUM_STEPS)
+    asks = AsksForState(trainer.setup.optimizer)
+    trainer.fit(asks)
+    return asks.states
 
 
-def test_the_state_of_one_workers_pieces_is_not_given_for_the_whole() -> None:
-    for message in run_workers(ask_for_state, 2):
-        assert "sharding=none" in message
+@pytest.mark.parametrize("name", ["AdamW, fused", "Lamb"])
+def test_state_dict_is_whole_during_training(name: str) -> None:
+    case = next(case for case in CASES if case.name == name)
+    (wanted,) = run_workers(ask_for_state, 1, "none", case)
+    assert len(set(wanted)) == NUM_STEPS
+    assert run_workers(ask_for_state, 3, "auto", case) == [wanted] * 3
 
 
 # Changes by others

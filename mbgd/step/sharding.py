@@ -56,8 +56,17 @@ class Sharded:
         self.replicas.compare(step, dict(zip(self.names, self.parameters.owned.parameters, strict=True)), {})
         self.parameters.adopt()
 
-    def collect(self, num_steps: int) -> None:
-        """Put the optimizer's state together after `num_steps` steps; UsageError where parameters were written."""
+    def share(self) -> None:
+        """Wait until all pieces are updated; every worker calls this after its own."""
+        self.state.after_update()
+        self.parameters.wait_for_updates()
+        try:
+            self.state.settle()
+        except CannotShareError as error:
+            raise UsageError(f"sharding: for the optimizer's state {error}. Use sharding=none.") from error
+
+    def check(self, num_steps: int) -> None:
+        """UsageError, on every worker alike, where parameters were written by `num_steps` steps."""
         written = self.replicas.workers.gather_values(self.parameters.written_by_others())
         found = {name for of_worker in written for name in of_worker}
         if names := [name for name in self.names if name in found]:
@@ -66,16 +75,6 @@ class Sharded:
                 f"{shown(names)}. With sharding=optimizer each worker updates its own pieces, in memory that all "
                 "share, and does not see such a change. Use sharding=none."
             )
-        try:
-            self.state.collect()
-        except CannotShareError as error:
-            raise UsageError(f"sharding=optimizer: for its state {error}. Use sharding=none.") from error
-
-    def end(self, num_steps: int) -> None:
-        """Leave the optimizer as the user made it: with the parameters and the whole state."""
-        if not self.state.is_whole:
-            self.collect(num_steps)
-        self.state.release()
 
     def found_inf(self, scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:
         """Let a gradient that overflows on one worker count on all: each has unscaled the gradients of its pieces."""
@@ -123,7 +122,7 @@ def _sharded(setup: Setup, averaging: Averager, shared: SharedParameters) -> Sha
     setup.trained.pieces = [(names[p.parameter], t) for p, t in zip(owned.pieces, owned.tensors, strict=True)]
     return Sharded(
         shared,
-        ShardedState(setup.optimizer, owned, shared.allocate, workers),
+        ShardedState(setup.optimizer, owned, shared.allocate, workers, stays_in_place=_stays_in_place(setup.optimizer)),
         NormOfPieces(setup.trained.parameters, owned.of_workers, workers.rank, averaging.gather),
         Replicas(workers),
         averaging,
@@ -161,6 +160,11 @@ def _cut(setup: Setup, *, tries: bool) -> list[list[Piece]] | None:
             if works_in_pieces(optimizer, parameters, cut):
                 return cut
     return None
+
+
+def _stays_in_place(optimizer: Optimizer) -> bool:
+    """See `ShardedState`."""
+    return type(optimizer) in (*_of_torch(ELEMENTWISE), *_of_torch(BY_PARAMETERS), MuonAdamW)
 
 
 def _costs(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> list[int]:

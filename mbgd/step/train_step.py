@@ -102,18 +102,15 @@ class TrainStep:
             self.sharded.begin(step)
 
     def check_state(self, num_steps: int) -> None:
-        """Stop where the state after `num_steps` steps is wrong; put it together for comparisons and checkpoints.
-
-        Every worker calls this.
-        """
+        """Stop where the state after `num_steps` steps is wrong; every worker calls this."""
         self.alarm.check_state(num_steps)
         if self.sharded is not None:
-            self.sharded.collect(num_steps)
+            self.sharded.check(num_steps)
 
-    def end(self, num_steps: int) -> None:
-        """Leave the optimizer as it was given, `num_steps` steps further; every worker calls this."""
+    def end(self) -> None:
+        """Leave the optimizer as it was given, some steps further."""
         if self.sharded is not None:
-            self.sharded.end(num_steps)
+            self.sharded.state.release()
 
     def metrics(self) -> dict[str, float]:
         """Metrics for the log beside those in `Done`; this waits for the device."""

@@ -99,20 +99,26 @@ class Update:
             )
 
     def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
-        """The optimizer's state by <parameter's number>.<path>, not copied.
-
-        UsageError where it is in pieces and `collect` was not called since the last step.
-        """
-        if self._sharded is not None and not self._sharded.state.is_whole:
-            raise UsageError("the optimizer's state is in pieces, each with the worker that owns it")
+        """The optimizer's state by <parameter's number>.<path>, not copied."""
+        self._read_pieces()
         return {"optimizer": self.optimizer_state.tensors()}
 
     def values(self) -> Mapping[str, Any]:
         """The rest of the state, as JSON can hold it."""
+        self._read_pieces()
         values = {**self.optimizer_state.values(), "skipped_steps": self.num_skipped}
         if self._scaler is not None:
             values["scaler"] = self._scaler.state_dict()
         return {"optimizer": values}
+
+    def problems(self) -> list[str]:
+        """State that a checkpoint cannot hold; call this after the first step, when there is state."""
+        self._read_pieces()
+        return self.optimizer_state.problems()
+
+    def _read_pieces(self) -> None:
+        if self._sharded is not None:
+            self._sharded.state.read()
 
     def mismatches(self, snapshot: Snapshot) -> list[str]:
         """What in the snapshot cannot be state of this optimizer."""
@@ -158,8 +164,7 @@ class Update:
         before = [None if p is None else p.clone() for p in updated]
         gradient_norm = self._step(step, weight, want_norm=want_norm or want_change)
         if self._sharded is not None:
-            self._sharded.state.forget()
-            self._sharded.parameters.wait_for_updates()
+            self._sharded.share()
         if gradient_norm is None:
             return None
         if not want_change:
