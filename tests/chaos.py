@@ -33,6 +33,7 @@ from mbgd.averaging.host_memory.memory import CannotShareError
 from mbgd.checkpoints import format as checkpoint
 from mbgd.checkpoints import saving
 from mbgd.checkpoints.fingerprint import weights_sha256
+from mbgd.checkpoints.memory_tier import memory_path
 from mbgd.config import Checkpoint, Config, Run, must_match
 from mbgd.config.must_match import marked
 from mbgd.data import digits
@@ -155,7 +156,7 @@ def work(rank: int, port: int, folder: Path, round_: Round) -> None:
     torch.set_num_threads(1)
     os.environ |= environment(rank, round_.num_workers, port)
     if round_.transport == "gloo":
-        averaging.HostMemory = _no_memory  # type: ignore[misc, assignment]
+        averaging.HostMemory = _no_memory  # type: ignore[attr-defined, assignment]
     try:
         with start_workers("gloo", TIMEOUT_SECONDS) as workers:
             train(workers, folder, round_)
@@ -296,7 +297,7 @@ def check(folder: Path, seed: int) -> list[Round]:
     weights, lines = undisturbed()
     assert (folder / "hash").read_text() == weights
     assert history(folder) == lines
-    assert not saving.memory_path(folder / "run").exists()
+    assert not memory_path(folder / "run").exists()
     return rounds
 
 

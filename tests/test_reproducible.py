@@ -220,6 +220,7 @@ def train(
             records[-1][2].update({k: v for k, v in metrics.items() if not k.startswith("time/")})
 
         def close(self) -> None:
+            pass
 
     trainer.fit(Record())
     return records
