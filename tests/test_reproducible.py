@@ -213,8 +213,9 @@ def train(
 
     class Record:
         def progress(self, step: int) -> None:
-            moments = trainer.train_step.update.tensors()["optimizer"]
-            records.append((digest(model.state_dict().values()), digest(moments[name] for name in sorted(moments)), {}))
+            state = optimizer.state_dict()["state"]
+            moments = [value for _, of_parameter in sorted(state.items()) for value in of_parameter.values()]
+            records.append((digest(model.state_dict().values()), digest(moments), {}))
 
         def log(self, step: int, metrics: dict[str, float]) -> None:
             records[-1][2].update({k: v for k, v in metrics.items() if not k.startswith("time/")})

@@ -261,7 +261,7 @@ def test_sharding_changes_no_bit(case: Case, num_workers: int, averaging: str) -
     wanted = all_trained(of_one, averaging, "none")[0][case.name]
     for got in all_trained(num_workers, averaging, "auto"):
         state, logged, plan = got[case.name]
-        assert plan == f"optimizer: each worker updates 1/{num_workers}"
+        assert plan.startswith("optimizer: each worker updates at most ")
         assert logged == wanted[1]
         assert state == wanted[0]
 
@@ -484,9 +484,9 @@ def test_optimizers_of_the_users_are_tried(kind: type[torch.optim.Optimizer]) ->
     assert {f"none: {kind.__name__} is not known {unsharded.split()[-1]}"} == set(
         run_workers(plan_of, 2, own(kind), "auto", "auto")
     )
-    assert {f"optimizer: each worker updates 1/2 {unsharded.split()[-1]}"} == set(
-        run_workers(plan_of, 2, own(kind), "auto", "optimizer")
-    )
+    (sharded,) = set(run_workers(plan_of, 2, own(kind), "auto", "optimizer"))
+    assert sharded.startswith("optimizer: ")
+    assert sharded.split()[-1] == unsharded.split()[-1]
 
 
 def with_little_memory(workers: mbgd.Workers) -> str:

@@ -1,5 +1,6 @@
 """The owner of a piece of the parameters updates it: `sharding=optimizer`, and where it works."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -44,11 +45,6 @@ class Sharded:
     def tensors(self) -> list[Tensor]:
         """This worker's pieces, which its optimizer holds."""
         return self.parameters.owned.tensors
-
-    @property
-    def num_elements(self) -> int:
-        """Number of elements that this worker updates."""
-        return sum(tensor.numel() for tensor in self.tensors)
 
     def begin(self, step: int) -> None:
         """Share the parameters' values of now, which may have been restored or set; ReplicasDiffer if they differ."""
@@ -105,7 +101,7 @@ def shard(setup: Setup, averaging: Averager, users_observers: Sequence[str]) -> 
     if of_workers is not None:
         try:
             if (shared := averaging.own(setup.trained.by_name, of_workers)) is not None:
-                return _sharded(setup, averaging, shared), f"optimizer: each worker updates 1/{len(of_workers)}"
+                return _sharded(setup, averaging, shared), f"optimizer: {_shares(of_workers)}"
         except CannotShareError as error:
             return None, f"none: {error}"
         reason = f"the gradients go through {setup.workers.backend}, not through memory that all workers share"
@@ -128,6 +124,12 @@ def _sharded(setup: Setup, averaging: Averager, shared: SharedParameters) -> Sha
         averaging,
         names,
     )
+
+
+def _shares(of_workers: Sequence[Sequence[Piece]]) -> str:
+    """For example: each worker updates at most 52 % of the parameters."""
+    sizes = [sum(piece.stop - piece.start for piece in pieces) for pieces in of_workers]
+    return f"each worker updates at most {math.ceil(100 * max(sizes) / max(sum(sizes), 1))} % of the parameters"
 
 
 def _obstacle(setup: Setup) -> str:

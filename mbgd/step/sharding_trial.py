@@ -19,6 +19,7 @@ def works_in_pieces(optimizer: Optimizer, parameters: Sequence[Tensor], of_worke
     Needs memory for two copies of parameters, gradients and state meanwhile.
     """
     with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # so that all workers find the same
         gradients = [[torch.randn_like(p, requires_grad=False) for p in parameters] for _ in range(NUM_STEPS)]
         try:
             whole, copies = copy_with(optimizer, parameters)
