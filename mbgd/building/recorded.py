@@ -41,7 +41,7 @@ def recorded_values(folder: Path) -> dict[str, Any]:
     except (FileNotFoundError, Unreadable) as error:
         raise UsageError(
             f"{plain(folder)} is not the folder of a run: config.yaml cannot be read ({plain(error)}). A run's folder "
-            "is what train.py names at the end."
+            "is what train.py names at the start."
         ) from error
 
 

@@ -1,11 +1,13 @@
 """Files of one JSON object a line, read as far as they can be: one line that is wrong does not hide the others."""
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from mbgd.files.reading import Unreadable, open_regular
+from mbgd.files.atomic import write_atomically
+from mbgd.files.reading import UNREADABLE, Unreadable, free_name, open_regular
 from mbgd.text.escaping import plain
 
 T = TypeVar("T")
@@ -58,3 +60,15 @@ def _read(number: int, content: bytes, parse: Callable[[bytes], T]) -> GoodLine[
     except ValueError as error:
         return BadLine(number, plain(error), content)
     return GoodLine(value, number, content if content.endswith(b"\n") else content + b"\n")
+
+
+def keep_bad(path: Path, lines: Sequence[BadLine]) -> Path:
+    """Write lines of the file that cannot be read, with their numbers, into a file next to it; returns that file.
+
+    It has one JSON object per line; bytes that are not UTF-8 by Python's surrogateescape, so that none is lost.
+    """
+    aside = free_name(path.with_name(path.name + UNREADABLE))
+    told = [(line.number, line.reason, line.content.decode(errors="surrogateescape")) for line in lines]
+    keys = ("line", "reason", "content")
+    write_atomically(aside, b"".join(json.dumps(dict(zip(keys, one, strict=True))).encode() + b"\n" for one in told))
+    return aside

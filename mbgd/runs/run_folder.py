@@ -22,7 +22,7 @@ from mbgd.files import folder_lock, run_files, strict_json
 from mbgd.files import reading as files
 from mbgd.files.atomic import write_atomically
 from mbgd.files.folder_lock import FolderLock
-from mbgd.files.lines import BadLine, lines_of
+from mbgd.files.lines import BadLine, keep_bad, lines_of
 from mbgd.files.observed import step_of
 from mbgd.files.reading import UNREADABLE, Unreadable
 from mbgd.files.run_files import CONFIG, METRICS, MODEL, OBJECTIVE, OBSERVED, SUMMARY, of_other_weights
@@ -126,9 +126,7 @@ class RunFolder:
         except FileNotFoundError:
             pass
         if bad:
-            aside = files.free_name(path.with_name(path.name + UNREADABLE))
-            write_atomically(aside, _as_json(bad))
-            print(f"warning: {path}: {describe_bad(bad)}; kept in {aside.name}", flush=True)
+            print(f"warning: {path}: {describe_bad(bad)}; kept in {keep_bad(path, bad).name}", flush=True)
         write_atomically(path, b"".join(line.content for line in kept))
 
     def write_config(self, yaml: str) -> None:
@@ -174,13 +172,6 @@ class RunFolder:
                     f"{plain(self.path / name)} cannot be written: {error.strerror or error}. The last checkpoint "
                     "is safe: make the folder writable, and the same command goes on from there."
                 ) from error
-
-
-def _as_json(lines: list[BadLine]) -> bytes:
-    """One JSON object per line; bytes that are not UTF-8 by Python's surrogateescape, so that none is lost."""
-    told = [(line.number, line.reason, line.content.decode(errors="surrogateescape")) for line in lines]
-    keys = ("line", "reason", "content")
-    return b"".join(json.dumps(dict(zip(keys, one, strict=True))).encode() + b"\n" for one in told)
 
 
 def _aside(path: Path) -> Path:

@@ -82,7 +82,7 @@ def read_history(folder: Path) -> tuple[list[Line], list[BadLine]]:
         reason = error.reason if isinstance(error, Unreadable) else error.strerror
         raise UsageError(
             f"{plain(folder)} is not the folder of a run: {METRICS} cannot be read ({reason}). A run's folder is what "
-            "train.py names at the end."
+            "train.py names at the start."
         ) from error
     return good, bad
 
