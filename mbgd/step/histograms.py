@@ -117,11 +117,12 @@ def histogram(tensors: Iterable[Tensor], divisor: int = 1) -> Histogram:
     for tensor in tensors:
         values = tensor.detach()
         values = (torch.view_as_real(values) if values.is_complex() else values).flatten()
-        edges = torch.tensor(EDGES, dtype=values.dtype, device=values.device)
+        dtype = torch.promote_types(values.dtype, torch.float32)  # the lowest edges are 0 in fp16
+        edges = torch.tensor(EDGES, dtype=dtype, device=values.device)
         size += values.numel()
         total = total.to(values.device)
         for piece in pieces(values):
-            total += _counts(piece if divisor == 1 else piece / divisor, edges)
+            total += _counts((piece if divisor == 1 else piece / divisor).to(dtype), edges)
     (zero, *positive, _), (also_zero, *negative, _) = total.tolist()
     used = [number for number, pair in enumerate(zip(positive, negative, strict=True)) if any(pair)]
     if not used:
