@@ -44,6 +44,7 @@ class ShownPredictions:
         self.examples = examples
         self._trainer: Any = None
         self._evaluated_at, self._written_at = -1, -1
+        self._has_failed = False
         self._write: Callable[[int, Mapping[str, Any]], None] = lambda step, values: None
 
     def before_training(self, trainer: Any) -> None:
@@ -66,9 +67,11 @@ class ShownPredictions:
 
     def _take(self, step: int) -> None:
         self._written_at = step
-        if self._trainer.setup.workers.is_main:
-            with optional("the predictions for the first evaluation examples failed", "Training goes on."):
+        if self._trainer.setup.workers.is_main and not self._has_failed:
+            self._has_failed = True
+            with optional("the predictions of the first evaluation examples failed", "They are left out from now on."):
                 self._write(step, plain_values(PredictionLine(step, self._shown(), self._evaluator.name)))
+                self._has_failed = False
 
     @property
     def _evaluator(self) -> Any:
