@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import mbgd
+from mbgd.building.recorded import recorded
 from mbgd.data import digits, text
 from mbgd.errors import UsageError
 from mbgd.evaluation.shown_predictions import CHARACTERS_BEFORE, TOKENS
@@ -303,3 +304,10 @@ def test_classes_have_their_names_and_sets_theirs() -> None:
     assert keeps.lines[-1].set == "b"
     assert {example.target for example in keeps.lines[-1].examples} <= set(Named.classes)
     assert all(guess.label in Named.classes for example in keeps.lines[-1].examples for guess in example.predicted)
+
+
+def test_a_finished_run_is_evaluated_on_other_data(tmp_path: Path) -> None:
+    """On which predictions could not be shown."""
+    runs.run(tmp_path / "run", "predictions.examples=2", "histograms.steps=2")
+    config = recorded(tmp_path / "run", [])
+    assert (config.predictions.examples, config.histograms.steps) == (None, None)

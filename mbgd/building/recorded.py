@@ -16,8 +16,10 @@ from mbgd.config import (
     Config,
     EarlyStoppingSettings,
     EmaSettings,
+    HistogramSettings,
     Init,
     NoiseScale,
+    PredictionSettings,
     Unfreeze,
 )
 from mbgd.errors import UsageError
@@ -68,6 +70,8 @@ def recorded(folder: Path, overrides: Sequence[str]) -> Config:
         early_stopping=EarlyStoppingSettings(),
         freeze=[],
         unfreeze=Unfreeze(),
+        histograms=HistogramSettings(),
+        predictions=PredictionSettings(),
         observers={},
         profile=None,
     )
