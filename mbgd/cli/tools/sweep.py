@@ -20,7 +20,7 @@ GAP = 2
 CUT_SAVES = 1
 """A column's name is cut where that saves more characters than this."""
 MOST_STATE = 30
-"""Characters of what is wrong with a job; sweep.csv has all."""
+"""Characters in the table of what is wrong with a job; all of it stands below."""
 
 DESCRIPTION = "show the results of a sweep's jobs: a table, sweep.csv and sweep.svg in its folder"
 
@@ -132,6 +132,9 @@ def _print(rows: Sequence[Sequence[str]], ranking: Ranking) -> None:
         if job.record.exit_code:
             failed = f"job {job.record.number} failed: {plain(job.folder / LOG)}"
             console.print(failed, style="red", soft_wrap=True, markup=False)
+        elif len(job.state) > MOST_STATE:
+            told = f"job {job.record.number}: {plain(job.state)}"
+            console.print(told, style="red", soft_wrap=True, markup=False)
 
 
 def _metric_names(jobs: Sequence[Job]) -> list[str]:
