@@ -19,7 +19,7 @@ GAP = 2
 """Spaces between columns."""
 CUT_SAVES = 1
 """A column's name is cut where that saves more characters than this."""
-MOST_STATE = 30
+MOST_STATE = 16
 """Characters in the table of what is wrong with a job; all of it stands below."""
 
 DESCRIPTION = "show the results of a sweep's jobs: a table, sweep.csv and sweep.svg in its folder"
