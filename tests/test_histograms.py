@@ -18,6 +18,7 @@ from mbgd.errors import Preempted, UsageError
 from mbgd.files import observed
 from mbgd.files.observed import HISTOGRAMS, Histogram, HistogramLine
 from mbgd.step.histograms import by_layer, histogram, spread
+from mbgd.tracking import follow
 
 import runs
 from processes import run_workers
@@ -257,7 +258,7 @@ def test_the_file_is_small(tmp_path: Path) -> None:
 
 def test_wrong_values_are_refused_by_name(tmp_path: Path) -> None:
     for key in ("steps", "layers"):
-        with pytest.raises(UsageError, match=f"histograms.{key}=0; it must be ≥ 1"):
+        with pytest.raises(UsageError, match=rf"histograms\.{key}=0; it must be ≥ 1"):
             runs.run(tmp_path / key, "histograms.steps=2", f"histograms.{key}=0")
 
 
@@ -276,6 +277,24 @@ def test_lines_that_are_wrong_are_told_and_left_out(tmp_path: Path, content: byt
     assert [line.step for line in lines] == [3]
     assert problem.startswith("observed/histograms.jsonl: line 1 cannot be read")
     assert observed.read(tmp_path, observed.PREDICTIONS, observed.PredictionLine) == ([], "")
+
+
+def test_a_follower_gives_them_out_in_their_turn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = follow._Histograms(tmp_path)
+    assert list(lines.up_to(5)) == []  # there is no file yet
+    (tmp_path / "observed").mkdir()
+    content = [
+        json.dumps(observed.plain_values(HistogramLine(step, [observed.Layer("a", Histogram(0, 0))]))).encode() + b"\n"
+        for step in (1, 3, 8)
+    ]
+    with (tmp_path / "observed/histograms.jsonl").open("wb", buffering=0) as file:
+        file.write(content[0] + b"no line\n" + content[1] + content[2][:20])
+        assert [line.step for line in lines.up_to(2)] == [1]
+        assert [line.step for line in lines.up_to(8)] == [3]  # the last one is still being written
+        file.write(content[2][20:])
+        assert [line.step for line in lines.up_to(7)] == []
+        assert [line.step for line in lines.up_to(math.inf)] == [8]
+    assert capsys.readouterr().out.count("a line of histograms.jsonl cannot be read") == 1
 
 
 def test_tensorboard_has_them_once(tmp_path: Path) -> None:

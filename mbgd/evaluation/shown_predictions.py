@@ -68,7 +68,7 @@ class ShownPredictions:
     def _take(self, step: int) -> None:
         self._written_at = step
         if self._trainer.setup.workers.is_main and not self._has_failed:
-            self._has_failed = True
+            self._has_failed = True  # until it has succeeded
             with optional("the predictions of the first evaluation examples failed", "They are left out from now on."):
                 self._write(step, plain_values(PredictionLine(step, self._shown(), self._evaluator.name)))
                 self._has_failed = False
@@ -85,9 +85,10 @@ class ShownPredictions:
 
     def _shown(self) -> list[Example]:
         """The examples; UsageError if they cannot be shown."""
-        evaluator, is_compiled = self._evaluator, self._trainer.setup.settings.compile is not CompileName.none
+        evaluator, settings = self._evaluator, self._trainer.setup.settings
+        is_compiled = settings.compile is not CompileName.none
         with _uncompiled() if is_compiled else nullcontext():  # no compilation for a micro-batch of this size
-            batch, terms = evaluator.first(self.examples)
+            batch, terms = evaluator.first(min(self.examples, settings.evaluation.batch_size))
         outputs, targets = _predictions(terms, self.examples)
         size = len(targets)
         if _are_texts(outputs, targets, evaluator.dataset):

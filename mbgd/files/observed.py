@@ -3,7 +3,7 @@
 The formats of those that ship, for the code that writes them and the code that reads them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -14,6 +14,9 @@ from mbgd.files.reading import Unreadable, convert, parse_json
 from mbgd.files.run_files import OBSERVED, Count
 
 HISTOGRAMS, PREDICTIONS = "histograms", "predictions"
+
+Write = Callable[[str, int, Mapping[str, Any]], None]
+"""Gets an observer's name, the number of steps completed, and values that JSON can hold."""
 
 Line = TypeVar("Line", "HistogramLine", "PredictionLine")
 

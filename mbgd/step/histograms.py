@@ -43,7 +43,7 @@ class Histograms:
         """steps: at how many, evenly spread from the first to the last. layers: at most; others are put together."""
         for key, value in (("steps", steps), ("layers", layers)):
             if value < 1:
-                raise UsageError(f"histograms.{key}={value}; it must be ≥ 1.")
+                raise UsageError(f"histograms.{key}={value}; it must be ≥ 1; histograms.steps=null: none.")
         self.steps, self.layers = steps, layers
         self._at: frozenset[int] = frozenset()
         self._by_layer: dict[str, list[Tensor]] = {}

@@ -12,16 +12,20 @@ from torch import Tensor
 
 from mbgd.checkpoints.snapshot import Snapshot
 from mbgd.errors import ObserverFailed, UsageError
+from mbgd.files.observed import Write
 from mbgd.files.state_tree import Flattening, unflatten
 from mbgd.step.done import Done
 from mbgd.workers.group import Workers
 
 METHODS = (
-    *("before_training", "with_writer", "at_start", "after_update", "after_evaluation"),
-    *("other_weights", "at_end"),
+    "before_training",
+    "with_writer",
+    "at_start",
+    "after_update",
+    "after_evaluation",
+    "other_weights",
+    "at_end",
 )
-Write = Callable[[str, int, Mapping[str, Any]], None]
-"""Gets an observer's name, the number of steps completed, and values that JSON can hold."""
 STATE = ("state_dict", "load_state_dict")
 FILE = "observers"
 

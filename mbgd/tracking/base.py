@@ -7,13 +7,10 @@ from enum import Enum
 from typing import Any, Protocol
 
 from mbgd.errors import Preempted, optional, warn
+from mbgd.files.observed import Write
 
 Metrics = Mapping[str, float | str]
 """Values by names such as train/loss; texts are fingerprints."""
-
-
-Observed = Callable[[str, int, Mapping[str, Any]], None]
-"""Gets an observer's name, the number of steps completed, and values that JSON can hold."""
 
 
 class Outcome(Enum):
@@ -60,7 +57,7 @@ class NoTracker:
         pass
 
 
-def writer(tracker: Tracker) -> Observed:
+def writer(tracker: Tracker) -> Write:
     """The tracker's method `observed`; one that does nothing if it has none."""
     return getattr(tracker, "observed", _ignore)
 

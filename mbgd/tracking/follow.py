@@ -64,7 +64,7 @@ def _follow(name: str, folder: Path, start: int) -> None:
         ending = None
         while ending is None:
             ending = _ending(SECONDS_BETWEEN_LOOKS)
-            for line in _whole_lines(file, parse):
+            for line in _whole_lines(file, METRICS, parse):
                 for earlier in histograms.up_to(line.step):
                     sink.histograms(earlier)
                 sink.log(line.step, line.metrics)
@@ -90,7 +90,7 @@ class _Histograms:
         if self._file is None and self._path.exists():
             self._file = open_regular(self._path)
         if self._file is not None:
-            self._waiting += _whole_lines(self._file, lambda content: parsed(content, HistogramLine))
+            self._waiting += _whole_lines(self._file, self._path.name, lambda line: parsed(line, HistogramLine))
         while self._waiting and self._waiting[0].step <= step:
             yield self._waiting.popleft()
 
@@ -113,7 +113,7 @@ def _ending(seconds: float) -> Ending | None:
     return Ending(Outcome(told["outcome"]), told["message"])
 
 
-def _whole_lines(file: BinaryIO, parse: Callable[[bytes], T]) -> Iterator[T]:
+def _whole_lines(file: BinaryIO, name: str, parse: Callable[[bytes], T]) -> Iterator[T]:
     """The lines written since the last call; one that cannot be read is reported and left out."""
     while True:
         position = file.tell()
@@ -124,7 +124,7 @@ def _whole_lines(file: BinaryIO, parse: Callable[[bytes], T]) -> Iterator[T]:
         try:
             yield parse(content)
         except ValueError as error:
-            say(f"a line of {Path(file.name).name} cannot be read ({plain(error)}) and is left out")
+            say(f"a line of {name} cannot be read ({plain(error)}) and is left out")
 
 
 if __name__ == "__main__":
