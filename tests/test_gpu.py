@@ -5,6 +5,7 @@ Several workers share one GPU over gloo; nccl needs one GPU for each worker.
 """
 
 import hashlib
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ from mbgd.measuring.clock import MOST_EVENTS, PARTS, StreamStopwatch
 from mbgd.models import CNN, GPT, MLP
 from mbgd.optimizers import Lamb, Lars, MuonAdamW
 from mbgd.runs.conditions import conditions
+from mbgd.step.histograms import histogram
 from mbgd.workers import cuda
 from mbgd.workers.group import start_workers
 
@@ -318,6 +320,28 @@ def muon(parameters: Any) -> torch.optim.Optimizer:
 def test_our_optimizers_and_clipping_do_not_wait_for_the_device(device: str, optimizer: Any) -> None:
     steps = {"steps": 12, "log_every_steps": 1000, "max_grad_value": 0.01}
     train_without_waiting(make_trainer(alone(device), "gpt", "ddp", "fp32", optimizer, **steps))
+
+
+@on_devices
+def test_histograms_wait_for_the_device_in_their_own_steps_alone(device: str) -> None:
+    trainer = make_trainer(alone(device), "gpt", "ddp", "fp16", SGD, steps=12, log_every_steps=1000)
+    histograms = mbgd.Histograms(2)  # the first and the last step, which is not made here
+    histograms.before_training(trainer)
+    written: list[int] = []
+    histograms.with_writer(lambda step, values: written.append(step))
+    trainer.train_step.observers.append(histograms)
+    train_without_waiting(trainer)
+    assert written == [1]
+
+
+@on_devices
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_histograms_are_counted_alike_on_any_device(device: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    values = torch.cat([torch.randn(10**6).exp() * torch.randn(10**6), torch.tensor([0.0, -0.0, 1e30, math.nan])])
+    values = values.to(dtype)
+    assert histogram([values.to(device)]) == histogram([values])
+    assert histogram([values.to(device)], divisor=8) == histogram([values / 8])
 
 
 @on_devices

@@ -1,7 +1,7 @@
 """Observers: called with the values that all workers share, may stop training, and resume with their state."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -250,3 +250,57 @@ def test_a_run_that_stopped_is_complete(tmp_path: Path) -> None:
     runs.run(tmp_path, "epochs=3", "schedule=constant", "resume.force=true")
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["stopped_by"], summary["steps"]) == ("", 3 * 23)
+
+
+class Writes:
+    """Writes a line after every second step."""
+
+    def with_writer(self, write: Callable[[int, Mapping[str, Any]], None]) -> None:
+        self._write = write
+
+    def after_update(self, done: mbgd.Done) -> None:
+        if done.step % 2:
+            self._write(done.step + 1, {"size": done.minibatch.size, "not a number": float("nan")})
+
+
+def writing(workers: mbgd.Workers, folder: Path) -> None:
+    made = trainer(workers, {"mine": Writes(), "also": Writes()}, steps=6)
+    made.fit(mbgd.Trackers([mbgd.ObservedLines(folder)] if workers.is_main else []))
+
+
+def test_an_observers_lines_are_in_a_file_of_its_own(tmp_path: Path) -> None:
+    run_workers(writing, 2, tmp_path)
+    assert sorted(path.name for path in (tmp_path / "observed").iterdir()) == ["also.jsonl", "mine.jsonl"]
+    lines = (tmp_path / "observed/mine.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"step": n, "size": 10, "not a number": None} for n in (2, 4, 6)]
+
+
+class CountsSteps:
+    """A tracker of the user's, which does not care what observers write."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def progress(self, step: int) -> None:
+        self.steps = step
+
+    def log(self, step: int, metrics: Mapping[str, float | str]) -> None:
+        pass
+
+    def close(self, ending: object) -> None:
+        pass
+
+
+def test_a_tracker_need_not_take_what_observers_write() -> None:
+    for tracker in (CountsSteps(), None):
+        assert trainer(mbgd.Workers(), [Writes()], steps=3).fit(tracker).steps == 3
+    counts = CountsSteps()
+    trainer(mbgd.Workers(), [Writes()], steps=3).fit(mbgd.Trackers([counts]))
+    assert counts.steps == 3
+
+
+def test_lines_that_cannot_be_written_do_not_stop_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "observed").write_text("a file in the folder's place")
+    result = trainer(mbgd.Workers(), [Writes()], steps=6).fit(mbgd.Trackers([mbgd.ObservedLines(tmp_path)]))
+    assert result.steps == 6
+    assert capsys.readouterr().out.count("warning: ObservedLines failed (FileExistsError") == 1

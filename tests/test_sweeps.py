@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 from hydra_plugins.mbgd_torchrun import processes
 from hydra_plugins.mbgd_torchrun.launcher import Job, hand_out_gpus, num_cores, quoted, refuse_another_sweeps
 from hydra_plugins.mbgd_torchrun.processes import Command, marked, run_all
-from mbgd.cli.tools.sweep import show
+from mbgd.cli.tools.sweep import _header, show
 from mbgd.cli.tools.sweep_plot import is_geometric, plot
 from mbgd.config import Direction
 from mbgd.errors import UsageError
@@ -84,7 +85,7 @@ def test_the_result_is_ranked_and_remade_from_the_folders_alone(
     (folder / "sweep.svg").unlink()
     show(folder)
     table = capsys.readouterr().out
-    assert table.split("┏")[1].split("└")[0] in output
+    assert table.split("job 2 failed")[0] in output
 
     rows = list(csv.DictReader((folder / "sweep.csv").read_text().splitlines()))
     before = list(csv.DictReader(written.splitlines()))
@@ -157,6 +158,38 @@ def test_whatever_the_values_every_job_is_in_the_picture(
     for point in points:
         assert 0 < float(point.attrib["cx"]) < 520
         assert 0 < float(point.attrib["cy"]) < 290
+
+
+def test_the_table_of_a_terminal_fits_and_names_what_it_leaves_out(
+    sweep: tuple[Path, int, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # what rich takes for a terminal
+    seen = {}
+    for columns in (60, 80, 200):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        show(sweep[0])
+        text = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+        table = text.split("job 2 failed")[0].splitlines()
+        assert max(map(len, table)) <= columns
+        assert "…" not in "".join(table)
+        seen[columns] = text
+    assert "no room for" not in seen[200]
+    assert "examples/s" in seen[200]
+    [left_out] = re.findall(r"no room for ([^:]*): see", seen[60])
+    assert "examples/s" in left_out
+    assert "eval/loss" not in left_out
+    assert "failed (2)" in seen[60]
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [("job", 1), ("examples/s", 1), ("eval/loss", 2), ("steps to target", 2), ("a.very.long.name.of.a.key", 2)],
+)
+def test_a_long_name_of_a_column_is_cut_at_its_parts(name: str, lines: int) -> None:
+    cut = _header(name)
+    assert cut.count("\n") == lines - 1
+    assert cut.replace(" \n", "").replace("\n", "").replace(" ", "") == name.replace(" ", "")
+    assert max(map(len, cut.split("\n"))) <= max(10, len(name) * 2 // 3)
 
 
 def test_ctrl_c_ends_every_process(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import fcntl
 import io
 import json
+import math
 import multiprocessing
 import os
 import pty
@@ -26,9 +27,12 @@ from mbgd.tracking import Ending, Outcome, Trackers, told_of_its_end
 from mbgd.tracking.code_version import code_version
 from mbgd.tracking.console import PlainLines
 from mbgd.tracking.json_lines import JsonLines
-from mbgd.tracking.wording import describe
+from mbgd.tracking.progress_bar import SMOOTHING, Smoothed
+from mbgd.tracking.wording import Lines, describe
 
 from runs import metrics, run
+
+ROOT = Path(__file__).parent.parent
 
 
 class Keeps:
@@ -194,8 +198,8 @@ def test_plain_lines_come_at_a_sensible_rate_and_evaluations_always(monkeypatch:
         now += 1.0
         hours[(step - 100) // 3600] = file.getvalue().count("\n")
     text = file.getvalue().splitlines()
-    assert text[0] == "step 100/1000000 · loss 0.5"
-    assert text[1] == "step 102/1000000 · loss 0.5 · 11 days, 13:44:58 left"
+    assert text[0] == "step 100/1000000     · loss 0.5"
+    assert text[1] == "step 102/1000000     · loss 0.5 · 11 days, 13:44:58 left"
     assert sum("eval loss" in line for line in text) == 8
     assert hours[0] < 400  # every two seconds at first
     assert hours[3] - hours[2] < 100  # then every minute
@@ -230,13 +234,49 @@ def shown(folder: Path, *overrides: str) -> list[str]:
 
 
 def test_a_terminal_of_80_columns(tmp_path: Path) -> None:
-    lines = shown(tmp_path / "run", "epochs=60", "evaluation.every_steps=1000")
-    paths = [line for line in lines if line.startswith("folder ") or str(tmp_path) in line]  # as long as they are
-    assert max(len(line) for line in lines if line not in paths) <= 80
-    assert any(line.startswith("step 1000/1380 · eval loss ") and "accuracy" in line for line in lines)
-    bars = [
-        line for line in lines if re.search(r"━ +\d+/1380 \d\d:\d\d loss [\d.e-]+ · [\d,]+ examples/s$", line.strip())
-    ]
+    lines = shown(tmp_path / "run", "epochs=60", "evaluation.every_steps=600", "ema.decay=0.9")
+    path = [line for line in lines if str(tmp_path) in line]
+    assert path == [f"folder      {tmp_path / 'run'}"]  # once, and as long as it is
+    assert max(len(line) for line in lines if line not in path) <= 80
+    evaluations = [(line, lines[number + 1]) for number, line in enumerate(lines) if " · eval loss " in line]
+    assert [line[:15] for line, _ in evaluations] == ["step 600/1380  ", "step 1200/1380 ", "step 1380/1380 "]
+    ends = {(line.index("accuracy"), more.index("ema/loss"), more.index("ema/accuracy")) for line, more in evaluations}
+    assert len(ends) == 1  # they stand under each other
+    bar = re.compile(r"[━╸╺]+ +(\d+)/1380 ETA \d\d:\d\d loss [\d.e-]+ · [\d,]+ examples/s · [\d.]+ [MG]iB")
+    bars = [found for line in lines if (found := bar.fullmatch(line.strip()))]
     assert bars
-    steps = [int(re.search(r"(\d+)/1380", line)[1]) for line in bars]
+    steps = [int(found[1]) for found in bars]
     assert steps == sorted(steps)
+
+
+def test_without_a_terminal_there_are_no_control_characters(tmp_path: Path) -> None:
+    file = tmp_path / "log"
+    code = f"import runs; from pathlib import Path; runs.run(Path({str(tmp_path / 'run')!r}), 'ema.decay=0.9')"
+    with file.open("wb") as output:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+        subprocess.run([sys.executable, "-c", code], stdout=output, check=True, env=environment)
+    text = file.read_text()
+    assert "step 46/46" in text
+    assert not [character for character in text if not character.isprintable() and character != "\n"]
+
+
+def test_a_line_is_cut_into_rows_by_evaluations_where_it_is_too_wide() -> None:
+    metrics = {"eval/loss": 0.25, "eval/accuracy": 0.875, "eval/ema/loss": 0.5, "eval/ema/accuracy": 1.0}
+    rows = ["result eval loss 0.25 · accuracy 0.875", "       ema/loss 0.5 · ema/accuracy 1"]
+    assert describe(metrics, "result ", 60).split("\n") == rows
+    assert describe(metrics, "result ") == " · ".join(row.strip() for row in rows)
+    lines = Lines(20)
+    assert lines.line(5, metrics, 70).split("\n")[0] == "step 5/20  · eval loss 0.25 · accuracy 0.875"
+    assert lines.line(10, {"eval/loss": 0.125, "eval/accuracy": 0.5}) == "step 10/20 · eval loss 0.125 · accuracy 0.5"
+
+
+def test_the_loss_of_the_bar_is_the_mean_that_forgets() -> None:
+    values = [3.0, 1.0, 2.0, 5.0]
+    smoothed = Smoothed()
+    found = [smoothed(value) for value in values]
+    for number in range(len(values)):
+        weights = [SMOOTHING ** (number - earlier) for earlier in range(number + 1)]
+        mean = sum(weight * value for weight, value in zip(weights, values, strict=False)) / sum(weights)
+        assert found[number] == pytest.approx(mean)
+    assert math.isnan(smoothed(math.nan))
+    assert math.isfinite(smoothed(1.0))

@@ -17,6 +17,7 @@ import pytest
 import mbgd
 from mbgd.checkpoints.format import read
 from mbgd.errors import Preempted
+from mbgd.files import observed
 from mbgd.runs.trackers import check_installed
 from mbgd.tracking import Ending, Outcome
 from mbgd.tracking.follower import Follower
@@ -61,6 +62,25 @@ def offline_files(folder: Path) -> list[dict[str, Any]]:
 
 def history(folder: Path) -> list[dict[str, Any]]:
     return [row for file in offline_files(folder) for row in file["history"]]
+
+
+def test_histograms_are_sent_once_with_the_metrics_of_their_step(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(Preempted):
+        run(folder, "histograms.steps=6", stop_at=20)
+    run(folder, "histograms.steps=6")
+    lines, problem = observed.read(folder, observed.HISTOGRAMS, observed.HistogramLine)
+    assert problem == ""
+    wanted: list[dict[str, Any]] = metrics(folder)
+    for line in lines:  # at steps 9, 18, 28, 37 no metrics are logged
+        values: dict[str, Any] = {}
+        for name, one in observed.by_name(line):
+            counts, edges = one.counts_and_edges()
+            values |= {f"{name}/_type": "histogram", f"{name}/values": counts, f"{name}/bins": edges}
+        wanted.append({"step": line.step, **values})
+    rows = history(folder)
+    assert [row["step"] for row in rows] == sorted({row["step"] for row in rows})
+    assert rows == merged(sorted(wanted, key=lambda row: row["step"]))
 
 
 def test_an_offline_run_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,8 +16,10 @@ from mbgd.config import (
     Config,
     EarlyStoppingSettings,
     EmaSettings,
+    HistogramSettings,
     Init,
     NoiseScale,
+    PredictionSettings,
     Unfreeze,
 )
 from mbgd.errors import UsageError
@@ -41,7 +43,7 @@ def recorded_values(folder: Path) -> dict[str, Any]:
     except (FileNotFoundError, Unreadable) as error:
         raise UsageError(
             f"{plain(folder)} is not the folder of a run: config.yaml cannot be read ({plain(error)}). A run's folder "
-            "is what train.py names at the end."
+            "is what train.py names at the start."
         ) from error
 
 
@@ -68,6 +70,8 @@ def recorded(folder: Path, overrides: Sequence[str]) -> Config:
         early_stopping=EarlyStoppingSettings(),
         freeze=[],
         unfreeze=Unfreeze(),
+        histograms=HistogramSettings(),
+        predictions=PredictionSettings(),
         observers={},
         profile=None,
     )

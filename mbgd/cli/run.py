@@ -20,6 +20,7 @@ from mbgd.checks.same_program import check_same_config
 from mbgd.cli import failing, launching
 from mbgd.config import Config, must_match, resolved
 from mbgd.errors import FAILED, Preempted, UsageError
+from mbgd.files.run_files import REPORT
 from mbgd.measuring import profiling
 from mbgd.runs import wording
 from mbgd.runs.initial_weights import start_from
@@ -28,7 +29,7 @@ from mbgd.runs.run_folder import RunFolder, open_run_folder
 from mbgd.runs.trackers import check_installed, open_trackers
 from mbgd.step.done import Result
 from mbgd.text.escaping import plain
-from mbgd.tracking import Trackers, told_of_its_end
+from mbgd.tracking import Trackers, console, told_of_its_end
 from mbgd.workers.group import start_workers
 from mbgd.workers.log import start_log
 from mbgd.workers.preemption import EXIT_CODE, StopOnSignal
@@ -43,7 +44,8 @@ def run(composed: Any, choices: Mapping[str, Any]) -> None:
         done = _train(composed, config, choices, trackers)
     if done is not None and not config.tracking.quiet:
         result, folder = done
-        print(wording.describe_end(result, folder.path))
+        report = folder.path / REPORT if config.tracking.report else None
+        print(wording.describe_end(result, report, console.width()))
 
 
 def _train(

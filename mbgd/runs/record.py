@@ -11,6 +11,7 @@ import torch
 from mbgd import versions
 from mbgd.files import strict_json
 from mbgd.files.atomic import write_atomically
+from mbgd.files.run_files import REPORT
 from mbgd.runs.conditions import conditions
 from mbgd.runs.wording import plan_lines
 from mbgd.tracking.base import Ending, Metrics
@@ -53,7 +54,7 @@ class Record:
         if self._report:
             from mbgd.report import write_report
 
-            write_report([self._folder], self._folder / "report.html")
+            write_report([self._folder], self._folder / REPORT)
 
     def _write(self) -> None:
         write_atomically(self._folder / "run.json", (strict_json.dumps(self._record, indent=2) + "\n").encode())

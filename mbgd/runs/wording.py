@@ -61,21 +61,26 @@ def describe_folder(folder: Path) -> str:
     return f"{'folder':<11} {plain(folder)}"
 
 
-def describe_end(result: Result, folder: Path) -> str:
-    """A run's result, in a few lines."""
+def describe_end(result: Result, report: Path | None, width: float) -> str:
+    """A run's result, in a few lines, no wider than `width` where that can be.
+
+    report: its file, if it is written; the run's folder was named at the start.
+    """
     last = {name: value for name, value in result.metrics.items() if name.startswith("eval/")}
+    shown = last or {k: v for k, v in result.metrics.items() if k == "train/loss"}
     lines = {
-        "result": describe(last or {k: v for k, v in result.metrics.items() if k == "train/loss"}),
         "speed": f"{result.examples_per_second:,.0f} examples/s",
-        "folder": plain(folder),
     }
+    if report is not None:
+        lines["report"] = plain(report)
     if result.stopped_by:
         lines["stopped"] = f"by {result.stopped_by}, after step {result.steps}"
     if result.weights_step is not None:
         lines["weights"] = f"of the best evaluation, after step {result.weights_step}"
     if result.num_skipped_steps:
         lines["skipped"] = f"{count(result.num_skipped_steps, 'step')} whose gradients overflowed in fp16"
-    return "\n".join(f"{name:<11} {value}" for name, value in lines.items())
+    rest = [f"{name:<11} {value}" for name, value in lines.items()]
+    return "\n".join([describe(shown, f"{'result':<11} ", width), *rest])
 
 
 def describe_cut(plan: Plan) -> str:

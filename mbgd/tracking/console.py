@@ -1,13 +1,15 @@
 """A run's progress for people: a progress bar on a terminal, plain lines elsewhere."""
 
+import math
 import os
+import shutil
 import sys
 import time
 from datetime import timedelta
 from typing import TextIO
 
 from mbgd.tracking.base import Ending, Metrics, Tracker
-from mbgd.tracking.wording import describe, is_evaluation
+from mbgd.tracking.wording import Lines, is_evaluation
 
 LEAST_SECONDS_BETWEEN_LINES, MOST_SECONDS_BETWEEN_LINES = 2.0, 60.0
 SHARE_BETWEEN_LINES = 0.01
@@ -19,6 +21,7 @@ class PlainLines:
 
     def __init__(self, num_steps: int, first_step: int = 0, file: TextIO | None = None) -> None:
         self._num_steps, self._first_step, self._file = num_steps, first_step, file or sys.stdout
+        self._lines = Lines(num_steps)
         self._started = time.monotonic()
         self._next_line = self._started
 
@@ -28,7 +31,7 @@ class PlainLines:
     def log(self, step: int, metrics: Metrics) -> None:
         now = time.monotonic()
         if metrics and (is_evaluation(metrics) or now >= self._next_line):
-            print(f"step {step}/{self._num_steps} · {describe(metrics)}{self._left(step)}", file=self._file, flush=True)
+            print(f"{self._lines.line(step, metrics)}{self._left(step)}", file=self._file, flush=True)
             interval = SHARE_BETWEEN_LINES * (now - self._started)
             self._next_line = now + min(max(interval, LEAST_SECONDS_BETWEEN_LINES), MOST_SECONDS_BETWEEN_LINES)
 
@@ -42,6 +45,11 @@ class PlainLines:
         if elapsed < LEAST_SECONDS_BETWEEN_LINES or not steps_done or not steps_left:
             return ""
         return f" · {timedelta(seconds=round(elapsed / steps_done * steps_left))} left"
+
+
+def width() -> float:
+    """The columns of the terminal; without one, lines may be as long as they are."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
 
 
 def tracker(num_steps: int, first_step: int) -> Tracker:

@@ -9,12 +9,11 @@ import msgspec
 
 from mbgd.errors import UsageError
 from mbgd.files import strict_json
+from mbgd.files.lines import BadLine, lines_of
 from mbgd.files.reading import Unreadable, convert, open_regular, parse_json
 from mbgd.files.run_files import METRICS
 from mbgd.text.escaping import plain
 from mbgd.tracking.base import Ending, Metrics
-
-MOST_LINE_BYTES = 2**20
 
 Step = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 Integer = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
@@ -51,15 +50,6 @@ class Line:
     """The bytes in the file, with the newline."""
 
 
-@dataclass(frozen=True)
-class BadLine:
-    """A line that cannot be read, or a part of one longer than `MOST_LINE_BYTES`."""
-
-    number: int
-    reason: str
-    content: bytes = field(repr=False)
-
-
 def parse(content: bytes) -> Line:
     """A line of the file; ValueError says what is wrong with it. null becomes nan."""
     values = parse_json(content)
@@ -72,26 +62,11 @@ def parse(content: bytes) -> Line:
 
 def read_lines(path: Path) -> Iterator[Line | BadLine]:
     """The lines of a run's history in their order; FileNotFoundError, or Unreadable if the file cannot be read."""
-    with open_regular(path) as file:
-        number, begins = 1, True
-        try:
-            while content := file.readline(MOST_LINE_BYTES):
-                ends = content.endswith(b"\n")
-                if begins and (ends or len(content) < MOST_LINE_BYTES):
-                    yield _read(number, content)
-                else:
-                    yield BadLine(number, f"it is longer than {MOST_LINE_BYTES:,} bytes", content)
-                number, begins = number + ends, ends
-        except OSError as error:
-            raise Unreadable(path, error.strerror or plain(error)) from error
-
-
-def _read(number: int, content: bytes) -> Line | BadLine:
-    try:
-        line = parse(content)
-    except ValueError as error:
-        return BadLine(number, plain(error), content)
-    return Line(line.step, line.metrics, number, content if content.endswith(b"\n") else content + b"\n")
+    for line in lines_of(path, parse):
+        if isinstance(line, BadLine):
+            yield line
+        else:
+            yield Line(line.value.step, line.value.metrics, line.number, line.content)
 
 
 def read_history(folder: Path) -> tuple[list[Line], list[BadLine]]:
@@ -107,7 +82,7 @@ def read_history(folder: Path) -> tuple[list[Line], list[BadLine]]:
         reason = error.reason if isinstance(error, Unreadable) else error.strerror
         raise UsageError(
             f"{plain(folder)} is not the folder of a run: {METRICS} cannot be read ({reason}). A run's folder is what "
-            "train.py names at the end."
+            "train.py names at the start."
         ) from error
     return good, bad
 

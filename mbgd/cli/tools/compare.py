@@ -71,7 +71,7 @@ def _read(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise UsageError(
             f"{plain(folder)} is not the folder of a complete run: {error.filename} is missing. A run's folder is what "
-            "train.py names at the end."
+            "train.py names at the start."
         ) from error
     except SafetensorError as error:
         raise Unreadable(folder / MODEL, plain(error)) from error

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mbgd.config import Direction
 from mbgd.files.atomic import write_atomically
 from mbgd.report.axes import CHARACTER, CHART_STYLE, NUM_COLOURS, Axis, grid
 from mbgd.runs.sweeps import Job, Ranking
@@ -17,6 +18,8 @@ from mbgd.text.numbers import short
 WIDTH, HEIGHT = 520, 290
 """Of one panel, without its title and legend."""
 LEFT, RIGHT, TOP, BOTTOM = 64, 24, 14, 52
+HEAD = 34
+"""Height of the whole picture's title."""
 TITLE_HEIGHT, ROW_HEIGHT = 34, 19
 SYMBOL = 26
 """Width of a legend's line or mark."""
@@ -32,6 +35,7 @@ MARK, STROKE = (SYMBOL - 7) / 2, f"M0,0H{SYMBOL - 7}"
 CROSS = "M-4-4L4,4M-4,4L4-4"
 STYLE = """svg { font-family: system-ui, sans-serif; }
 svg .title { fill: var(--ink); font-weight: 600; font-size: 13px; }
+svg .head { font-size: 15px; }
 svg .cross { stroke: var(--bad); stroke-width: 1.8; fill: none; }
 svg .ideal { stroke: var(--soft); }
 """
@@ -73,7 +77,10 @@ def plot(ranking: Ranking, path: Path) -> None:
             _panel(ranking, "batch.size", f"examples to {goal}", ranking.examples),
         ]
     num_columns = min(len(panels), 3) if len(panels) != 4 else 2
-    parts, top = [], 0
+    best = "lowest" if ranking.direction is Direction.minimize else "highest"
+    title = f"{path.resolve().parent.name} · {_count(ranking)} · {ranking.metric}, {best} is best"
+    title = _cut(title, num_columns * WIDTH - LEFT - RIGHT)
+    parts, top = [f'<text class="title head" x="{LEFT}" y="{HEAD - 6}">{escape(title)}</text>'], HEAD
     for first in range(0, len(panels), num_columns):
         row = panels[first : first + num_columns]
         head_height = max(panel.head_height for panel in row)
@@ -85,6 +92,14 @@ def plot(ranking: Ranking, path: Path) -> None:
         f'<style>\n{CHART_STYLE}{STYLE}</style>\n<rect {size} fill="var(--card)"/>\n' + "\n".join(parts) + "\n</svg>\n"
     )
     write_atomically(path, svg.encode())
+
+
+def _count(ranking: Ranking) -> str:
+    """For example: 12 jobs, 2 without a value."""
+    num_jobs = len(ranking.jobs)
+    num_without = sum(not math.isfinite(ranking.value(job)) for job in ranking.jobs)
+    without = f", {num_without} without a value" if num_without else ""
+    return f"{num_jobs} job{'' if num_jobs == 1 else 's'}{without}"
 
 
 def _panel(ranking: Ranking, key: str, label: str, measure: Measure) -> _Panel:
