@@ -50,6 +50,7 @@ class Histograms:
                 raise UsageError(f"histograms.{key}={value}; it must be ≥ 1; histograms.steps=null: none.")
         self.steps, self.layers = steps, layers
         self._at: frozenset[int] = frozenset()
+        self._is_main = True
         self._layers: list[str] = []
         self._held: list[tuple[str, Tensor]] = []
         """(layer, what this worker looks at): all parameters on the main worker, or each worker's pieces of them."""
@@ -61,7 +62,7 @@ class Histograms:
         trained, workers = trainer.setup.trained, trainer.setup.workers
         layers = by_layer(list(trained.by_name), self.layers)
         layer_of = {name: layer for layer, names in layers.items() for name in names}
-        self._layers = list(layers)
+        self._layers, self._is_main = list(layers), workers.is_main
         if trained.pieces:
             self._gather = workers.gather_values
         elif not workers.is_main:
@@ -82,6 +83,8 @@ class Histograms:
         if done.step + 1 not in self._at:
             return
         of_workers = self._gather([_count_by_layer(self._held), self._gradients])
+        if not self._is_main:
+            return
         parameters, gradients = (_added(counts) for counts in zip(*of_workers, strict=True))
         layers = [
             Layer(layer, _trimmed(*parameters[layer]), _trimmed(*gradients[layer]) if layer in gradients else None)

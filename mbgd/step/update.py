@@ -21,8 +21,8 @@ from mbgd.task.objective import PerExample
 from mbgd.task.trained import GradientHooks
 
 BeforeStep = Callable[[int, int], None]
-"""Called with the step's number and a divisor: each `.grad` divided by it is what the optimizer gets: of the parameters,
-or of this worker's pieces."""
+"""Called with the step's number and a divisor: each `.grad` divided by it is what the optimizer gets; those of the
+parameters, or of this worker's pieces."""
 
 MOST_SKIPPED = 50
 """Steps skipped in a row, in fp16, after which training stops: each has halved the loss scale in vain."""
