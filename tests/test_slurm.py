@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,6 @@ from mbgd.cli.commands import main
 from hosts import ROOT, SLOW_LOADING, weights_sha256
 from slurm import Slurm, cluster
 
-SECONDS_TO_CLEAN_UP = 15
-"""SLURM lets a job that is queued again wait for two minutes. If it is made to start while its nodes still report the
-end of the start before, srun hangs, or the job ends with "credential revoked" (seen with 22.05)."""
 OVERRIDES = ["averaging=reproducible", "batch.size=97", "model.dropout=0.2", "steps=300", "log_every_steps=5"]
 
 
@@ -85,30 +81,18 @@ def test_a_job_is_preempted_and_loses_a_node_and_the_bits_are_the_same(tmp_path:
     slurm.call("scancel", "--signal=USR1", job)
     wait_for(slurm, tmp_path, lambda: f"requeue     job {job} has saved" in output.read_text(), "preemption")
     stopped = trained_steps(tmp_path)[-1]["step"]
-    again(slurm, tmp_path, job)
+    slurm.start_again(job)
     wait_for(slurm, tmp_path, trains_on(tmp_path, 2, after=stopped), "two workers after the preemption")
 
     slurm.lose_node("n2")
     wait_for(slurm, tmp_path, lambda: slurm.state(job) == "PENDING", "the loss of a node")
     slurm.start_node("n2")
     wait_for(slurm, tmp_path, lambda: slurm.num_idle() == 2, "the node's return")
-    again(slurm, tmp_path, job)
+    slurm.start_again(job)
     (tmp_path / "fast").touch()
     wait_for(slurm, tmp_path, lambda: slurm.state(job) == "COMPLETED", "the end")
     assert output.read_text().count("resume      step") >= 2
     assert weights_sha256(tmp_path / "run") == weights_sha256(tmp_path / "whole")
-
-
-def again(slurm: Slurm, folder: Path, job: str) -> None:
-    """Wait until the job that is queued again runs, sooner than SLURM by itself would start it."""
-    time.sleep(SECONDS_TO_CLEAN_UP)
-
-    def runs() -> bool:
-        with suppress(AssertionError):  # it has just started by itself
-            slurm.call("scontrol", "update", f"JobId={job}", "StartTime=now")
-        return slurm.state(job) == "RUNNING"
-
-    wait_for(slurm, folder, runs, "another start")
 
 
 def test_the_script_fixes_the_folder_before_the_job_starts(capsys: pytest.CaptureFixture[str]) -> None:
