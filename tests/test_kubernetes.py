@@ -113,6 +113,8 @@ def test_the_image_has_all_that_the_command_needs_and_does_not_run_as_root() -> 
     copied = [one for line in re.findall(r"^COPY (?!--)(.*) \S+$", text, re.MULTILINE) for one in line.split()]
     assert all((ROOT / one).exists() for one in copied)
     assert {"launch", "train.py", "mbgd", "conf", "hydra_plugins"} <= set(copied)
+    kept = re.findall(r"^!(.*)$", (FOLDER / "Dockerfile.dockerignore").read_text(), re.MULTILINE)
+    assert set(kept) == set(copied)
     user = re.findall(r"^USER (\d+):(\d+)$", text, re.MULTILINE)
     assert user == [("1000", "1000")]
     assert {pod["securityContext"]["runAsUser"] for _, _, pod in pods()} == {1000}

@@ -98,7 +98,7 @@ def test_an_array_comes_back_whatever_happens_to_its_jobs(tmp_path: Path, slurm:
     slurm.start_again(f"{array}_0")
     assert process.wait(timeout=120) == 1
     told = sweep.told()
-    assert "4 jobs of 1 node with 1 worker each, on SLURM" in told
+    assert "4 jobs of 1 node with workers=1, on SLURM" in told
     assert told.count("submitted   job array") == 1
 
     by_number = {job.record.number: job for job in read_jobs(tmp_path / "made")}
@@ -160,6 +160,7 @@ def test_an_optimising_sweeper_gets_the_jobs_values(tmp_path: Path, slurm: Slurm
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["workers=many"], "workers=many; it must be a whole number"),
         (["hydra.launcher.nodes=0"], "hydra.launcher.nodes=0; it must be a whole number"),
         (["hydra.launcher.squeue_seconds=0"], "squeue_seconds=0; it must be a number > 0"),
         (["hydra.launcher.sbatch=['--comment=$(id) x']"], "without spaces and quotes"),
@@ -173,9 +174,24 @@ def test_mistakes_are_told_before_any_job_is_submitted(tmp_path: Path, overrides
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode != 0
     assert message in done.stderr
-    for path in tmp_path.glob("runs/sweeps/*/array-0.sbatch"):
-        text = path.read_text()
-        assert text.index("#SBATCH --array=0-1\n") < text.index("\nWORKERS=1\n"), "sbatch reads no options after that"
+
+
+def test_the_script_has_options_then_settings_and_the_nodes_count_their_gpus(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "train.py"), "-m", "hydra/launcher=slurm", "seed=0,1", "workers=auto"]
+    environment = os.environ | {"PATH": str(Path(sys.executable).parent)}
+    limits = ["hydra.launcher.nodes=3", "hydra.launcher.max_parallel=1", "hydra.launcher.sbatch=['--qos=low']"]
+    made = [*limits, "hydra.launcher.time=4:00:00", "hydra.sweep.dir=made"]
+    done = subprocess.run([*command, *made], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert "sbatch is not installed here" in done.stderr
+    text = (tmp_path / "made/array-0.sbatch").read_text()
+    options, settings = text.split("\nWORKERS=auto\n")  # sbatch reads no options after the first command
+    for one in ("--array=0-1%1", "--nodes=3", "--time=4:00:00", "--qos=low", f"--output={tmp_path}/made/array-0.out"):
+        assert f"\n#SBATCH {one}\n" in options
+    assert "#SBATCH" not in settings
+    [first, second] = re.findall(r"^    set -- (.*) ;;$", settings, re.MULTILINE)
+    assert " seed=0 " in first
+    assert " seed=1 " in second
+    assert "workers=" not in first
 
 
 def test_a_task_has_failed_only_once_slurm_says_so_for_a_while(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from signal import Signals
 
 from hydra_plugins.mbgd_slurm.waiting import EXIT_CODE, Task, wait_for
 from hydra_plugins.mbgd_torchrun.jobs import End, Ended, Job, JobsLauncher, refuse_settings
+from hydra_plugins.mbgd_torchrun.processes import signals
 from mbgd.cli import launching, slurm
 from mbgd.errors import UsageError
 from mbgd.files.atomic import write_atomically
@@ -21,24 +22,28 @@ class SlurmLauncher(JobsLauncher):
     def __init__(
         self,
         nodes: int,
-        nproc_per_node: int,
+        nproc_per_node: int | str,
         max_parallel: int | None,
         time: str | int | None,
         sbatch: Sequence[str],
         squeue_seconds: float,
     ) -> None:
-        refuse_settings({"nodes": nodes, "nproc_per_node": nproc_per_node})
+        refuse_settings({"nodes": nodes})
+        try:
+            launching.check(str(nproc_per_node))
+        except UsageError as error:
+            sys.exit(f"error: {error}")
         if max_parallel is not None:
             refuse_settings({"max_parallel": max_parallel})
         if not (isinstance(squeue_seconds, int | float) and squeue_seconds > 0):
             sys.exit(f"error: hydra.launcher.squeue_seconds={squeue_seconds}; it must be a number > 0.")
-        self.nodes, self.num_workers, self.max_parallel = nodes, nproc_per_node, max_parallel
+        self.nodes, self.workers, self.max_parallel = nodes, str(nproc_per_node), max_parallel
         self.options = [*([] if time is None else [f"--time={time}"]), *(str(one) for one in sbatch)]
         self.squeue_seconds = squeue_seconds
 
     def describe(self) -> str:
         nodes = f"{self.nodes} node{'s' if self.nodes > 1 else ''}"
-        return f"of {nodes} with {self.num_workers} worker{'s' if self.num_workers > 1 else ''} each, on SLURM"
+        return f"of {nodes} with workers={self.workers}, on SLURM"
 
     def run(self, jobs: Sequence[Job], ended: Ended) -> Signals | None:
         tasks, waiting = self._in_the_queue(jobs), []
@@ -49,11 +54,13 @@ class SlurmLauncher(JobsLauncher):
                 ended(index, End(0, "complete before"))
             else:
                 waiting.append(index)
-        try:
-            tasks |= self._submit(jobs, waiting)
-        except UsageError as error:
-            sys.exit(f"error: {error}")
-        return wait_for(tasks, ended, self.squeue_seconds)
+        with signals() as received:
+            try:
+                tasks |= self._submit(jobs, waiting)
+            except UsageError as error:
+                sys.exit(f"error: {error}")
+            wait_for(tasks, ended, self.squeue_seconds, received)
+        return received[0] if received else None
 
     def _in_the_queue(self, jobs: Sequence[Job]) -> dict[int, Task]:
         """Tasks of an earlier array for these jobs, by the job's index: the sweep's process ended before them."""
@@ -101,7 +108,7 @@ class SlurmLauncher(JobsLauncher):
         options = [f"--array=0-{len(jobs) - 1}{throttle}", f"--nodes={self.nodes}", f"--job-name={self.folder.name}"]
         options += [f"--output={path.with_suffix('.out')}", f"--chdir={Path.cwd()}", *self.options]
         settings = ['case "$SLURM_ARRAY_TASK_ID" in', *map(self._case, range(len(jobs)), jobs), "esac"]
-        return slurm.script(options, workers=str(self.num_workers), program=launching.program, settings=settings)
+        return slurm.script(options, workers=self.workers, program=launching.program, settings=settings)
 
     def _case(self, number: int, job: Job) -> str:
         folder = job.folder.absolute()

@@ -1,13 +1,12 @@
 """Waits for the tasks of job arrays: looks for their files often, and asks SLURM rarely."""
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from signal import Signals
 
 from hydra_plugins.mbgd_torchrun.jobs import End, Ended
-from hydra_plugins.mbgd_torchrun.processes import signals
 from mbgd.cli import slurm
 from mbgd.errors import FAILED
 
@@ -94,28 +93,26 @@ class Queue:
             print(f"note: {what}", flush=True)
 
 
-def wait_for(tasks: Mapping[int, Task], ended: Ended, squeue_seconds: float) -> Signals | None:
-    """Call `ended` for each task that ends; returns the signal that stopped the waiting, None if all have ended.
+def wait_for(tasks: Mapping[int, Task], ended: Ended, squeue_seconds: float, received: Sequence[Signals]) -> None:
+    """Call `ended` for each task that ends, until all have, or a signal is received: then the rest is cancelled.
 
     A task tells its success itself, by its file. It has failed only once SLURM says that it has ended: one that fails
-    because of its node starts again. After a signal the tasks are cancelled, and nothing else.
+    because of its node starts again.
     """
     waiting, queue = dict(tasks), Queue(squeue_seconds, asked=time.monotonic())
-    with signals() as received:
-        while waiting and not received:
-            time.sleep(min(SECONDS_BETWEEN_LOOKS, squeue_seconds))
-            codes = {index: task.exit_code() for index, task in waiting.items()}
-            for index, code in codes.items():
-                task = waiting[index]
-                end = End(0, f"SLURM job {task.name}") if code == 0 else queue.end(task, code)
-                if end is not None:
-                    del waiting[index]
-                    ended(index, end)
-            queue.ask(waiting.values(), soon=any(codes.values()))
-        if received:
-            print(f"{received[0].name}: {len(waiting)} jobs may save their state, then end", flush=True)
-            cancel(waiting.values())
-    return received[0] if received else None
+    while waiting and not received:
+        time.sleep(min(SECONDS_BETWEEN_LOOKS, squeue_seconds))
+        codes = {index: task.exit_code() for index, task in waiting.items()}
+        for index, code in codes.items():
+            task = waiting[index]
+            end = End(0, f"SLURM job {task.name}") if code == 0 else queue.end(task, code)
+            if end is not None:
+                del waiting[index]
+                ended(index, end)
+        queue.ask(waiting.values(), soon=any(codes.values()))
+    if waiting:
+        print(f"{received[0].name}: {len(waiting)} jobs may save their state, then end", flush=True)
+        cancel(waiting.values())
 
 
 def cancel(tasks: Collection[Task]) -> None:
@@ -123,7 +120,7 @@ def cancel(tasks: Collection[Task]) -> None:
     slurm.cancel([f"{array}_[{','.join(numbers_in(array, tasks))}]" for array in arrays(tasks)])
     deadline = time.monotonic() + SECONDS_TO_SAVE
     while time.monotonic() < deadline:
-        found = slurm.states(arrays(tasks)) if tasks else {}
+        found = slurm.states(arrays(tasks))
         if found is not None and all(found.get(task.name, slurm.GONE).has_ended for task in tasks):
             return
         time.sleep(2 * SECONDS_BETWEEN_LOOKS)

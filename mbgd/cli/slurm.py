@@ -113,8 +113,7 @@ def ended_as(job: str) -> str:
 
 def cancel(jobs: Sequence[str]) -> None:
     """End these jobs, and no others; their workers may save their state."""
-    if jobs:
-        _call(["scancel", *jobs], os.environ)
+    _call(["scancel", *jobs], os.environ)
 
 
 def without_a_job(environment: Mapping[str, str]) -> dict[str, str]:
