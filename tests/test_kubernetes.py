@@ -170,11 +170,29 @@ def test_the_number_of_pods_is_said_alike_and_the_main_pod_has_the_services_name
 # The command
 
 
+CONTAINER = """
+set -e
+mount -t tmpfs tmpfs /mnt
+mkdir /mnt/runs /mnt/own
+mount --bind "$1/runs" /mnt/runs
+mount --bind "$1" /mnt/own
+mount -t tmpfs tmpfs /tmp
+mount -t tmpfs tmpfs /dev/shm
+mount -o remount,bind,ro /
+shift
+exec setpriv --bounding-set=-all --inh-caps=-all --no-new-privs "$@"
+"""
+"""A container's file systems and rights: everything but its volumes is read-only, and there are no capabilities.
+
+Where the tests run, Python may lie in root's own folder, so the user is root."""
+
+
 class Pods:
     """Two hosts with addresses of their own, which run the container's command as Kubernetes would."""
 
     def __init__(self, folder: Path, hosts: list[str], way: str) -> None:
         self.folder, self.hosts, self.way = folder, hosts, way
+        (folder / "runs").mkdir()
         self.processes: list[subprocess.Popen[bytes]] = []
 
     def log(self, index: int) -> str:
@@ -184,9 +202,10 @@ class Pods:
         for index, host in enumerate(self.hosts):
             command, environment = self.command(index)
             environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-            environment |= {"PYTHONPATH": str(self.folder), "HOME": str(self.folder)}
+            environment |= {"PYTHONPATH": "/mnt/own", "HOME": "/tmp", "PYTHONDONTWRITEBYTECODE": "1"}
             apart = ["ip", "netns", "exec", host, "unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
-            command = [one.replace("/runs/", f"{self.folder}/runs/") for one in [*command, *arguments]]
+            apart += ["bash", "-c", CONTAINER, "container", str(self.folder)]
+            command = [one.replace("/runs/", "/mnt/runs/") for one in [*command, *arguments]]
             with (self.folder / f"pod-{index}.log").open("ab") as log:
                 process = subprocess.Popen(
                     [*apart, *command], cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
@@ -284,7 +303,7 @@ def test_a_run_on_two_pods_is_preempted_and_resumes_to_the_same_bits(run: Pods, 
     whole = [sys.executable, str(ROOT / "train.py"), *length, f"run.dir={tmp_path / 'whole'}"]
     subprocess.run(whole, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
     data = ["data.train._target_=slow.Slow", "~data.train.split", "+data.train.seconds=0.05"]
-    data += [f"+data.train.fast={tmp_path / 'fast'}", "backend.timeout_seconds=20"]
+    data += ["+data.train.fast=/mnt/own/fast", "backend.timeout_seconds=20"]
     know_names(run.hosts)
     run.start(*length, *data)
     run.wait_for_step(10)

@@ -186,7 +186,7 @@ def test_the_script_has_options_then_settings_and_the_nodes_count_their_gpus(tmp
     text = (tmp_path / "made/array-0.sbatch").read_text()
     options, settings = text.split("\nWORKERS=auto\n")  # sbatch reads no options after the first command
     for one in ("--array=0-1%1", "--nodes=3", "--time=4:00:00", "--qos=low", f"--output={tmp_path}/made/array-0.out"):
-        assert f"\n#SBATCH {one}\n" in options
+        assert f"#SBATCH {one}" in options.splitlines()
     assert "#SBATCH" not in settings
     [first, second] = re.findall(r"^    set -- (.*) ;;$", settings, re.MULTILINE)
     assert " seed=0 " in first
