@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
+from hydra_plugins.mbgd_slurm.launcher import is_complete
 from hydra_plugins.mbgd_slurm.waiting import EXIT_CODE, SECONDS_TO_BE_SURE, Queue, Task
-from hydra_plugins.mbgd_torchrun.jobs import End, first_error
+from hydra_plugins.mbgd_torchrun.jobs import End, Job, first_error
 from mbgd.cli.slurm import GONE, State, without_a_job
-from mbgd.runs.sweeps import read_jobs
+from mbgd.runs.sweeps import Record, read_jobs
 
 from hosts import ROOT, SLOW_LOADING, weights_sha256
 from slurm import Slurm, cluster
@@ -174,6 +175,7 @@ def test_mistakes_are_told_before_any_job_is_submitted(tmp_path: Path, overrides
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode != 0
     assert message in done.stderr
+    assert "MaxArraySize" not in done.stderr
 
 
 def test_the_script_has_options_then_settings_and_the_nodes_count_their_gpus(tmp_path: Path) -> None:
@@ -210,6 +212,17 @@ def test_a_task_has_failed_only_once_slurm_says_so_for_a_while(tmp_path: Path) -
     assert queue.end(task, None) == End(1, "SLURM job 12_3", cause="ended with TIMEOUT")
     assert GONE.has_ended
     assert not State("COMPLETING", "None").has_ended
+
+
+def test_a_job_that_ended_while_no_process_waited_for_it_is_complete(tmp_path: Path) -> None:
+    job = Job(Record(0, {}, ["seed=1"], slurm_job="12_0"), None, tmp_path)  # type: ignore[arg-type]
+    job.record.write(tmp_path)
+    (tmp_path / EXIT_CODE).write_text("12_0 0\n")
+    assert not is_complete(job), "there is no result"
+    (tmp_path / "summary.json").write_text(json.dumps({"metrics": {}, "steps": 1}))
+    assert is_complete(job)
+    (tmp_path / EXIT_CODE).write_text("12_0 1\n")
+    assert not is_complete(job)
 
 
 def test_the_first_error_of_the_last_start_is_shown(tmp_path: Path) -> None:

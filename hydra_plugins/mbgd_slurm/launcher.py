@@ -87,7 +87,7 @@ class SlurmLauncher(JobsLauncher):
         try:
             array = slurm.submit(path)
         except UsageError as error:
-            if "array" not in str(error):
+            if "array specification" not in str(error):
                 raise
             raise UsageError(
                 f"{error}\nAn array has at most MaxArraySize jobs (scontrol show config). If there are more, set "
@@ -121,6 +121,8 @@ class SlurmLauncher(JobsLauncher):
 
 
 def is_complete(job: Job) -> bool:
-    """Whether the job has ended without an error."""
+    """Whether the job has ended without an error, perhaps while no process waited for it."""
     found = sweeps.read_job(job.folder)
-    return found is not None and found.record.exit_code == 0 and found.state == "complete"
+    if found is None or not found.summary or found.problem:
+        return False
+    return 0 in (found.record.exit_code, Task(found.record.slurm_job, job.folder).exit_code())
