@@ -14,6 +14,7 @@
 # RESTARTS   how often workers may restart; default: 3
 # INTERFACE  the network interface between the hosts; default: the one that routes to MAIN_HOST
 # KEY_FILE   a file with a secret, the same on all hosts and closed to others (chmod 600): openssl rand -hex 32
+# NAME_SECONDS  how long to wait until MAIN_HOST's name is known, as on Kubernetes; default: 120
 #
 # The network between the hosts must be private: docs/clusters.md.
 set -euo pipefail
@@ -32,7 +33,13 @@ fi
 # gloo and nccl guess an interface, torchrun guesses an address and whether this is MAIN_HOST; with several interfaces
 # the guesses are often wrong.
 if command -v ip >/dev/null; then
-    main_address="$(getent ahostsv4 "${MAIN_HOST%%:*}" | awk 'NR == 1 { print $1 }')"
+    until main_address="$(getent ahostsv4 "${MAIN_HOST%%:*}" | awk 'NR == 1 { print $1 }')"; do
+        if [ "$SECONDS" -ge "${NAME_SECONDS:-120}" ]; then
+            echo "error: MAIN_HOST=$MAIN_HOST: no host of this name is known after ${NAME_SECONDS:-120} s" >&2
+            exit 1
+        fi
+        sleep 1
+    done
     on_main_host="$(ip -o addr show to "$main_address" | awk 'NR == 1 { print $2 }')"
     INTERFACE="${INTERFACE:-${on_main_host:-$(ip -o route get "$main_address" | sed -n 's/.* dev \([^ ]*\).*/\1/p')}}"
     address="$(ip -o -4 addr show dev "$INTERFACE" | awk 'NR == 1 { sub("/.*", "", $4); print $4 }')"

@@ -43,6 +43,9 @@ NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={port_1} CPUs=2
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={port_2} CPUs=2
 PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 """
+SECONDS_TO_CLEAN_UP = 15
+"""SLURM lets a job that is queued again wait for two minutes. If it is made to start while its nodes still report the
+end of the start before, srun hangs, or the job ends with "credential revoked" (seen with 22.05)."""
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
 
 
@@ -86,6 +89,16 @@ class Slurm:
         return dict(one.split("=", 1) for one in self.call("scontrol", "show", "job", job).split() if "=" in one)[
             "JobState"
         ]
+
+    def start_again(self, job: str) -> None:
+        """Wait until the job that is queued again runs, sooner than SLURM by itself would start it."""
+        time.sleep(SECONDS_TO_CLEAN_UP)
+        deadline = time.monotonic() + 120
+        while self.state(job) != "RUNNING":
+            assert time.monotonic() < deadline, self.call("squeue", "--all")
+            with suppress(AssertionError):  # it has just started by itself
+                self.call("scontrol", "update", f"JobId={job}", "StartTime=now")
+            time.sleep(0.2)
 
     def num_idle(self) -> int:
         """Number of nodes that are ready and without a job."""

@@ -25,7 +25,7 @@ from mbgd.step.update import _divide
 from mbgd.workers import cuda, flight_recorder
 from mbgd.workers.flight_recorder import Exchanges
 from mbgd.workers.group import choose_backend
-from mbgd.workers.roll_call import Missing, Stuck, describe
+from mbgd.workers.roll_call import Begun, Missing, Stuck, describe
 
 from processes import run_workers
 
@@ -281,15 +281,15 @@ def test_compare_names_conditions_that_only_one_run_has() -> None:
 # Who is missing
 
 
-def begun() -> int:
-    exchanges = flight_recorder.exchanges("gloo")
+def begun() -> Begun:
+    exchanges = flight_recorder.exchanges("gloo", named=True)
     assert exchanges is not None
-    return exchanges.begun  # what is done, gloo's threads record when they come to it
+    return Begun(exchanges.begun, exchanges.last)  # what is done, gloo's threads record when they come to it
 
 
-def begin_one_more(workers: mbgd.Workers, folder: Path) -> tuple[int, int]:
+def begin_one_more(workers: mbgd.Workers, folder: Path) -> tuple[Begun, Begun]:
     """Worker 0 begins an exchange before the other does; what each has begun by then, and in the end."""
-    values, here, there = torch.ones(2), folder / str(workers.rank), folder / str(1 - workers.rank)
+    values, here, there = torch.ones(2, 3), folder / str(workers.rank), folder / str(1 - workers.rank)
     workers.sum_(values)
     work = dist.all_reduce(values, async_op=True) if workers.is_main else None
     before = begun()
@@ -306,11 +306,42 @@ def begin_one_more(workers: mbgd.Workers, folder: Path) -> tuple[int, int]:
 
 def test_the_flight_recorder_tells_who_is_behind(tmp_path: Path) -> None:
     (ahead, one), (behind, other) = run_workers(begin_one_more, 2, tmp_path)
-    assert ahead == behind + 1
-    assert one == other
+    assert ahead.number == behind.number + 1
+    assert one == other == Begun(ahead.number, "all_reduce of Float [2, 3]")
     text = describe(Missing(lost=[], busy=[1], begun={0: ahead, 1: behind}), 60.0, "gloo: timed out")
-    assert f"exchanges begun: {ahead} by worker 0, {behind} by worker 1" in text
+    assert f"number {ahead.number} (all_reduce of Float [2, 3]) on worker 0; number {behind.number} (" in text
     assert "worker 1 does not come" in text
+
+
+def test_the_exchange_that_a_dump_ends_with_is_named() -> None:
+    """An entry as torch's recorder writes it; those of other groups and point-to-point ones are none of all workers."""
+    entry = {
+        "collective_seq_id": 7,
+        "input_dtypes": ["Float", "Long", "Float", "Float", "Float"],
+        "input_sizes": [[1000], [2, 3], [], [1], [1]],
+        "is_p2p": False,
+        "process_group": ["0", "default_pg"],
+        "profiling_name": "nccl:all_reduce",
+        "state": "scheduled",
+    }
+    others = [
+        entry | {"collective_seq_id": 8, "is_p2p": True},
+        entry | {"collective_seq_id": 9, "process_group": ["1", "b"]},
+    ]
+    status = {"last_enqueued_collective": 7, "last_completed_collective": 6}
+    dump = {"pg_status": {"0": status}, "entries": [entry | {"collective_seq_id": 6}, *others, entry]}
+    named = "all_reduce of Float [1000], Long [2, 3], Float [], 2 more"
+    assert flight_recorder.read(json.dumps(dump)) == Exchanges(7, 6, named)
+    dump["entries"] = dump["entries"][:-1]  # the recorder's memory is limited
+    assert flight_recorder.read(json.dumps(dump)) == Exchanges(7, 6)
+
+
+def test_workers_in_different_exchanges_are_told_from_a_cut_network() -> None:
+    same = {rank: Begun(5, "barrier") for rank in range(20)}
+    assert "network may have been cut" in describe(Missing([], [], same), 60.0, "gloo: timed out")
+    text = describe(Missing([], [], same | {3: Begun(5, "all_reduce of Float [1]")}), 60.0, "gloo: timed out")
+    assert "number 5 (barrier) on workers 0, 1, 2, 4, 5, 6, 7, 8, 11 more" in text
+    assert "number 5 (all_reduce of Float [1]) on worker 3" in text
 
 
 def test_a_dump_of_nccl_is_read() -> None:

@@ -98,3 +98,27 @@ def test_a_worker_that_waits_is_not_taken_for_a_lost_one(tmp_path: Path, last_is
             process.join(timeout=60)
     for rank in range(num_workers - 1):
         assert wanted in (tmp_path / f"error-{rank}").read_text()
+
+
+def part_ways(rank: int, num_workers: int, port: int, folder: Path) -> None:
+    """Worker 0 runs code that the others do not."""
+    os.environ |= environment(rank, num_workers, port)
+    try:
+        with start_workers("gloo", TIMEOUT_SECONDS):
+            if rank == 0:
+                torch.distributed.all_reduce(torch.ones(1000))
+            torch.distributed.barrier()
+    except WorkersLost as error:
+        (folder / f"error-{rank}").write_text(str(error))
+    os._exit(1)
+
+
+def test_code_that_only_one_worker_runs_is_found(tmp_path: Path) -> None:
+    with started(part_ways, 2, tmp_path) as processes:
+        for process in processes:
+            process.join(timeout=60)
+    for rank in (0, 1):
+        error = (tmp_path / f"error-{rank}").read_text()
+        assert "the workers are not in the same exchange" in error
+        assert "(all_reduce of Float [1000]) on worker 0" in error
+        assert "(barrier) on worker 1" in error

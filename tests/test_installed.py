@@ -54,7 +54,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("installed")
     source = folder / "source"
     source.mkdir()
-    for name in ("mbgd", "hydra_plugins", "conf"):
+    for name in ("mbgd", "hydra_plugins", "conf", "launch"):
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -182,6 +182,14 @@ def test_without_any_extra_the_default_trains_sweeps_and_is_explained(alone: Pat
     done = mbgd(alone, tmp_path, "explain", "batch.size=4")
     assert done.returncode == 0, done.stderr
     assert "data:image/png;base64," in (tmp_path / "explain.html").read_text()
+
+
+def test_the_launcher_for_slurm_is_in_the_package(installed: Path, tmp_path: Path) -> None:
+    sweep = ("train", "-m", "hydra/launcher=slurm", "seed=1,2", "hydra.sweep.dir=sweep")
+    done = mbgd(installed, tmp_path, *sweep, PATH=str(installed))
+    assert f"sbatch is not installed here. Where it is: sbatch {tmp_path}/sweep/array-0.sbatch" in done.stderr
+    text = (tmp_path / "sweep/array-0.sbatch").read_text()
+    assert re.search(r"^TRAIN=\(.*/python\S* .*/mbgd train\) ", text, re.MULTILINE), text
 
 
 def test_the_projects_own_test_passes(installed: Path, project: Path) -> None:

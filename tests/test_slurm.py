@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,10 @@ import pytest
 
 from mbgd.cli.commands import main
 
+import wandb_files
 from hosts import ROOT, SLOW_LOADING, weights_sha256
 from slurm import Slurm, cluster
 
-SECONDS_TO_CLEAN_UP = 15
-"""SLURM lets a job that is queued again wait for two minutes. If it is made to start while its nodes still report the
-end of the start before, srun hangs, or the job ends with "credential revoked" (seen with 22.05)."""
 OVERRIDES = ["averaging=reproducible", "batch.size=97", "model.dropout=0.2", "steps=300", "log_every_steps=5"]
 
 
@@ -36,7 +34,7 @@ def launch(slurm: Slurm, folder: Path, *arguments: str) -> str:
     data += [f"+data.train.fast={folder / 'fast'}", f"run.dir={folder / 'run'}", "backend.timeout_seconds=8"]
     command = [sys.executable, "-m", "mbgd", "launch", "slurm", "--nodes", "2", "--workers", "1", "--", *OVERRIDES]
     environment = slurm.environment | {"PYTHONPATH": f"{ROOT}:{folder}", "OMP_NUM_THREADS": "1"}
-    environment["WANDB_API_KEY"] = "a secret of the user's"
+    environment |= {"WANDB_API_KEY": "a secret of the user's", "WANDB_MODE": "offline"}
     done = subprocess.run(
         [*command, *data, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
@@ -75,7 +73,8 @@ def test_a_job_is_preempted_and_loses_a_node_and_the_bits_are_the_same(tmp_path:
         stdout=subprocess.DEVNULL,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    job = launch(slurm, tmp_path, "checkpoint.every_steps=10")
+    has_wandb = find_spec("wandb") is not None
+    job = launch(slurm, tmp_path, "checkpoint.every_steps=10", f"tracking={'wandb' if has_wandb else 'default'}")
     output = tmp_path / "run.out"
     wait_for(slurm, tmp_path, trains_on(tmp_path, 2), "two workers")
     commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
@@ -85,30 +84,33 @@ def test_a_job_is_preempted_and_loses_a_node_and_the_bits_are_the_same(tmp_path:
     slurm.call("scancel", "--signal=USR1", job)
     wait_for(slurm, tmp_path, lambda: f"requeue     job {job} has saved" in output.read_text(), "preemption")
     stopped = trained_steps(tmp_path)[-1]["step"]
-    again(slurm, tmp_path, job)
+    slurm.start_again(job)
     wait_for(slurm, tmp_path, trains_on(tmp_path, 2, after=stopped), "two workers after the preemption")
 
     slurm.lose_node("n2")
     wait_for(slurm, tmp_path, lambda: slurm.state(job) == "PENDING", "the loss of a node")
     slurm.start_node("n2")
     wait_for(slurm, tmp_path, lambda: slurm.num_idle() == 2, "the node's return")
-    again(slurm, tmp_path, job)
+    slurm.start_again(job)
     (tmp_path / "fast").touch()
     wait_for(slurm, tmp_path, lambda: slurm.state(job) == "COMPLETED", "the end")
     assert output.read_text().count("resume      step") >= 2
     assert weights_sha256(tmp_path / "run") == weights_sha256(tmp_path / "whole")
+    if has_wandb:
+        check_tracked_as_one_run(tmp_path / "run")
 
 
-def again(slurm: Slurm, folder: Path, job: str) -> None:
-    """Wait until the job that is queued again runs, sooner than SLURM by itself would start it."""
-    time.sleep(SECONDS_TO_CLEAN_UP)
-
-    def runs() -> bool:
-        with suppress(AssertionError):  # it has just started by itself
-            slurm.call("scontrol", "update", f"JobId={job}", "StartTime=now")
-        return slurm.state(job) == "RUNNING"
-
-    wait_for(slurm, folder, runs, "another start")
+def check_tracked_as_one_run(folder: Path) -> None:
+    """The three starts, of which one was preempted and one killed, are one W&B run whose history has no gap."""
+    files = [wandb_files.read(path) for path in sorted(folder.glob("wandb/offline-run-*/*.wandb"))]
+    assert len(files) == 3
+    assert len({file["id"] for file in files}) == 1
+    preempted, killed, last = [[row["step"] for row in file["history"]] for file in files]
+    assert files[0]["alerts"][0][0] == "preempted"
+    assert preempted == sorted(set(preempted))
+    assert not set(preempted) & {*killed, *last}, "what was sent before the preemption is not sent again"
+    losses = {row["step"]: row["train/loss"] for file in files for row in file["history"] if "train/loss" in row}
+    assert losses == {line["step"]: line["train/loss"] for line in trained_steps(folder.parent)}
 
 
 def test_the_script_fixes_the_folder_before_the_job_starts(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,8 +16,10 @@ from xml.etree import ElementTree
 import pytest
 
 from hydra_plugins.mbgd_torchrun import processes
-from hydra_plugins.mbgd_torchrun.launcher import Job, hand_out_gpus, num_cores, quoted, refuse_another_sweeps
+from hydra_plugins.mbgd_torchrun.jobs import Job, refuse_another_sweeps
+from hydra_plugins.mbgd_torchrun.launcher import hand_out_gpus
 from hydra_plugins.mbgd_torchrun.processes import Command, marked, run_all
+from mbgd.cli.launching import num_cores, quoted
 from mbgd.cli.tools.sweep import _header, show
 from mbgd.cli.tools.sweep_plot import is_geometric, plot
 from mbgd.config import Direction

@@ -61,7 +61,7 @@ def run_all(
     """
     waiting, slots = list(range(num_jobs)), list(range(max_parallel))
     running: list[_Running] = []
-    with _signals() as received:
+    with signals() as received:
         try:
             while (waiting or running) and not received:
                 while waiting and slots:
@@ -136,7 +136,7 @@ def marked(mark: str = "") -> list[int]:
 
 
 @contextmanager
-def _signals() -> Iterator[list[signal.Signals]]:
+def signals() -> Iterator[list[signal.Signals]]:
     """Inside, signals are only added to the list, so that no child is lost between its start and its entry."""
     received: list[signal.Signals] = []
 

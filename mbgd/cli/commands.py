@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return exit_code
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
 
 
 def _version() -> str:

@@ -65,8 +65,9 @@ def _train(arguments: Sequence[str]) -> int:
             )
         launching.check_started(wanted)
     elif is_sweep and wanted.workers is not None:
-        is_number = wanted.workers.isdigit()  # then there is no need to import torch
-        number = wanted.workers if is_number else launching.num_workers(wanted.workers, overrides)
+        # A number needs no torch; a SLURM job counts the GPUs of its own nodes.
+        is_final = wanted.workers.isdigit() or "hydra/launcher=slurm" in overrides
+        number = wanted.workers if is_final else launching.num_workers(wanted.workers, overrides)
         overrides.append(f"hydra.launcher.nproc_per_node={number}")
     elif wanted.starts_processes and not tells:
         command_line.check_arguments(overrides)

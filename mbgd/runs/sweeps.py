@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -21,6 +22,8 @@ from mbgd.tracking.json_lines import Line, describe_bad, read_history
 
 RECORD = "job.json"
 LOG = "job.log"
+START = re.compile(r"^--- \d{4}-\d\d-\d\d \d\d:\d\d:\d\d job ")
+"""The line that each start of a job adds to its log first."""
 
 to_show: list[Path] = []
 """Folders of the sweeps that this process has run; it shows their results at its end."""
@@ -36,6 +39,8 @@ class Record:
     overrides: list[str]
     exit_code: int | None = None
     """None: it has not ended, or was stopped."""
+    slurm_job: str = ""
+    """The SLURM job that trains it, such as 12_3; empty: none."""
 
     def write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -135,10 +135,12 @@ class OptimizerState:
     def _flatten(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         whole = dict(self._optimizer.state_dict())
         whole.pop("param_groups", None)
+        # By the parameters' numbers, not by when each was first used.
+        state = sorted(whole.pop("state", {}).items(), key=lambda one: one[0] if type(one[0]) is int else math.inf)
         flattening = Flattening({id(p): "a parameter" for p in self._parameters})
         try:
             tree = {
-                "state": [[flattening(k, str(k)), flattening(v, str(k))] for k, v in _in_order(whole.pop("state", {}))],
+                "state": [[flattening(k, str(k)), flattening(v, str(k))] for k, v in state],
                 "more": {name: flattening(value, name) for name, value in whole.items()},
                 "groups": [
                     {
@@ -255,11 +257,6 @@ class OptimizerState:
             return try_out(self._optimizer)
         except Exception:  # its step needs a closure, an attribute cannot be copied, …
             return None
-
-
-def _in_order(state: Mapping[Any, Any]) -> list[tuple[Any, Any]]:
-    """By the parameters' numbers, not by when each was first used; keys that are no numbers come last, as they are."""
-    return sorted(state.items(), key=lambda one: one[0] if type(one[0]) is int else math.inf)
 
 
 def _loaded(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""torch's flight recorder: how many exchanges this worker has begun, so that errors can name the worker behind."""
+"""torch's flight recorder: which exchange this worker has begun last, so that errors can name the worker behind."""
 
 import json
 import os
@@ -9,6 +9,11 @@ import torch
 
 BUFFER_SIZE = "TORCH_FR_BUFFER_SIZE"
 DUMP_ON_TIMEOUT = "TORCH_NCCL_DUMP_ON_TIMEOUT"
+DEFAULT_GROUP = "0"
+"""torch's name for the group of all workers."""
+
+MOST_TENSORS = 3
+"""Tensors of an exchange that are named."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +23,8 @@ class Exchanges:
     begun: int
     done: int
     """Meaningful with nccl only: gloo's recorder counts a begun exchange as done."""
+    last: str = ""
+    """The exchange begun last, such as "all_reduce of Float [1000]"; empty if the dump does not tell."""
 
 
 def turn_on() -> None:
@@ -26,18 +33,33 @@ def turn_on() -> None:
     os.environ.setdefault(DUMP_ON_TIMEOUT, "1")
 
 
-def exchanges(backend: str) -> Exchanges | None:
-    """This worker's exchanges; None where nothing is recorded."""
+def exchanges(backend: str, *, named: bool) -> Exchanges | None:
+    """This worker's exchanges; None where nothing is recorded. named: with `last`, which takes milliseconds."""
     # As JSON: torch's dump files are pickles, and unpickling can run code.
     name = "_dump_nccl_trace_json" if backend == "nccl" else "_dump_fr_trace_json"
     dump = getattr(torch._C._distributed_c10d, name, None)
-    return None if dump is None else read(dump(includeCollectives=False, onlyActive=True))
+    return None if dump is None else read(dump(includeCollectives=named, onlyActive=not named))
 
 
 def read(dumped: bytes | str) -> Exchanges | None:
     """The exchanges of the default process group in torch's dump."""
-    status: dict[str, Any] = json.loads(dumped).get("pg_status", {}).get("0", {})
+    dump: dict[str, Any] = json.loads(dumped)
+    status = dump.get("pg_status", {}).get(DEFAULT_GROUP, {})
     try:
-        return Exchanges(int(status["last_enqueued_collective"]), int(status["last_completed_collective"]))
+        begun, done = int(status["last_enqueued_collective"]), int(status["last_completed_collective"])
     except (KeyError, ValueError):
         return None
+    entries = [one for one in dump.get("entries", []) if _is_collective(one)]
+    last = max(entries, key=lambda one: int(one["collective_seq_id"]), default=None)
+    return Exchanges(begun, done, _name(last) if last and int(last["collective_seq_id"]) == begun else "")
+
+
+def _is_collective(entry: dict[str, Any]) -> bool:
+    return entry["process_group"][0] == DEFAULT_GROUP and not entry["is_p2p"]
+
+
+def _name(entry: dict[str, Any]) -> str:
+    operation = entry["profiling_name"].partition(":")[2]
+    tensors = [f"{dtype} {size}" for dtype, size in zip(entry["input_dtypes"], entry["input_sizes"], strict=False)]
+    more = [f"{len(tensors) - MOST_TENSORS} more"] if len(tensors) > MOST_TENSORS else []
+    return " of ".join(filter(None, [operation, ", ".join(tensors[:MOST_TENSORS] + more)]))

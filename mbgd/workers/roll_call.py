@@ -14,6 +14,18 @@ from mbgd.workers.flight_recorder import Exchanges
 SHARE = 0.1
 """Share of an exchange's timeout that the roll call takes."""
 LOOKS_PER_CALL = 4
+MOST_NAMED = 8
+"""Ranks that are named where many workers are in the same exchange."""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The exchange that a worker has begun last."""
+
+    number: int
+    """All workers number them alike."""
+    what: str
+    """Such as "all_reduce of Float [1000]"; empty if unknown."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +36,8 @@ class Missing:
     """Ended, stopped or cut off."""
     busy: list[int]
     """Running, but not in an exchange that failed."""
-    begun: dict[int, int] = field(default_factory=dict)
-    """Number of exchanges begun, by rank, of the workers that answer and know it."""
+    begun: dict[int, Begun] = field(default_factory=dict)
+    """By rank, of the workers that answer and know it."""
 
 
 class RollCall:
@@ -42,13 +54,14 @@ class RollCall:
         num_workers: int,
         timeout_seconds: float,
         *,
-        exchanges: Callable[[], Exchanges | None],
+        exchanges: Callable[..., Exchanges | None],
         ends_unheard: bool,
     ) -> None:
         """store: of this round of the run; timeout_seconds: for an exchange together with the roll call after it.
 
-        exchanges: gives this worker's exchanges. ends_unheard: a failed exchange ends the process without an exception,
-        as nccl's does, so the roll is called while the worker still waits for the exchange.
+        exchanges(named=…): gives this worker's exchanges (flight_recorder.py). ends_unheard: a failed exchange ends
+        the process without an exception, as nccl's does, so the roll is called while the worker still waits for the
+        exchange.
         """
         self._store, self._rank, self._num_workers = store, rank, num_workers
         self._exchanges, self._timeout_seconds = exchanges, timeout_seconds
@@ -62,7 +75,7 @@ class RollCall:
         """Call the roll and wait for the answers; takes all of `seconds` if one is missing."""
         alive: set[int] = set()
         failed: set[int] = set()
-        begun: dict[int, int] = {}
+        begun: dict[int, Begun] = {}
 
         def ask() -> None:
             with suppress(RuntimeError):  # the store is gone
@@ -75,7 +88,8 @@ class RollCall:
                             failed.add(rank)
                         if rank not in begun and self._store.check([f"alive/{rank}"]):
                             alive.add(rank)
-                            begun[rank] = int(self._store.get(f"alive/{rank}"))
+                            number, _, what = self._store.get(f"alive/{rank}").decode().partition(" ")
+                            begun[rank] = Begun(int(number), what)
                         if rank in failed:
                             alive.add(rank)
                     time.sleep(self.seconds / LOOKS_PER_CALL / 4)
@@ -88,7 +102,7 @@ class RollCall:
         if not alive:
             return Missing(lost=[0], busy=[])
         ranks = range(self._num_workers)
-        known = {rank: number for rank, number in sorted(begun.items()) if number >= 0}
+        known = {rank: one for rank, one in sorted(begun.items()) if one.number >= 0}
         return Missing(
             [rank for rank in ranks if rank not in alive], [rank for rank in ranks if rank not in failed], known
         )
@@ -103,15 +117,15 @@ class RollCall:
                 if self._store.check(["roll"]):
                     self._answer_call()
                     return
-                if self._stuck is not None and self._stuck.now(self._exchanges()):
+                if self._stuck is not None and self._stuck.now(self._exchanges(named=False)):
                     why = f"it has not ended for {self._stuck.seconds:.0f} s"
                     told = describe(self.missing(), self._timeout_seconds, why)
                     print(f"warning on worker {self._rank}: {told}", file=sys.stderr, flush=True)
                     return
 
     def _answer_call(self) -> None:
-        mine = self._exchanges()
-        self._store.set(f"alive/{self._rank}", str(-1 if mine is None else mine.begun))
+        mine = self._exchanges(named=True)
+        self._store.set(f"alive/{self._rank}", "-1" if mine is None else f"{mine.begun} {mine.last}")
 
 
 class Stuck:
@@ -145,6 +159,12 @@ def describe(missing: Missing, timeout_seconds: float, reason: str) -> str:
             f"backend.timeout_seconds={timeout_seconds:g}. Find out with what (py-spy dump), or allow more; "
             f"{_exchanges(missing.begun)}the exchange failed with: {reason}"
         )
+    if different := _exchanges(missing.begun):
+        return (
+            f"the workers are not in the same exchange, so none can end; {different}look for code that only some "
+            "workers run, such as a collective of your own under `if rank == 0`; the exchange failed with: "
+            f"{reason}"
+        )
     return (
         f"an exchange between workers failed although all of them still answer: {reason}. The network may have been "
         "cut for a while."
@@ -155,8 +175,17 @@ def _workers(ranks: list[int]) -> str:
     return f"worker {ranks[0]} does" if len(ranks) == 1 else f"workers {', '.join(map(str, ranks))} do"
 
 
-def _exchanges(begun: dict[int, int]) -> str:
-    """Exchanges begun by each worker; empty if all have begun equally many."""
-    if len(set(begun.values())) < 2:
+def _exchanges(begun: dict[int, Begun]) -> str:
+    """The exchange that each worker has begun last; empty if it is the same on all."""
+    ranks: dict[Begun, list[int]] = {}
+    for rank, one in begun.items():
+        ranks.setdefault(one, []).append(rank)
+    if len(ranks) < 2:
         return ""
-    return f"exchanges begun: {', '.join(f'{number} by worker {rank}' for rank, number in begun.items())}; "
+    last = [f"number {one.number}{one.what and f' ({one.what})'} on {_named(ranks[one])}" for one in ranks]
+    return f"exchanges begun last: {'; '.join(last)}; "
+
+
+def _named(ranks: list[int]) -> str:
+    more = [f"{len(ranks) - MOST_NAMED} more"] if len(ranks) > MOST_NAMED else []
+    return f"worker{'s' * (len(ranks) > 1)} {', '.join([*map(str, ranks[:MOST_NAMED]), *more])}"

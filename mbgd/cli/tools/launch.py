@@ -4,23 +4,17 @@ import argparse
 import os
 import re
 import shlex
-import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from mbgd.cli import launching
+from mbgd.cli import launching, slurm
 from mbgd.cli.tools.output import write
-from mbgd.errors import FAILED, UsageError
+from mbgd.errors import UsageError
 from mbgd.files.atomic import write_atomically
 from mbgd.text.escaping import plain
 
 DESCRIPTION = "train as a SLURM job: write its script and submit it"
-TEMPLATE = Path(__file__).parent.parent / "slurm.sbatch"
-SETTINGS = re.compile(r"^TRAIN=\(\).*$", re.MULTILINE)
-"""The line of the template that the settings replace."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,13 +43,7 @@ def main(parsed: argparse.Namespace) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     write(path, lambda to: write_atomically(to, text.encode()))
     print(f"script      {plain(path)}\nfolder      {plain(folder)}")
-    if shutil.which("sbatch") is None:
-        raise UsageError(f"sbatch is not installed here. Where it is: sbatch {shlex.quote(str(path))}")
-    submitted = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True, check=False)
-    if submitted.returncode:
-        print(f"error: sbatch refused the job: {plain(submitted.stderr.strip())}", file=sys.stderr)
-        return FAILED
-    job = submitted.stdout.strip().split(";")[0]
+    job = slurm.submit(path)
     print(f"job         {plain(job)}\nwatch       mbgd status {shlex.quote(str(folder))}\nstop        scancel {job}")
     return 0
 
@@ -66,7 +54,7 @@ def with_folder(overrides: Sequence[str]) -> tuple[list[str], Path]:
         if one.startswith("workers="):
             raise UsageError(f"{one} after --. Give it as --{one.replace('=', ' ')}: how many each node starts.")
         if one in ("-m", "--multirun"):
-            raise UsageError(f"{one}: a job trains one run. Submit a job for each: run.dir must differ.")
+            raise UsageError(f"{one}: a job trains one run. To sweep: mbgd train -m hydra/launcher=slurm …")
     given = [one.partition("=")[2] for one in overrides if one.startswith("run.dir=")]
     if any(one.startswith(("run.id=", "run.root=")) for one in overrides):
         raise UsageError("run.id or run.root with mbgd launch slurm. Give the folder itself: run.dir=FOLDER.")
@@ -78,16 +66,8 @@ def with_folder(overrides: Sequence[str]) -> tuple[list[str], Path]:
 
 
 def script(parsed: argparse.Namespace, overrides: Sequence[str], folder: Path) -> str:
-    """The template with the job's options after its own, and with the settings."""
+    """The job's script."""
     options = [f"--nodes={parsed.nodes}", f"--output={folder}.out", f"--job-name={folder.name}"]
     options += [f"--chdir={Path.cwd()}", *([f"--time={parsed.time}"] if parsed.time else []), *parsed.sbatch]
-    for one in options:
-        if not re.fullmatch(r"--[\w-]+(=[^\s#\"']+)?", one):
-            raise UsageError(f"sbatch option {plain(one)!r}; an option is --NAME=VALUE, without spaces and quotes.")
-    settings = [
-        *(f"#SBATCH {one}" for one in options),
-        f"WORKERS={shlex.quote(parsed.workers)}",
-        f"TRAIN=({shlex.join([sys.executable, '-m', 'mbgd', 'train'])})",
-        f"set -- {shlex.join(overrides)}",
-    ]
-    return SETTINGS.sub(lambda _: "\n".join(settings), TEMPLATE.read_text(), count=1)
+    settings = [f"set -- {shlex.join(overrides)}"]
+    return slurm.script(options, workers=parsed.workers, program=["-m", "mbgd", "train"], settings=settings)

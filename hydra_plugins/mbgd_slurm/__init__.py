@@ -1,0 +1,1 @@
+"""Hydra's launcher for sweeps as SLURM job arrays. Hydra finds it by the folder's name."""
