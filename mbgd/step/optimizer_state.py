@@ -146,11 +146,9 @@ class OptimizerState:
                     {
                         name: flattening(group[name], f"groups.{index}.{name}")
                         for name, (value, holds_tensors) in self._group(group).items()
-                        if holds_tensors or (value, holds_tensors) != first.get(name)
+                        if holds_tensors or (value, holds_tensors) != self._first_groups[index].get(name)
                     }
-                    for index, (group, first) in enumerate(
-                        zip(self._optimizer.param_groups, self._first_groups, strict=True)
-                    )
+                    for index, group in enumerate(self._optimizer.param_groups)
                 ],
             }
         except UsageError as error:
