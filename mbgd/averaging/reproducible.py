@@ -1,10 +1,11 @@
 """Averaging whose result has the same bits on any number of workers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
@@ -62,6 +63,8 @@ class Reproducible:
         self._has_moved_on = False
         """The parameters that require a gradient are no longer those that DDP was built for."""
         self._sent: list[BucketExchange] = []
+        self._sum: dist.Work | None = None
+        """The exchange that `start_sum` has started."""
         self._exchanged = True
         trained.moved_on()
         self._prepare()
@@ -171,6 +174,9 @@ class Reproducible:
                 parameter.grad = gradient
             self._trained.moved_on()
             notes = [note]
+        if self._sum is not None:
+            self._sum.wait()
+            self._sum = None
         for exchange in self._sent:
             exchange.fold()
         for exchange in self._sent:
@@ -207,19 +213,38 @@ class Reproducible:
         return notes
 
     def sum(self, leaves: Sequence[tuple[int, Tensor]], *, num_leaves: int, num_values: int) -> Tensor:
+        mine = self._rows(leaves, num_leaves, num_values)
+        return self._root([mine] if self._workers.num_workers == 1 else self.gather(mine), num_leaves)
+
+    def start_sum(
+        self, leaves: Sequence[tuple[int, Tensor]], *, num_leaves: int, num_values: int
+    ) -> Callable[[], Tensor]:
+        mine = self._rows(leaves, num_leaves, num_values)
+        if self._workers.num_workers == 1:
+            gathered = [mine]
+        elif self._memory is not None:
+            gathered = self._memory.put(mine)
+        else:
+            self._sum, gathered = self._workers.start_all_gather(mine)
+        return lambda: self._root(gathered, num_leaves)
+
+    def _rows(self, leaves: Sequence[tuple[int, Tensor]], num_leaves: int, num_values: int) -> Tensor:
+        """This worker's nodes of the sum, one a row; as many rows on every worker."""
         counter = Counter[Tensor](torch.add)
         for leaf, values in leaves:
             counter.push(leaf, values)
-        if self._workers.num_workers == 1:
-            return fold(dict(counter.nodes), num_leaves, torch.add)
-        nodes = nodes_of_workers(num_leaves, self._workers.num_workers)
-        most = max(len(of_worker) for of_worker in nodes)
+        most = max(len(held) for held in nodes_of_workers(num_leaves, self._workers.num_workers))
         mine = torch.zeros(most, num_values, dtype=torch.float64, device=self._workers.device)
         for row, (_, values) in zip(mine, counter.nodes, strict=False):
             row.copy_(values)
-        gathered = self.gather(mine)
-        by_node = {node: rows[row] for held, rows in zip(nodes, gathered, strict=True) for row, node in enumerate(held)}
-        return fold(by_node, num_leaves, torch.add).clone()
+        return mine
+
+    def _root(self, of_workers: Sequence[Tensor], num_leaves: int) -> Tensor:
+        nodes = nodes_of_workers(num_leaves, self._workers.num_workers)
+        pairs = zip(nodes, of_workers, strict=True)
+        by_node = {node: row for held, rows in pairs for node, row in zip(held, rows, strict=False)}
+        root: Tensor = fold(by_node, num_leaves, torch.add)
+        return root.to(self._workers.device, copy=True)
 
     def gather(self, values: Tensor) -> Sequence[Tensor]:
         return self._memory.all_gather(values) if self._memory is not None else self._workers.all_gather(values)

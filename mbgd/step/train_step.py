@@ -77,13 +77,11 @@ class TrainStep:
 
     def __call__(self, shard: Shard) -> Done:
         """One optimizer step: gradient = Σ w_i ∇L_i / Σ w_i over every example of every worker."""
-        self._begin(shard.step)
+        self._begin(shard)
         try:
             self._passes.begin(shard)
             for examples in shard.micro_batches:
-                terms = self._passes.forward_backward(shard, examples)
-                if not examples.micro_batch.is_stand_in:
-                    self._sums.add(terms, examples.micro_batch)
+                self._passes.forward_backward(shard, examples, after_forward=self._sums.add)
             self._lap("forward_backward")
             self._average(shard)
             self._lap("averaging")
@@ -96,12 +94,12 @@ class TrainStep:
         """Metrics for the log beside those in `Done`; this waits for the device."""
         return {**self.noise_scale.metrics(), **self.update.metrics()}
 
-    def _begin(self, step: int) -> None:
+    def _begin(self, shard: Shard) -> None:
         self._setup.trained.start_step()
         self._setup.buffers.start_step()
-        self._sums.begin(step)
+        self._sums.begin(shard)
         norms = self.noise_scale.norms
-        self.averaging.start(norms if self.recomputing is None else self.recomputing.watch(step, norms))
+        self.averaging.start(norms if self.recomputing is None else self.recomputing.watch(shard.step, norms))
         self.update.hooks.take_off()
 
     def _average(self, shard: Shard) -> None:

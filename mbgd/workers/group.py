@@ -101,10 +101,15 @@ class Workers:
 
     def all_gather(self, values: Tensor) -> list[Tensor]:
         """Every worker's `values` by rank, on their device; all have the same shape and dtype."""
+        work, gathered = self.start_all_gather(values)
+        work.wait()
+        return [of_worker.to(values.device) for of_worker in gathered]
+
+    def start_all_gather(self, values: Tensor) -> tuple[dist.Work, list[Tensor]]:
+        """`all_gather` under way, and what holds its result on the exchange's device once it is waited for."""
         mine = values.to(self.exchange_device)
         gathered = [torch.empty_like(mine) for _ in range(self.num_workers)]
-        dist.all_gather(gathered, mine)
-        return [of_worker.to(values.device) for of_worker in gathered]
+        return dist.all_gather(gathered, mine, async_op=True), gathered
 
     def collect(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """All workers' tensors in rank order, on the main worker; an empty list on the others.
