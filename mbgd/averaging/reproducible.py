@@ -29,9 +29,9 @@ class Reproducible:
     """Micro-batch gradients are the leaves of the tree in `tree.py`.
 
     Each worker folds its own leaves into O(log K) nodes. A communication hook of DDP folds in the last leaf, bucket by
-    bucket, and starts sending every worker its slice of the nodes while the backward goes on. In the end each worker
-    folds its slice to the root and sends it to all. Addition is elementwise, so slices and buckets do not change the
-    bits. CPU workers of one host do the same in shared memory, without DDP.
+    bucket, and starts sending slices of the nodes while the backward goes on. In the end each worker has folded one
+    slice to the root and sends it to all, both in the rounds of `rounds.py`. Addition is elementwise, so slices and
+    buckets do not change the bits. CPU workers of one host do the same in shared memory, without DDP.
     """
 
     def __init__(
@@ -177,11 +177,8 @@ class Reproducible:
         if self._sum is not None:
             self._sum.wait()
             self._sum = None
-        for exchange in self._sent:
-            exchange.fold()
-        for exchange in self._sent:
-            exchange.finish()
-        self._sent.clear()
+        while self._sent:  # all have the same number of rounds
+            self._sent = [exchange for exchange in self._sent if exchange.advance()]
         self._counter.nodes.clear()
         if self._has_moved_on:
             self._has_moved_on = False
