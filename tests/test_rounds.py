@@ -34,7 +34,7 @@ def nodes_of(rank: int, num_workers: int, leaves: Any, add: Any) -> list[tuple[N
 
 
 def play(num_workers: int, leaves: Any, add: Any) -> tuple[list[Any], list[int], list[int]]:
-    """For each worker: the elements of the sum by their place, and the numbers of messages and elements that it sends."""
+    """For each worker: the elements of the sum by their place; the messages and the elements that it sends."""
     num_leaves, length = len(leaves), len(leaves[0])
     schedules = [list(rounds(num_leaves, num_workers, rank, length)) for rank in range(num_workers)]
     held = [nodes_of(rank, num_workers, leaves, add) for rank in range(num_workers)]

@@ -91,6 +91,8 @@ class Sums:
 
     def _leaves(self, kinds: Sequence[Summed]) -> list[tuple[int, Tensor]]:
         of_kinds = [kind.leaves() for kind in kinds]
+        if len(of_kinds) == 1:
+            return list(of_kinds[0].items())
         return [(number, torch.cat([of_kind[number] for of_kind in of_kinds])) for number in of_kinds[0]]
 
 
@@ -99,6 +101,9 @@ def _width(kinds: Sequence[Summed]) -> int:
 
 
 def _hand_out(total: Tensor, kinds: Sequence[Summed], minibatch: Minibatch) -> None:
+    if len(kinds) == 1:
+        kinds[0].take(total, minibatch)
+        return
     for kind, part in zip(kinds, torch.split(total, [kind.width for kind in kinds]), strict=True):
         kind.take(part, minibatch)
 
@@ -128,14 +133,14 @@ class Means:
     def begin(self, step: int) -> bool:
         self.is_logged, self.is_measured = self._logs(step), self._measures(step)
         self._names = self._findings.metric_names if self.is_logged else ()
-        self._is_wanted = self.is_logged or self.is_measured or self._findings.has_weights
+        self._is_wanted = self.is_logged or self.is_measured
         self._step, self._leaves, self.totals = step, {}, None
         return self._is_wanted
 
     def add(self, terms: PerExample, micro_batch: MicroBatch) -> None:
         if self._is_wanted:
             self._leaves[micro_batch.number] = terms.sums(self._names)
-        else:
+        elif not self._findings.has_weights:
             self._alarm.check_losses(self._step, terms.losses)
 
     def leaves(self) -> Mapping[int, Tensor]:
@@ -144,6 +149,36 @@ class Means:
 
     def take(self, total: Tensor, minibatch: Minibatch) -> None:
         self.totals = Totals(total[:-1], self._names, total[-1:])
+
+
+class Weights:
+    """Sums of the weights in the steps whose losses are not added up."""
+
+    needs_backward = False
+    width = NUM_SUMS
+
+    def __init__(self, findings: Findings, adds_losses: Callable[[int], bool]) -> None:
+        """adds_losses(step): whether the losses are added up in a step, and the weights with them."""
+        self._findings, self._adds_losses = findings, adds_losses
+        self._is_wanted = False
+        self._leaves: dict[int, Tensor] = {}
+        self.totals: Totals | None = None
+        """Of the last step, without the loss; None if nothing was added up."""
+
+    def begin(self, step: int) -> bool:
+        self._is_wanted = self._findings.has_weights and not self._adds_losses(step)
+        self._leaves, self.totals = {}, None
+        return self._is_wanted
+
+    def add(self, terms: PerExample, micro_batch: MicroBatch) -> None:
+        if self._is_wanted:
+            self._leaves[micro_batch.number] = terms.sums_of_weights()
+
+    def leaves(self) -> Mapping[int, Tensor]:
+        return self._leaves
+
+    def take(self, total: Tensor, minibatch: Minibatch) -> None:
+        self.totals = Totals(total, ())
 
 
 class MovingBuffers:

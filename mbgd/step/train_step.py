@@ -17,7 +17,7 @@ from mbgd.step.done import Done, Observer
 from mbgd.step.noise_scale import NoiseMeter
 from mbgd.step.one_pass import OnePass, Passes
 from mbgd.step.speeds import Speeds
-from mbgd.step.sums import Means, MovingBuffers, Sums
+from mbgd.step.sums import Means, MovingBuffers, Sums, Weights
 from mbgd.step.two_pass import TwoPass
 from mbgd.step.update import Update
 from mbgd.task.compiling import compile_
@@ -64,9 +64,10 @@ class TrainStep:
             is_defined=pair is None,
         )
         self._means = Means(setup.findings, self.alarm, logs, self.noise_scale.measures)
+        self._weights = Weights(setup.findings, lambda step: logs(step) or self.noise_scale.measures(step))
         self._moving = MovingBuffers(setup.buffers, self.alarm)
         self._speeds = Speeds(workers, logs, lambda: clock.own_seconds)
-        kinds = (self._means, self.noise_scale, self._moving, self._speeds)
+        kinds = (self._means, self._weights, self.noise_scale, self._moving, self._speeds)
         self._sums = Sums(kinds, self.averaging, setup.plan)
         self.recomputing = Recomputing.of(setup, self._passes.gradients_again)
         self.observers: list[Observer] = [self.noise_scale]
@@ -117,7 +118,8 @@ class TrainStep:
 
     def _finish(self, shard: Shard) -> Done:
         """Check the totals, divide once, step the optimizer and tell the observers."""
-        step, totals, is_logged = shard.step, self._means.totals, self._means.is_logged
+        step, is_logged = shard.step, self._means.is_logged
+        totals = self._means.totals or self._weights.totals
         if totals is not None:
             self.alarm.check_totals(shard, totals, waits=is_logged)
         if is_logged:
@@ -131,7 +133,8 @@ class TrainStep:
             norms = self.update(step, weight, want_norm=wants_norm, want_change=is_logged)
         if self.alarm.everywhere.found():
             self.alarm.stop(step, shard)
-        done = Done(step, shard.minibatch, weight, totals, norms, self._speeds.by_rank)
+        num_tokens = totals.count if totals is not None and self._setup.findings.has_tokens else None
+        done = Done(step, shard.minibatch, weight, self._means.totals, norms, self._speeds.by_rank, num_tokens)
         for observer in self.observers:
             observer.after_update(done)
         return done

@@ -56,6 +56,7 @@ class Update:
             and getattr(optimizer, "_step_supports_amp_scaling", False)
             and self._is_fused
         )
+        self._is_float32 = all(parameter.dtype is torch.float32 for parameter in setup.trained.parameters)
         self._ones: dict[int, Tensor] = {}
         self._scales: dict[int, Tensor] = {}
         self._device = device
@@ -155,9 +156,11 @@ class Update:
         """Returns the mean gradient's norm before clipping, if wanted or needed."""
         if self._scaler is not None:
             self._scaler.unscale_(self._optimizer)
-        in_kernel = self._divides_in_kernel and isinstance(weight, int) and not self.hooks
+        in_kernel = self._divides_in_kernel and not self.hooks
+        if isinstance(weight, Tensor):
+            # Both divide by the weight in float32, to the same bits, but a norm is that of the quotients.
+            in_kernel = in_kernel and self._is_float32 and not want_norm
         if in_kernel:
-            assert isinstance(weight, int)
             norm = torch.nn.utils.get_total_norm(self._gradients()) / weight if want_norm else None
         else:
             norm = self._divide_and_clip(weight, want_norm=want_norm)
@@ -167,7 +170,6 @@ class Update:
                 return norm  # before the optimizer changes anything
         self._set_learning_rate(step)
         if in_kernel:
-            assert isinstance(weight, int)
             self._optimizer.grad_scale = self._scale(weight)  # type: ignore[attr-defined]
             self._optimizer_step()
             self._optimizer.grad_scale = None  # type: ignore[attr-defined]  # the optimizer is the user's
@@ -187,7 +189,9 @@ class Update:
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self._trained.parameters if p.grad is not None]
 
-    def _scale(self, weight: int) -> Tensor:
+    def _scale(self, weight: int | Tensor) -> Tensor:
+        if isinstance(weight, Tensor):
+            return weight.float()
         if weight not in self._scales:
             # torch.full fills it by a kernel; torch.tensor would copy from the host and wait for the GPU.
             self._scales[weight] = torch.full((), float(weight), dtype=torch.float32, device=self._device)
