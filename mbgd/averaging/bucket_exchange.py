@@ -139,5 +139,5 @@ class _Messages:
 
 @lru_cache
 def nodes_of_workers(num_leaves: int, num_workers: int) -> list[list[Node]]:
-    """The nodes that each worker holds after folding its own leaves, by rank."""
+    """The nodes that each worker of a host holds after folding its own leaves, by rank."""
     return [worker_nodes(num_leaves, num_workers, rank) for rank in range(num_workers)]

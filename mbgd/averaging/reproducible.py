@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
@@ -50,7 +49,7 @@ class Reproducible:
         Raises CannotShareError, on all workers alike, if there is too little memory to share.
         """
         self._task, self._trained, self._workers, self._memory, self._note = task, trained, workers, memory, note
-        self._most_nodes = most_nodes(plan)
+        self._most_nodes = most_nodes(plan) if memory is not None else 0
         # A parameter without a gradient counts as zeros, and adding zeros turns −0 into 0. So that the bits do not
         # depend on where that happens, 0 is then added to every leaf.
         self._parameters_vary = find_unused_parameters
@@ -63,8 +62,8 @@ class Reproducible:
         self._has_moved_on = False
         """The parameters that require a gradient are no longer those that DDP was built for."""
         self._sent: list[BucketExchange] = []
-        self._sum: dist.Work | None = None
-        """The exchange that `start_sum` has started."""
+        self._of_sums: dict[int, BucketExchange] = {}
+        """Of the sums of vectors, by their length."""
         self._exchanged = True
         trained.moved_on()
         self._prepare()
@@ -174,9 +173,6 @@ class Reproducible:
                 parameter.grad = gradient
             self._trained.moved_on()
             notes = [note]
-        if self._sum is not None:
-            self._sum.wait()
-            self._sum = None
         while self._sent:  # all have the same number of rounds
             self._sent = [exchange for exchange in self._sent if exchange.advance()]
         self._counter.nodes.clear()
@@ -210,20 +206,42 @@ class Reproducible:
         return notes
 
     def sum(self, leaves: Sequence[tuple[int, Tensor]], *, num_leaves: int, num_values: int) -> Tensor:
+        if self._in_messages:
+            exchange, total = self._start_messages(leaves, num_leaves, num_values)
+            while exchange.advance():
+                pass
+            return total
         mine = self._rows(leaves, num_leaves, num_values)
         return self._root([mine] if self._workers.num_workers == 1 else self.gather(mine), num_leaves)
 
     def start_sum(
         self, leaves: Sequence[tuple[int, Tensor]], *, num_leaves: int, num_values: int
     ) -> Callable[[], Tensor]:
+        if self._in_messages:
+            exchange, total = self._start_messages(leaves, num_leaves, num_values)
+            self._sent.append(exchange)
+            return lambda: total
         mine = self._rows(leaves, num_leaves, num_values)
-        if self._workers.num_workers == 1:
-            gathered = [mine]
-        elif self._memory is not None:
-            gathered = self._memory.put(mine)
-        else:
-            self._sum, gathered = self._workers.start_all_gather(mine)
-        return lambda: self._root(gathered, num_leaves)
+        of_workers = [mine] if self._memory is None else self._memory.put(mine)
+        return lambda: self._root(of_workers, num_leaves)
+
+    @property
+    def _in_messages(self) -> bool:
+        return self._memory is None and self._workers.num_workers > 1
+
+    def _start_messages(
+        self, leaves: Sequence[tuple[int, Tensor]], num_leaves: int, num_values: int
+    ) -> tuple[BucketExchange, Tensor]:
+        """The exchange under way, as of a bucket, and the memory for the sum."""
+        counter = Counter[Tensor](torch.add)
+        for leaf, values in leaves:
+            counter.push(leaf, values)
+        total = torch.zeros(num_values, dtype=torch.float64, device=self._workers.device)
+        exchange = self._of_sums.get(num_values)
+        if exchange is None or not exchange.fits(total, num_leaves):
+            exchange = self._of_sums[num_values] = BucketExchange(total, num_leaves, self._workers)
+        exchange.start(total, [values.clone() for _, values in counter.nodes])  # the exchange adds to them
+        return exchange, total
 
     def _rows(self, leaves: Sequence[tuple[int, Tensor]], num_leaves: int, num_values: int) -> Tensor:
         """This worker's nodes of the sum, one a row; as many rows on every worker."""
@@ -241,7 +259,7 @@ class Reproducible:
         pairs = zip(nodes, of_workers, strict=True)
         by_node = {node: row for held, rows in pairs for node, row in zip(held, rows, strict=False)}
         root: Tensor = fold(by_node, num_leaves, torch.add)
-        return root.to(self._workers.device, copy=True)
+        return root.clone()
 
     def gather(self, values: Tensor) -> Sequence[Tensor]:
         return self._memory.all_gather(values) if self._memory is not None else self._workers.all_gather(values)
