@@ -125,6 +125,24 @@ def test_rounds_send_fewer_messages_and_no_more_bytes_than_one_exchange_between_
             assert sent == (num_nodes + 1) * 2 * (num_workers - 1)
 
 
+@pytest.mark.parametrize("num_leaves", [65, 96, 127, 191, 300])
+def test_leaves_that_do_not_divide_evenly_cost_at_most_half_as_many_bytes_more(num_leaves: int) -> None:
+    num_workers, length = 64, 64_000
+
+    def sent(rank: int, *, between_all: bool) -> int:
+        if between_all:
+            return (len(worker_nodes(num_leaves, num_workers, rank)) + 1) * length * (num_workers - 1) // num_workers
+        return sum(
+            (len(one.held[one.members.index(rank)]) + 1) * (part.stop - part.start)
+            for one in rounds(num_leaves, num_workers, rank, length)
+            for member, part in zip(one.members, one.parts, strict=True)
+            if member != rank
+        )
+
+    in_rounds_, directly = (max(sent(rank, between_all=way) for rank in range(num_workers)) for way in (False, True))
+    assert in_rounds_ <= 1.5 * directly
+
+
 @pytest.mark.parametrize(
     ("num_leaves", "num_workers", "sizes"),
     [

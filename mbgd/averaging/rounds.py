@@ -40,7 +40,7 @@ def group_sizes(num_leaves: int, num_workers: int) -> list[int]:
 
     If the leaves divide evenly, a block of 2^i workers holds no more nodes than one worker, because its leaves are one
     worker's, 2^i times as many from 2^i times as far on. So rounds send no more bytes than one exchange between all.
-    Otherwise they may send up to 1.7 times as many, and are only taken where they save many messages.
+    Otherwise they may send 1.5 times as many, and are only taken where they save many messages.
     """
     if num_workers == 1:
         return []
