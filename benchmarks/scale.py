@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch import nn
 
 import mbgd
 from mbgd import averaging as averagings
-from mbgd.averaging import rounds as in_rounds
+from mbgd.averaging import rounds as rounds_of_averaging
 from mbgd.averaging.bucket_exchange import BucketExchange
 from mbgd.averaging.host_memory.memory import CannotShareError, HostMemory
 from mbgd.averaging.rounds import rounds
@@ -62,36 +63,40 @@ def cost(way: str, num_workers: int, num_bytes: float) -> Cost:
     return Cost(messages, num_bytes * sent / 10**9)
 
 
-def measure(rank: int, num_workers: int, port: int, size: int, rounds_: int, results: list[list[float]]) -> None:
-    """Seconds of each way, of the slowest worker, in interleaved rounds."""
+def measure(rank: int, num_workers: int, port: int, num_rounds: int, results: list[tuple[int, list[float]]]) -> None:
+    """For each size: seconds of each way, of the slowest worker, in interleaved rounds."""
     with as_worker(rank, num_workers, port) as workers:
-        buffer = torch.zeros(size)
-        whole = in_rounds.group_sizes
-        in_rounds.group_sizes = lambda num_leaves, num_workers: [num_workers]
-        between_all = BucketExchange(buffer, num_workers, workers)
-        in_rounds.group_sizes = whole
-        halving = BucketExchange(buffer, num_workers, workers)
+        for size in SIZES:
+            buffer = torch.zeros(size)
+            ways = [
+                *(exchange(buffer, workers, in_rounds=way) for way in (False, True)),
+                partial(dist.all_reduce, buffer),
+            ]
+            for number in range(num_rounds + 1):  # the first round warms up
+                seconds = torch.zeros(len(ways))
+                for way, function in enumerate(ways):
+                    workers.barrier()
+                    start = time.perf_counter()
+                    function()
+                    seconds[way] = time.perf_counter() - start
+                workers.max_(seconds)
+                if workers.is_main and number:
+                    results.append((size, seconds.tolist()))
 
-        def run(exchange: BucketExchange) -> None:
-            exchange.start(buffer, [buffer])
-            while exchange.advance():
-                pass
 
-        ways: list[Callable[[], object]] = [
-            lambda: run(between_all),
-            lambda: run(halving),
-            lambda: dist.all_reduce(buffer),
-        ]
-        for number in range(rounds_ + 1):  # the first round warms up
-            seconds = torch.zeros(len(ways))
-            for way, function in enumerate(ways):
-                workers.barrier()
-                start = time.perf_counter()
-                function()
-                seconds[way] = time.perf_counter() - start
-            workers.max_(seconds)
-            if workers.is_main and number:
-                results.append(seconds.tolist())
+def exchange(buffer: torch.Tensor, workers: Workers, *, in_rounds: bool) -> Callable[[], object]:
+    sizes = rounds_of_averaging.group_sizes
+    if not in_rounds:
+        rounds_of_averaging.group_sizes = lambda num_leaves, num_workers: [num_workers]
+    made = BucketExchange(buffer, workers.num_workers, workers)
+    rounds_of_averaging.group_sizes = sizes
+
+    def run() -> None:
+        made.start(buffer, [buffer])
+        while made.advance():
+            pass
+
+    return run
 
 
 def fit(points: Sequence[tuple[Cost, float]]) -> tuple[float, float]:
@@ -207,12 +212,11 @@ def main() -> None:
     with torch.multiprocessing.Manager() as manager:
         measured = {}
         for num_workers in MEASURED:
+            times = manager.list()
+            torch.multiprocessing.spawn(measure, (num_workers, next(ports), arguments.rounds, times), num_workers)
             for size in SIZES:
-                times = manager.list()
-                torch.multiprocessing.spawn(
-                    measure, (num_workers, next(ports), size, arguments.rounds, times), num_workers
-                )
-                measured[num_workers, size] = [min(of_way) for of_way in zip(*times, strict=True)]
+                of_size = [seconds for other, seconds in times if other == size]
+                measured[num_workers, size] = [min(of_way) for of_way in zip(*of_size, strict=True)]
         values = manager.list()
         torch.multiprocessing.spawn(values_gathered, (next(ports), values), 2)
         values = list(values)
