@@ -159,6 +159,7 @@ def values_gathered(rank: int, port: int, results: list[list[Any]]) -> None:
             return gather(workers, value)
 
         Workers.gather_values = gather_values
+        torch.manual_seed(0)
         model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(100)))
         trainer = mbgd.Trainer(
             model,
