@@ -55,7 +55,7 @@ def test_counts_are_those_of_torch_histogram(dtype: torch.dtype) -> None:
     assert sum(found.negative) > 1000
     parts = [values[:100].view(10, 10), values[100:]]
     assert histogram(parts) == found
-    assert histogram([values.double() * 7], divisor=7) == histogram([values.double() * 7 / 7])
+    assert histogram([values.double() * 7], divisor=torch.tensor(7)) == histogram([values.double() * 7 / 7])
 
 
 @given(st.lists(st.floats(width=32), max_size=50))

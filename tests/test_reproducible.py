@@ -1,6 +1,7 @@
 """averaging=reproducible: the same bits at every step on any number of workers."""
 
 import hashlib
+import itertools
 import json
 import os
 import subprocess
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 import mbgd
 import mbgd.averaging as averagings
+from mbgd.averaging import rounds
 from mbgd.averaging.host_memory.memory import CannotShareError
 from mbgd.averaging.tree import Counter, fold, worker_nodes
 from mbgd.batches.plan import cut
@@ -236,8 +238,10 @@ def digest(tensors: Any) -> str:
 
 
 def train_cases(workers: mbgd.Workers, cases: list[Case], averaging: str, transport: str) -> list[Any]:
-    if transport == "gloo":  # as where workers are on several hosts
+    if transport != "shared memory":  # as where workers are on several hosts
         averagings.HostMemory = no_memory  # type: ignore[misc, assignment]
+    if transport == "gloo, always in rounds":
+        rounds.MOST_PEERS = 1
     return [train(workers, case, averaging) for case in cases]
 
 
@@ -251,8 +255,14 @@ def trained(num_workers: int, averaging: str = "reproducible", transport: str = 
     return run_workers(train_cases, num_workers, CASES, averaging, transport)
 
 
-@pytest.mark.parametrize("num_workers", [2, 3, 4, 5, 7, 8])
-@pytest.mark.parametrize("transport", ["shared memory", "gloo"])
+@pytest.mark.parametrize(
+    ("transport", "num_workers"),
+    [
+        *itertools.product(["shared memory", "gloo"], [2, 3, 4, 5, 7, 8]),
+        ("gloo, always in rounds", 6),
+        ("gloo, always in rounds", 8),
+    ],
+)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_same_bits_after_every_step(case: Case, transport: str, num_workers: int) -> None:
     index = CASES.index(case)

@@ -4,7 +4,7 @@ An averaging sums over all micro-batches of all workers; `step/update.py` divide
 averaging it has; an averaging knows nothing of models, data or objectives beyond the parameters' gradients.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -59,6 +59,12 @@ class Averager(Protocol):
 
         leaves: (number, vector) of this worker's micro-batches, in order.
         """
+
+    def start_sum(
+        self, leaves: Sequence[tuple[int, Tensor]], *, num_leaves: int, num_values: int
+    ) -> Callable[[], Tensor]:
+        """Start `sum` between the last forward and its backward; the result can be called after `finish`, in which the
+        workers meet anyway, and gives the sum."""
 
     def gather(self, values: Tensor) -> Sequence[Tensor]:
         """Every worker's values by rank, valid until the second call after this one; for several workers."""

@@ -1,37 +1,44 @@
 """Sums gradients over all workers by point-to-point messages, in the order of the tree in `tree.py`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mbgd.averaging.tree import Node, fold, worker_nodes
-from mbgd.batches.plan import cut
+from mbgd.averaging.rounds import Round, rounds
+from mbgd.averaging.tree import Counter, Node, fold, worker_nodes
 from mbgd.workers.group import Workers
+
+Held = list[tuple[Node, Tensor]]
+"""Nodes in the order of their leaves, with their values."""
 
 
 class BucketExchange:
-    """Sums one bucket over all workers' nodes, in the order of the tree.
+    """Sums one bucket over all workers' nodes, in the rounds of `rounds.py`.
 
-    `start` sends every worker its slice of my nodes, `fold` sums my slice and starts sending it to all, `finish` waits
-    until the bucket holds the sum. Workers send from and receive into the tensors themselves, so slices may differ in
-    size and nothing is copied; receive buffers are kept from step to step.
+    `start` sends the first round's messages; each `advance` waits for a round and starts the next, and in the end the
+    bucket holds the sum. Workers send from and receive into the tensors themselves, so parts may differ in size and
+    nothing is copied; receive buffers are kept from step to step.
     """
 
     def __init__(self, buffer: Tensor, num_leaves: int, workers: Workers) -> None:
         self._length, self._num_leaves, self._rank = len(buffer), num_leaves, workers.rank
         self._exchange_device = workers.exchange_device
-        self._held = nodes_of_workers(num_leaves, workers.num_workers)
-        edges = [cut(len(buffer), workers.num_workers, rank) for rank in range(workers.num_workers + 1)]
-        self._slices = [slice(start, stop) for start, stop in pairwise(edges)]
-        # Starting with the next rank, so that the workers do not all send to rank 0 first.
-        self._peers = [(workers.rank + k) % workers.num_workers for k in range(1, workers.num_workers)]
-        mine = self._slices[workers.rank]
-        self._received = {
-            node: buffer.new_empty(mine.stop - mine.start) for peer in self._peers for node in self._held[peer]
+        self._nodes = worker_nodes(num_leaves, workers.num_workers, workers.rank)
+        self._rounds = [
+            (one, self._buffers(one, buffer))
+            for one in rounds(num_leaves, workers.num_workers, workers.rank, len(buffer))
+        ]
+
+    def _buffers(self, one: Round, buffer: Tensor) -> dict[int, Held]:
+        """Memory for the nodes that each other member sends, by rank."""
+        kept = one.parts[one.members.index(self._rank)]
+        return {
+            member: [(node, buffer.new_empty(kept.stop - kept.start)) for node in held]
+            for member, held in zip(one.members, one.held, strict=True)
+            if member != self._rank
         }
 
     def fits(self, buffer: Tensor, num_leaves: int) -> bool:
@@ -39,31 +46,65 @@ class BucketExchange:
 
     def start(self, buffer: Tensor, nodes: Sequence[Tensor]) -> None:
         """buffer: the bucket, which receives the sum; nodes: this worker's node values, each of the bucket's shape."""
-        self._buffer, self._mine = buffer, nodes
-        self._messages = _Messages(
-            [(node[self._slices[peer]], peer) for peer in self._peers for node in nodes],
-            [(self._received[node], peer) for peer in self._peers for node in self._held[peer]],
+        self._stages = self._exchange(buffer, list(zip(self._nodes, nodes, strict=True)))
+        self.advance()
+
+    def advance(self) -> bool:
+        """Finish the messages under way and start the next; False once there are none."""
+        return next(self._stages, False)
+
+    def _exchange(self, buffer: Tensor, mine: Held) -> Iterator[bool]:
+        start = 0
+        for one, received in self._rounds:
+            messages = self._send_nodes(one, mine, received, start)
+            yield True
+            messages.wait()
+            mine, start = self._folded(one, mine, received, start)
+        root = fold(dict(mine), self._num_leaves, Tensor.add_)
+        part = buffer[start : start + len(root)]
+        if root.data_ptr() != part.data_ptr():
+            part.copy_(root)
+        for one, _ in reversed(self._rounds):
+            messages = self._send_sums(one, buffer)
+            yield True
+            messages.wait()
+
+    def _send_nodes(self, one: Round, mine: Held, received: dict[int, Held], start: int) -> "_Messages":
+        """start: where in the bucket the values of `mine` begin."""
+        parts = {peer: slice(part.start - start, part.stop - start) for peer, part in _in_turn(one, self._rank)}
+        return _Messages(
+            [(value[part], peer) for peer, part in parts.items() for _, value in mine],
+            [(value, peer) for peer in parts for _, value in received[peer]],
             device=self._exchange_device,
         )
 
-    def fold(self) -> None:
-        """Sum my slice and start sending it to all."""
-        self._messages.wait()
-        mine = self._slices[self._rank]
-        own = {node: value[mine] for node, value in zip(self._held[self._rank], self._mine, strict=True)}
-        root = self._buffer[mine]
-        sum_ = fold(self._received | own, self._num_leaves, Tensor.add_)
-        if sum_.data_ptr() != root.data_ptr():
-            root.copy_(sum_)
-        self._messages = _Messages(
-            [(root, peer) for peer in self._peers],
-            [(self._buffer[self._slices[peer]], peer) for peer in self._peers],
+    def _folded(self, one: Round, mine: Held, received: dict[int, Held], start: int) -> tuple[Held, int]:
+        """The nodes of all members for this worker's part of the bucket, and where that begins."""
+        kept = one.parts[one.members.index(self._rank)]
+        counter = Counter[Tensor](Tensor.add_)
+        for member in one.members:
+            of_member = received.get(member)
+            if of_member is None:
+                of_member = [(node, value[kept.start - start : kept.stop - start]) for node, value in mine]
+            for node, value in of_member:
+                counter.push_node(node, value)
+        return counter.nodes, kept.start
+
+    def _send_sums(self, one: Round, buffer: Tensor) -> "_Messages":
+        mine = buffer[one.parts[one.members.index(self._rank)]]
+        others = _in_turn(one, self._rank)
+        return _Messages(
+            [(mine, peer) for peer, _ in others],
+            [(buffer[part], peer) for peer, part in others],
             device=self._exchange_device,
         )
 
-    def finish(self) -> None:
-        self._messages.wait()
-        del self._buffer, self._mine, self._messages
+
+def _in_turn(one: Round, rank: int) -> list[tuple[int, slice]]:
+    """The other members with their parts, the next first, so that not all members send to the same one first."""
+    pairs = list(zip(one.members, one.parts, strict=True))
+    number = one.members.index(rank)
+    return pairs[number + 1 :] + pairs[:number]
 
 
 class _Messages:
@@ -98,5 +139,5 @@ class _Messages:
 
 @lru_cache
 def nodes_of_workers(num_leaves: int, num_workers: int) -> list[list[Node]]:
-    """The nodes that each worker holds after folding its own leaves, by rank."""
+    """The nodes that each worker of a host holds after folding its own leaves, by rank."""
     return [worker_nodes(num_leaves, num_workers, rank) for rank in range(num_workers)]

@@ -107,6 +107,7 @@ class DDP:
         self._norms: MicroBatchNorms | None = None
         self._exchanged = True
         self._works: list[dist.Work] = []
+        """Exchanges under way, started by all workers in the same order: the sum of the weights, then the buckets."""
         self._late: list[Tensor] = []
         trained.moved_on()
         self._wrap()
@@ -190,10 +191,21 @@ class DDP:
                 self._workers.sum_(parameter.grad)
 
     def sum(self, leaves: Sequence[tuple[int, Tensor]], *, num_leaves: int, num_values: int) -> Tensor:
+        return self._workers.sum_(self._sum_here(leaves, num_values))
+
+    def start_sum(
+        self, leaves: Sequence[tuple[int, Tensor]], *, num_leaves: int, num_values: int
+    ) -> Callable[[], Tensor]:
+        total = self._sum_here(leaves, num_values)
+        if self._ddp is not None:
+            self._works.append(dist.all_reduce(total, async_op=True))
+        return lambda: total
+
+    def _sum_here(self, leaves: Sequence[tuple[int, Tensor]], num_values: int) -> Tensor:
         total = torch.zeros(num_values, dtype=torch.float64, device=self._workers.device)
         for _, values in leaves:
             total += values
-        return self._workers.sum_(total)
+        return total
 
     def gather(self, values: Tensor) -> Sequence[Tensor]:
         return self._workers.all_gather(values)

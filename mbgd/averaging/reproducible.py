@@ -1,6 +1,6 @@
 """Averaging whose result has the same bits on any number of workers."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mbgd.averaging.bucket_exchange import BucketExchange, nodes_of_workers
 from mbgd.averaging.ddp import check_exchanged, completed, used_anywhere, wrap
+from mbgd.averaging.gradients import Gradients, add_gradients, add_into_right, flat
 from mbgd.averaging.host_memory.exchange import MOVED_ON, NO_NOTE, Exchange, check_moved_on
 from mbgd.averaging.host_memory.memory import HostMemory
 from mbgd.averaging.host_memory.parameters import SharedParameters
@@ -22,17 +23,14 @@ from mbgd.errors import UsageError
 from mbgd.task.trained import Trained
 from mbgd.workers.group import Workers
 
-Gradients = dict[Tensor, Tensor]
-"""Parameter → gradient."""
-
 
 class Reproducible:
     """Micro-batch gradients are the leaves of the tree in `tree.py`.
 
     Each worker folds its own leaves into O(log K) nodes. A communication hook of DDP folds in the last leaf, bucket by
-    bucket, and starts sending every worker its slice of the nodes while the backward goes on. In the end each worker
-    folds its slice to the root and sends it to all. Addition is elementwise, so slices and buckets do not change the
-    bits. CPU workers of one host do the same in shared memory, without DDP.
+    bucket, and starts sending slices of the nodes while the backward goes on. In the end each worker has folded one
+    slice to the root and sends it to all, both in the rounds of `rounds.py`. Addition is elementwise, so slices and
+    buckets do not change the bits. CPU workers of one host do the same in shared memory, without DDP.
     """
 
     def __init__(
@@ -51,7 +49,7 @@ class Reproducible:
         Raises CannotShareError, on all workers alike, if there is too little memory to share.
         """
         self._task, self._trained, self._workers, self._memory, self._note = task, trained, workers, memory, note
-        self._most_nodes = most_nodes(plan)
+        self._most_nodes = most_nodes(plan) if memory is not None else 0
         # A parameter without a gradient counts as zeros, and adding zeros turns −0 into 0. So that the bits do not
         # depend on where that happens, 0 is then added to every leaf.
         self._parameters_vary = find_unused_parameters
@@ -59,12 +57,14 @@ class Reproducible:
         self._norms: MicroBatchNorms | None = None
         self._in_memory: Exchange | None = None
         self._owned: Owned | None = None
-        self._counter = Counter[Gradients](_add_gradients)
+        self._counter = Counter[Gradients](add_gradients)
         self._last = MicroBatch(0, 1, 0, 0)
         self._exchanges: dict[int, BucketExchange] = {}
         self._has_moved_on = False
         """The parameters that require a gradient are no longer those that DDP was built for."""
         self._sent: list[BucketExchange] = []
+        self._of_sums: dict[int, BucketExchange] = {}
+        """Of the sums of vectors, by their length."""
         self._exchanged = True
         trained.moved_on()
         self._prepare()
@@ -153,12 +153,12 @@ class Reproducible:
         """Start sending these parameters' nodes; their gradients of the last micro-batch are views of `buffer`."""
         if self._norms is not None:
             self._norms.take(self._last.number, gradients)
-        counter = Counter[Gradients](_add_into_right)
+        counter = Counter[Gradients](add_into_right)
         counter.nodes = list(self._counter.nodes)
         if not self._last.is_stand_in:
             # Folded into the bucket itself: the gradients are its views.
             counter.push(self._last.number, gradients)
-        nodes: list[Tensor] = [_flat(of_node, parameters) for _, of_node in counter.nodes[:-1]]
+        nodes: list[Tensor] = [flat(of_node, parameters) for _, of_node in counter.nodes[:-1]]
         if counter.nodes:
             nodes.append(buffer)
         exchange = self._exchanges.get(index)
@@ -180,16 +180,13 @@ class Reproducible:
         if self._in_memory is not None:
             notes = self._add_up(self._in_memory, note, whole=whole)
         elif self._ddp is None:
-            total = fold(dict(self._counter.nodes), self._last.num_micro_batches, _add_gradients)
+            total = fold(dict(self._counter.nodes), self._last.num_micro_batches, add_gradients)
             for parameter, gradient in total.items():
                 parameter.grad = gradient
             self._trained.moved_on()
             notes = [note]
-        for exchange in self._sent:
-            exchange.fold()
-        for exchange in self._sent:
-            exchange.finish()
-        self._sent.clear()
+        while self._sent:  # all have the same number of rounds
+            self._sent = [exchange for exchange in self._sent if exchange.advance()]
         self._counter.nodes.clear()
         if self._has_moved_on:
             self._has_moved_on = False
@@ -222,19 +219,60 @@ class Reproducible:
         return notes
 
     def sum(self, leaves: Sequence[tuple[int, Tensor]], *, num_leaves: int, num_values: int) -> Tensor:
+        if self._in_messages:
+            exchange, total = self._start_messages(leaves, num_leaves, num_values)
+            while exchange.advance():
+                pass
+            return total
+        mine = self._rows(leaves, num_leaves, num_values)
+        return self._root([mine] if self._workers.num_workers == 1 else self.gather(mine), num_leaves)
+
+    def start_sum(
+        self, leaves: Sequence[tuple[int, Tensor]], *, num_leaves: int, num_values: int
+    ) -> Callable[[], Tensor]:
+        if self._in_messages:
+            exchange, total = self._start_messages(leaves, num_leaves, num_values)
+            self._sent.append(exchange)
+            return lambda: total
+        mine = self._rows(leaves, num_leaves, num_values)
+        of_workers = [mine] if self._memory is None else self._memory.put(mine)
+        return lambda: self._root(of_workers, num_leaves)
+
+    @property
+    def _in_messages(self) -> bool:
+        return self._memory is None and self._workers.num_workers > 1
+
+    def _start_messages(
+        self, leaves: Sequence[tuple[int, Tensor]], num_leaves: int, num_values: int
+    ) -> tuple[BucketExchange, Tensor]:
+        """The exchange under way, as of a bucket, and the memory for the sum."""
         counter = Counter[Tensor](torch.add)
         for leaf, values in leaves:
             counter.push(leaf, values)
-        if self._workers.num_workers == 1:
-            return fold(dict(counter.nodes), num_leaves, torch.add)
-        nodes = nodes_of_workers(num_leaves, self._workers.num_workers)
-        most = max(len(of_worker) for of_worker in nodes)
+        total = torch.zeros(num_values, dtype=torch.float64, device=self._workers.device)
+        exchange = self._of_sums.get(num_values)
+        if exchange is None or not exchange.fits(total, num_leaves):
+            exchange = self._of_sums[num_values] = BucketExchange(total, num_leaves, self._workers)
+        exchange.start(total, [values.clone() for _, values in counter.nodes])  # the exchange adds to them
+        return exchange, total
+
+    def _rows(self, leaves: Sequence[tuple[int, Tensor]], num_leaves: int, num_values: int) -> Tensor:
+        """This worker's nodes of the sum, one a row; as many rows on every worker."""
+        counter = Counter[Tensor](torch.add)
+        for leaf, values in leaves:
+            counter.push(leaf, values)
+        most = max(len(held) for held in nodes_of_workers(num_leaves, self._workers.num_workers))
         mine = torch.zeros(most, num_values, dtype=torch.float64, device=self._workers.device)
         for row, (_, values) in zip(mine, counter.nodes, strict=False):
             row.copy_(values)
-        gathered = self.gather(mine)
-        by_node = {node: rows[row] for held, rows in zip(nodes, gathered, strict=True) for row, node in enumerate(held)}
-        return fold(by_node, num_leaves, torch.add).clone()
+        return mine
+
+    def _root(self, of_workers: Sequence[Tensor], num_leaves: int) -> Tensor:
+        nodes = nodes_of_workers(num_leaves, self._workers.num_workers)
+        pairs = zip(nodes, of_workers, strict=True)
+        by_node = {node: row for held, rows in pairs for node, row in zip(held, rows, strict=False)}
+        root: Tensor = fold(by_node, num_leaves, torch.add)
+        return root.clone()
 
     def gather(self, values: Tensor) -> Sequence[Tensor]:
         return self._memory.all_gather(values) if self._memory is not None else self._workers.all_gather(values)
@@ -250,24 +288,3 @@ def most_nodes(plan: Plan) -> int:
     sizes = {plan.minibatch(step).size for step in (0, plan.steps_per_epoch - 1)}
     of_plan = (nodes_of_workers(plan.num_micro_batches(size), plan.num_workers) for size in sizes)
     return max(len(held) for nodes in of_plan for held in nodes)
-
-
-def _flat(gradients: Gradients, parameters: Sequence[Tensor]) -> Tensor:
-    """The gradients as one vector in a bucket's layout; zeros for a parameter without a gradient."""
-    return torch.cat([(gradients[p] if p in gradients else torch.zeros_like(p)).flatten() for p in parameters])
-
-
-def _add_into_right(left: Gradients, right: Gradients) -> Gradients:
-    """left + right, in right's memory, for the parameters of right."""
-    both = [p for p in right if p in left]
-    if both:
-        torch._foreach_add_([right[p] for p in both], [left[p] for p in both])
-    return right
-
-
-def _add_gradients(left: Gradients, right: Gradients) -> Gradients:
-    """left + right, in left's memory; a parameter without a gradient on one side counts as zeros there."""
-    both = [p for p in left if p in right]
-    if both:
-        torch._foreach_add_([left[p] for p in both], [right[p] for p in both])
-    return right | left

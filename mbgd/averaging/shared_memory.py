@@ -1,7 +1,7 @@
 """Averaging for CPU workers of one host, in memory that all of them map."""
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import reduce
@@ -95,10 +95,13 @@ class SharedMemory:
         return self.finish(note, whole=whole)
 
     def sum(self, leaves: Sequence[tuple[int, Tensor]], *, num_leaves: int, num_values: int) -> Tensor:
-        total = torch.zeros(num_values, dtype=torch.float64)
-        for _, values in leaves:
-            total += values
-        return reduce(torch.add, self._memory.all_gather(total))
+        return reduce(torch.add, self._memory.all_gather(_sum_here(leaves, num_values)))
+
+    def start_sum(
+        self, leaves: Sequence[tuple[int, Tensor]], *, num_leaves: int, num_values: int
+    ) -> Callable[[], Tensor]:
+        of_workers = self._memory.put(_sum_here(leaves, num_values))
+        return lambda: reduce(torch.add, of_workers)
 
     def gather(self, values: Tensor) -> Sequence[Tensor]:
         return self._memory.all_gather(values)
@@ -124,6 +127,13 @@ class _Place:
     def __call__(self, parameter: Tensor) -> None:
         if self._step.runs and parameter.grad is not None and parameter.grad is not self._place:
             parameter.grad = self._place.copy_(parameter.grad)
+
+
+def _sum_here(leaves: Sequence[tuple[int, Tensor]], num_values: int) -> Tensor:
+    total = torch.zeros(num_values, dtype=torch.float64)
+    for _, values in leaves:
+        total += values
+    return total
 
 
 def _remove(hooks: list[RemovableHandle]) -> None:

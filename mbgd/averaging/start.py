@@ -15,7 +15,7 @@ def start_alike(module: nn.Module, workers: Workers) -> None:
     torch's DistributedDataParallel does so too, but over gloo not for every dtype, such as the bool of masks.
     """
     tensors = [tensor.detach() for tensor in chain(module.parameters(), module.buffers())]
-    kinds = workers.gather_values([(tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors])
+    kinds = workers.gather_if_unlike([(tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors])
     if others := [rank for rank, of_worker in enumerate(kinds) if of_worker != kinds[0]]:
         raise UsageError(
             f"worker {others[0]} has other parameters or buffers than worker 0; every worker must build the same "

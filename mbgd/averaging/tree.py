@@ -28,7 +28,10 @@ class Counter(Generic[T]):
 
     def push(self, leaf: int, value: T) -> None:
         """Add the next leaf."""
-        node = Node(0, leaf)
+        self.push_node(Node(0, leaf), value)
+
+    def push_node(self, node: Node, value: T) -> None:
+        """Add the next node: its leaves follow those of the nodes before it."""
         while self.nodes and node.number % 2 and self.nodes[-1][0] == Node(node.level, node.number - 1):
             _, left = self.nodes.pop()
             value = self._add(left, value)
@@ -36,12 +39,17 @@ class Counter(Generic[T]):
         self.nodes.append((node, value))
 
 
-def worker_nodes(num_leaves: int, num_workers: int, rank: int) -> list[Node]:
-    """The nodes that a `Counter` holds after worker `rank`'s leaves."""
-    counter = Counter[None](lambda left, right: None)
-    for leaf in range(cut(num_leaves, num_workers, rank), cut(num_leaves, num_workers, rank + 1)):
-        counter.push(leaf, None)
-    return [node for node, _ in counter.nodes]
+def worker_nodes(num_leaves: int, num_workers: int, rank: int, num_ranks: int = 1) -> list[Node]:
+    """The nodes that a `Counter` holds after the leaves of worker `rank`, or of `num_ranks` workers from `rank` on."""
+    first, last = cut(num_leaves, num_workers, rank), cut(num_leaves, num_workers, rank + num_ranks)
+    nodes = []
+    while first < last:
+        level = (last - first).bit_length() - 1
+        if first:
+            level = min(level, (first & -first).bit_length() - 1)  # 2^level must divide first
+        nodes.append(Node(level, first >> level))
+        first += 1 << level
+    return nodes
 
 
 def fold(nodes: Mapping[Node, T], num_leaves: int, add: Add[T]) -> T:

@@ -62,7 +62,7 @@ def check_same_config(workers: Workers, config: Mapping[str, Any]) -> None:
 
 def _differences(workers: Workers, mine: Mapping[str, str]) -> dict[str, list[str]]:
     """Name → values by rank, for everything that differs between workers, in the order of `mine`."""
-    of_workers = workers.gather_values(dict(mine))
+    of_workers = workers.gather_if_unlike(dict(mine))
     names = dict.fromkeys(name for of_worker in of_workers for name in of_worker)
     by_name = {name: [of_worker.get(name, "nothing") for of_worker in of_workers] for name in names}
     return {name: values for name, values in by_name.items() if len(set(values)) > 1}

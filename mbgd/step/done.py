@@ -40,6 +40,8 @@ class Done(NamedTuple):
     norms: Norms | None
     seconds_by_rank: Tensor | None = None
     """Each worker's own time per micro-batch before the last logged step, see speeds.py; None if not logged."""
+    num_tokens: Tensor | None = None
+    """Number of tokens whose weight is not 0; None where the objective gives one loss per example."""
 
 
 class Observer(Protocol):

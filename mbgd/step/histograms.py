@@ -74,7 +74,7 @@ class Histograms:
     def with_writer(self, write: Callable[[int, Mapping[str, Any]], None]) -> None:
         self._write = write
 
-    def _before_step(self, step: int, divisor: int) -> None:
+    def _before_step(self, step: int, divisor: Tensor | None) -> None:
         if step + 1 in self._at:
             gradients = [(layer, one.grad) for layer, one in self._held if one.grad is not None]
             self._gradients = _count_by_layer(gradients, divisor)
@@ -133,19 +133,19 @@ def _neighbours(layers: Mapping[str, list[str]], most: int) -> dict[str, list[st
     }
 
 
-def histogram(tensors: Iterable[Tensor], divisor: int = 1) -> Histogram:
+def histogram(tensors: Iterable[Tensor], divisor: Tensor | None = None) -> Histogram:
     """Of all values of the tensors, each divided by the divisor; this waits for the device."""
     return _trimmed(*_count(tensors, divisor))
 
 
-def _count_by_layer(held: Sequence[tuple[str, Tensor]], divisor: int = 1) -> Counts:
+def _count_by_layer(held: Sequence[tuple[str, Tensor]], divisor: Tensor | None = None) -> Counts:
     tensors: dict[str, list[Tensor]] = {}
     for layer, tensor in held:
         tensors.setdefault(layer, []).append(tensor)
     return {layer: _count(of_layer, divisor) for layer, of_layer in tensors.items()}
 
 
-def _count(tensors: Iterable[Tensor], divisor: int) -> tuple[int, list[list[int]]]:
+def _count(tensors: Iterable[Tensor], divisor: Tensor | None) -> tuple[int, list[list[int]]]:
     """(number of values, those ≥ 0 and those < 0 by bin); this waits for the device."""
     total, size = torch.zeros(2, HIGHEST - LOWEST + 1, dtype=torch.int64), 0
     for tensor in tensors:
@@ -154,7 +154,7 @@ def _count(tensors: Iterable[Tensor], divisor: int) -> tuple[int, list[list[int]
         size += values.numel()
         total = total.to(values.device)
         for piece in pieces(values):
-            total += _counts(piece if divisor == 1 else piece / divisor)
+            total += _counts(piece if divisor is None else piece / divisor)
     return size, total.tolist()
 
 

@@ -57,6 +57,8 @@ class NoiseMeter:
     separately, with exponentially falling weights for older steps, and then divided.
     """
 
+    needs_backward = True
+
     def __init__(
         self,
         settings: NoiseScale,
@@ -81,7 +83,8 @@ class NoiseMeter:
         self._sums = torch.zeros(3, dtype=torch.float64, device=device)  # sums of tr Σ, |G|² and the smoothing weights
         self.norms: MicroBatchNorms | None = None
         """Norms of the micro-batches' gradients; None in a step that is not measured."""
-        self._leaves: dict[int, Tensor] = {}
+        self._weights: dict[int, Tensor] = {}
+        """Of this worker's micro-batches, by number."""
         self._total: Tensor | None = None
 
     def measures(self, step: int) -> bool:
@@ -95,18 +98,19 @@ class NoiseMeter:
         return NUM_NOISE_SUMS
 
     def begin(self, step: int) -> bool:
-        self.norms, self._leaves, self._total = None, {}, None
+        self.norms, self._weights, self._total = None, {}, None
         if self.measures(step):
             self.norms = MicroBatchNorms(self._parameters)
         return self.norms is not None
 
     def add(self, terms: PerExample, micro_batch: MicroBatch) -> None:
         if self.norms is not None:
-            squared_norm = self.norms.squared(micro_batch.number) / self._loss_scale().square()
-            self._leaves[micro_batch.number] = noise_sums(squared_norm, weight=terms.total_weight())
+            self._weights[micro_batch.number] = terms.total_weight()
 
     def leaves(self) -> Mapping[int, Tensor]:
-        return self._leaves
+        assert self.norms is not None
+        square = self._loss_scale().square()
+        return {n: noise_sums(self.norms.squared(n) / square, weight) for n, weight in self._weights.items()}
 
     def take(self, total: Tensor, minibatch: Minibatch) -> None:
         self._total = total  # used in after_update, which knows the gradient's norm

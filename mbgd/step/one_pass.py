@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mbgd.averaging import Averager
 from mbgd.averaging.batch_norm import MinibatchNorm, Statistics, alone
 from mbgd.batches.loader import Examples, Shard
+from mbgd.batches.plan import MicroBatch
 from mbgd.batches.randomness import key_generators
 from mbgd.checks.setup import Setup
 from mbgd.measuring.clock import FORWARD
@@ -18,6 +19,9 @@ from mbgd.step.update import Update
 from mbgd.task.objective import PerExample
 from mbgd.task.precision import autocast
 
+AfterForward = Callable[[PerExample, MicroBatch], None]
+"""Called with a micro-batch's terms between its forward and its backward."""
+
 
 class Passes(Protocol):
     """One way from a shard's examples to this worker's part of the gradients."""
@@ -25,8 +29,8 @@ class Passes(Protocol):
     def begin(self, shard: Shard) -> None:
         """Called before the shard's first micro-batch."""
 
-    def forward_backward(self, shard: Shard, examples: Examples) -> PerExample:
-        """Add Σ w_i ∇L_i over this micro-batch to the parameters' gradients; returns its terms."""
+    def forward_backward(self, shard: Shard, examples: Examples, after_forward: AfterForward) -> None:
+        """Add Σ w_i ∇L_i over this micro-batch to the parameters' gradients."""
 
     def end(self) -> None:
         """Called once everything is averaged."""
@@ -62,7 +66,7 @@ class OnePass:
     def begin(self, shard: Shard) -> None:
         pass
 
-    def forward_backward(self, shard: Shard, examples: Examples) -> PerExample:
+    def forward_backward(self, shard: Shard, examples: Examples, after_forward: AfterForward) -> None:
         setup, micro_batch = self._setup, examples.micro_batch
         is_last = examples is shard.micro_batches[-1]
         if examples is not shard.micro_batches[0]:
@@ -75,6 +79,7 @@ class OnePass:
         with self._averaging.micro_batch(micro_batch, is_last=is_last), statistics:
             with part("forward"), self._autocast:
                 terms: PerExample = self._averaging.forward(examples.batch, micro_batch.size)
+            after_forward(terms, micro_batch)
             if is_last:
                 self._lap(FORWARD)
             with part("backward"):
@@ -82,7 +87,6 @@ class OnePass:
                 weights = self._update.backward_weights(terms, is_stand_in=micro_batch.is_stand_in)
                 torch.autograd.backward(terms.losses, weights)
         setup.buffers.end_micro_batch(micro_batch.number, micro_batch.size, is_stand_in=micro_batch.is_stand_in)
-        return terms
 
     def end(self) -> None:
         pass

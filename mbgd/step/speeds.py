@@ -13,6 +13,8 @@ from mbgd.workers.group import Workers
 class Speeds:
     """A sum over micro-batches of vectors with one place per worker, each filled by that worker alone."""
 
+    needs_backward = False
+
     def __init__(self, workers: Workers, logs: Callable[[int], bool], own_seconds: Callable[[], float]) -> None:
         """logs(step): whether a step is logged. own_seconds(): a step's, before the last logged step; 0 if unknown."""
         self._workers, self._logs, self._own_seconds = workers, logs, own_seconds

@@ -1,4 +1,8 @@
-"""Sums over the minibatch beside the gradients: losses and metrics, noise scale, moving buffers; in one exchange."""
+"""Sums over the minibatch beside the gradients: losses and metrics, noise scale, moving buffers; in one exchange.
+
+Where all of a step's sums are known after its last forward, as the weights are, the exchange runs beside the last
+backward.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
@@ -7,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mbgd.averaging import Averager
+from mbgd.batches.loader import Shard
 from mbgd.batches.plan import MicroBatch, Minibatch, Plan
 from mbgd.checks.alarm import Alarm
 from mbgd.checks.preflight import Findings
@@ -18,6 +23,10 @@ class Summed(Protocol):
     """One kind of sum over all micro-batches of a minibatch."""
 
     @property
+    def needs_backward(self) -> bool:
+        """Whether its values are known only after the backward."""
+
+    @property
     def width(self) -> int:
         """Number of values that are added up in this step."""
 
@@ -25,7 +34,7 @@ class Summed(Protocol):
         """Begin step number `step`; returns whether this kind is added up in it."""
 
     def add(self, terms: PerExample, micro_batch: MicroBatch) -> None:
-        """Add a micro-batch of this worker; its gradient has just been computed."""
+        """Add a micro-batch of this worker; its forward has just been computed."""
 
     def leaves(self) -> Mapping[int, Tensor]:
         """Number of each micro-batch of this worker → its values: float64, shape (width,)."""
@@ -39,35 +48,70 @@ class Sums:
 
     def __init__(self, kinds: Sequence[Summed], averaging: Averager, plan: Plan) -> None:
         self._kinds, self._averaging, self._plan = kinds, averaging, plan
-        self._wanted: list[Summed] = []
+        self._early: list[Summed] = []
+        """Added up beside the last backward."""
+        self._late: list[Summed] = []
+        """Added up after it."""
+        self._sum_early: Callable[[], Tensor] | None = None
 
-    def begin(self, step: int) -> None:
-        self._wanted = [kind for kind in self._kinds if kind.begin(step)]
+    def begin(self, shard: Shard) -> None:
+        wanted = [kind for kind in self._kinds if kind.begin(shard.step)]
+        # All in one exchange: where one kind must wait for the backward, the others wait with it.
+        is_late = any(kind.needs_backward for kind in wanted)
+        self._early, self._late = ([], wanted) if is_late else (wanted, [])
+        self._shard, self._sum_early = shard, None
 
     def add(self, terms: PerExample, micro_batch: MicroBatch) -> None:
-        for kind in self._kinds:
-            kind.add(terms, micro_batch)
+        """Add a micro-batch between its forward and its backward; after the last one, start the exchange."""
+        if not micro_batch.is_stand_in:
+            for kind in self._kinds:
+                kind.add(terms, micro_batch)
+        if self._early and micro_batch is self._shard.micro_batches[-1].micro_batch:
+            self._sum_early = self._averaging.start_sum(
+                self._leaves(self._early), num_leaves=self._num_leaves, num_values=_width(self._early)
+            )
 
     def include(self, kind: Summed) -> None:
         """Add this kind up in this step, too, although its `begin` did not ask for it."""
-        if kind not in self._wanted:
-            self._wanted.append(kind)
+        if kind not in self._late:
+            self._late.append(kind)
 
     def exchange(self, minibatch: Minibatch) -> None:
-        """Add up over micro-batches and workers."""
-        if not self._wanted:
-            return
-        widths = [kind.width for kind in self._wanted]
-        of_kinds = [kind.leaves() for kind in self._wanted]
-        leaves = [(number, torch.cat([of_kind[number] for of_kind in of_kinds])) for number in of_kinds[0]]
-        num_leaves = self._plan.num_micro_batches(minibatch.size)
-        total = self._averaging.sum(leaves, num_leaves=num_leaves, num_values=sum(widths))
-        for kind, part in zip(self._wanted, torch.split(total, widths), strict=True):
-            kind.take(part, minibatch)
+        """Finish adding up over micro-batches and workers, once the averaging has finished."""
+        if self._sum_early is not None:
+            _hand_out(self._sum_early(), self._early, minibatch)
+        if self._late:
+            leaves, num_values = self._leaves(self._late), _width(self._late)
+            total = self._averaging.sum(leaves, num_leaves=self._num_leaves, num_values=num_values)
+            _hand_out(total, self._late, minibatch)
+
+    @property
+    def _num_leaves(self) -> int:
+        return self._plan.num_micro_batches(self._shard.minibatch.size)
+
+    def _leaves(self, kinds: Sequence[Summed]) -> list[tuple[int, Tensor]]:
+        of_kinds = [kind.leaves() for kind in kinds]
+        if len(of_kinds) == 1:
+            return list(of_kinds[0].items())
+        return [(number, torch.cat([of_kind[number] for of_kind in of_kinds])) for number in of_kinds[0]]
+
+
+def _width(kinds: Sequence[Summed]) -> int:
+    return sum(kind.width for kind in kinds)
+
+
+def _hand_out(total: Tensor, kinds: Sequence[Summed], minibatch: Minibatch) -> None:
+    if len(kinds) == 1:
+        kinds[0].take(total, minibatch)
+        return
+    for kind, part in zip(kinds, torch.split(total, [kind.width for kind in kinds]), strict=True):
+        kind.take(part, minibatch)
 
 
 class Means:
     """Sums of loss, weight and metrics; the last value is > 0 if any worker has noticed a fault."""
+
+    needs_backward = False
 
     def __init__(
         self, findings: Findings, alarm: Alarm, logs: Callable[[int], bool], measures: Callable[[int], bool]
@@ -89,14 +133,14 @@ class Means:
     def begin(self, step: int) -> bool:
         self.is_logged, self.is_measured = self._logs(step), self._measures(step)
         self._names = self._findings.metric_names if self.is_logged else ()
-        self._is_wanted = self.is_logged or self.is_measured or self._findings.has_weights
+        self._is_wanted = self.is_logged or self.is_measured
         self._step, self._leaves, self.totals = step, {}, None
         return self._is_wanted
 
     def add(self, terms: PerExample, micro_batch: MicroBatch) -> None:
         if self._is_wanted:
             self._leaves[micro_batch.number] = terms.sums(self._names)
-        else:
+        elif not self._findings.has_weights:
             self._alarm.check_losses(self._step, terms.losses)
 
     def leaves(self) -> Mapping[int, Tensor]:
@@ -107,8 +151,40 @@ class Means:
         self.totals = Totals(total[:-1], self._names, total[-1:])
 
 
+class Weights:
+    """Sums of the weights in the steps whose losses are not added up."""
+
+    needs_backward = False
+    width = NUM_SUMS
+
+    def __init__(self, findings: Findings, adds_losses: Callable[[int], bool]) -> None:
+        """adds_losses(step): whether the losses are added up in a step, and the weights with them."""
+        self._findings, self._adds_losses = findings, adds_losses
+        self._is_wanted = False
+        self._leaves: dict[int, Tensor] = {}
+        self.totals: Totals | None = None
+        """Of the last step, without the loss; None if nothing was added up."""
+
+    def begin(self, step: int) -> bool:
+        self._is_wanted = self._findings.has_weights and not self._adds_losses(step)
+        self._leaves, self.totals = {}, None
+        return self._is_wanted
+
+    def add(self, terms: PerExample, micro_batch: MicroBatch) -> None:
+        if self._is_wanted:
+            self._leaves[micro_batch.number] = terms.sums_of_weights()
+
+    def leaves(self) -> Mapping[int, Tensor]:
+        return self._leaves
+
+    def take(self, total: Tensor, minibatch: Minibatch) -> None:
+        self.totals = Totals(total, ())
+
+
 class MovingBuffers:
     """Replaces buffers that forwards change by their means over the minibatch."""
+
+    needs_backward = True  # checkpointed layers run their forward again in it
 
     def __init__(self, buffers: Buffers, alarm: Alarm) -> None:
         self._buffers, self._alarm, self._step = buffers, alarm, 0

@@ -18,7 +18,7 @@ from mbgd.step.noise_scale import NoiseMeter
 from mbgd.step.one_pass import OnePass, Passes
 from mbgd.step.sharding import shard
 from mbgd.step.speeds import Speeds
-from mbgd.step.sums import Means, MovingBuffers, Sums
+from mbgd.step.sums import Means, MovingBuffers, Sums, Weights
 from mbgd.step.two_pass import TwoPass
 from mbgd.step.update import Update
 from mbgd.task.compiling import compile_
@@ -68,9 +68,10 @@ class TrainStep:
             is_defined=pair is None,
         )
         self._means = Means(setup.findings, self.alarm, logs, self.noise_scale.measures)
+        self._weights = Weights(setup.findings, lambda step: logs(step) or self.noise_scale.measures(step))
         self._moving = MovingBuffers(setup.buffers, self.alarm)
         self._speeds = Speeds(workers, logs, lambda: clock.own_seconds)
-        kinds = (self._means, self.noise_scale, self._moving, self._speeds)
+        kinds = (self._means, self._weights, self.noise_scale, self._moving, self._speeds)
         self._sums = Sums(kinds, self.averaging, setup.plan)
         self.recomputing = Recomputing.of(setup, self._passes.gradients_again)
         self.observers: list[Observer] = [self.noise_scale]
@@ -81,13 +82,11 @@ class TrainStep:
 
     def __call__(self, shard: Shard) -> Done:
         """One optimizer step: gradient = Σ w_i ∇L_i / Σ w_i over every example of every worker."""
-        self._begin(shard.step)
+        self._begin(shard)
         try:
             self._passes.begin(shard)
             for examples in shard.micro_batches:
-                terms = self._passes.forward_backward(shard, examples)
-                if not examples.micro_batch.is_stand_in:
-                    self._sums.add(terms, examples.micro_batch)
+                self._passes.forward_backward(shard, examples, after_forward=self._sums.add)
             self._lap("forward_backward")
             self._average(shard)
             self._lap("averaging")
@@ -116,12 +115,12 @@ class TrainStep:
         """Metrics for the log beside those in `Done`; this waits for the device."""
         return {**self.noise_scale.metrics(), **self.update.metrics()}
 
-    def _begin(self, step: int) -> None:
+    def _begin(self, shard: Shard) -> None:
         self._setup.trained.start_step()
         self._setup.buffers.start_step()
-        self._sums.begin(step)
+        self._sums.begin(shard)
         norms = self.noise_scale.norms
-        self.averaging.start(norms if self.recomputing is None else self.recomputing.watch(step, norms))
+        self.averaging.start(norms if self.recomputing is None else self.recomputing.watch(shard.step, norms))
         self.update.hooks.take_off()
 
     def _average(self, shard: Shard) -> None:
@@ -140,7 +139,8 @@ class TrainStep:
 
     def _finish(self, shard: Shard) -> Done:
         """Check the totals, divide once, step the optimizer and tell the observers."""
-        step, totals, is_logged = shard.step, self._means.totals, self._means.is_logged
+        step, is_logged = shard.step, self._means.is_logged
+        totals = self._means.totals or self._weights.totals
         if totals is not None:
             self.alarm.check_totals(shard, totals, waits=is_logged)
         if is_logged:
@@ -154,7 +154,8 @@ class TrainStep:
             norms = self.update(step, weight, want_norm=wants_norm, want_change=is_logged)
         if self.alarm.everywhere.found():
             self.alarm.stop(step, shard)
-        done = Done(step, shard.minibatch, weight, totals, norms, self._speeds.by_rank)
+        num_tokens = totals.count if totals is not None and self._setup.findings.has_tokens else None
+        done = Done(step, shard.minibatch, weight, self._means.totals, norms, self._speeds.by_rank, num_tokens)
         for observer in self.observers:
             observer.after_update(done)
         return done

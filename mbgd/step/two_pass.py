@@ -25,7 +25,7 @@ from mbgd.config import AveragingName
 from mbgd.measuring.clock import FORWARD
 from mbgd.measuring.profiling import part
 from mbgd.step.gathering import Gathering
-from mbgd.step.one_pass import gradients_of
+from mbgd.step.one_pass import AfterForward, gradients_of
 from mbgd.step.update import Update
 from mbgd.task.coupled import Pair, WholeLoss
 from mbgd.task.objective import PerExample
@@ -78,7 +78,7 @@ class TwoPass:
         objective = self._setup.task.objective
         return objective is not None and any(True for _ in objective.buffers())
 
-    def forward_backward(self, shard: Shard, examples: Examples) -> PerExample:
+    def forward_backward(self, shard: Shard, examples: Examples, after_forward: AfterForward) -> None:
         micro_batch, start = examples.micro_batch, examples.micro_batch.start - shard.minibatch.start
         is_last = examples is shard.micro_batches[-1]
         self._start(shard.step, micro_batch)
@@ -91,12 +91,12 @@ class TwoPass:
             elif self._setup.workers.device.type == "cpu" or shard.step % CHECKED_EVERY_STEPS == 0:
                 for once, again in zip(self._whole.rows(start, start + micro_batch.size), roots, strict=False):
                     check_repeated("encodings", once, again.detach())
+            after_forward(self._whole.terms.rows(start, start + micro_batch.size), micro_batch)
             if is_last:
                 self._lap(FORWARD)
             with part("backward"):
                 torch.autograd.backward(*_that_count(roots, self._gradients(self._whole, micro_batch, start)))
         self._setup.buffers.end_micro_batch(micro_batch.number, micro_batch.size, is_stand_in=micro_batch.is_stand_in)
-        return self._whole.terms.rows(start, start + micro_batch.size)
 
     def end(self) -> None:
         """Set the buffers that `losses` has changed: alike on every worker, so there is nothing to average."""

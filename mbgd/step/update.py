@@ -20,9 +20,9 @@ from mbgd.step.sharding import Sharded
 from mbgd.task.objective import PerExample
 from mbgd.task.trained import GradientHooks
 
-BeforeStep = Callable[[int, int], None]
-"""Called with the step's number and a divisor: each `.grad` divided by it is what the optimizer gets; those of the
-parameters, or of this worker's pieces."""
+BeforeStep = Callable[[int, Tensor | None], None]
+"""Called with the step's number and a divisor of shape (): each `.grad`, of the parameters or of this worker's pieces,
+divided by it is what the optimizer gets; None: they are divided already."""
 
 MOST_SKIPPED = 50
 """Steps skipped in a row, in fp16, after which training stops: each has halved the loss scale in vain."""
@@ -68,6 +68,7 @@ class Update:
             and getattr(optimizer, "_step_supports_amp_scaling", False)
             and self._is_fused
         )
+        self._is_float32 = all(parameter.dtype is torch.float32 for parameter in setup.trained.parameters)
         self._ones: dict[int, Tensor] = {}
         self._scales: dict[int, Tensor] = {}
         self._device = device
@@ -187,9 +188,11 @@ class Update:
             self._scaler.unscale_(self._optimizer)
             if self._sharded is not None:
                 self._sharded.found_inf(self._scaler, self._optimizer)
-        in_kernel = self._divides_in_kernel and isinstance(weight, int) and not self.hooks
+        in_kernel = self._divides_in_kernel and not self.hooks
+        if isinstance(weight, Tensor):
+            # Both divide by the weight in float32, to the same bits, but a norm is that of the quotients.
+            in_kernel = in_kernel and self._is_float32 and not want_norm
         if in_kernel:
-            assert isinstance(weight, int)
             norm = self._norm_of_gradients() / weight if want_norm else None
         else:
             norm = self._divide_and_clip(weight, want_norm=want_norm)
@@ -199,9 +202,8 @@ class Update:
                 return norm  # before the optimizer changes anything
         self._set_learning_rate(step)
         for look in self.before_step:
-            look(step, int(weight) if in_kernel else 1)
+            look(step, self._scale(weight) if in_kernel else None)
         if in_kernel:
-            assert isinstance(weight, int)
             self._optimizer.grad_scale = self._scale(weight)  # type: ignore[attr-defined]
             self._optimizer_step()
             self._optimizer.grad_scale = None  # type: ignore[attr-defined]  # the optimizer is the user's
@@ -224,7 +226,9 @@ class Update:
     def _norm_of_gradients(self) -> Tensor:
         return self._norm([p.grad for p in self._held])
 
-    def _scale(self, weight: int) -> Tensor:
+    def _scale(self, weight: int | Tensor) -> Tensor:
+        if isinstance(weight, Tensor):
+            return weight.float()
         if weight not in self._scales:
             # torch.full fills it by a kernel; torch.tensor would copy from the host and wait for the GPU.
             self._scales[weight] = torch.full((), float(weight), dtype=torch.float32, device=self._device)

@@ -6,11 +6,13 @@ The objective calls the model, so the trainer never needs to know what a batch l
 look at each other, the objective is a pair of methods instead: `Coupled`.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol, TypeGuard
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -111,6 +113,19 @@ class PerExample:
         if self.weights is None:
             return self.losses.new_full((), self.losses.numel(), dtype=torch.float64)
         return self.weights.detach().double().sum()
+
+    def sums_of_weights(self) -> Tensor:
+        """`sums` without metrics, at less cost: 0 in the place of a finite Σ w L."""
+        if self.weights is not None and self.losses.device.type == "cpu":
+            # Here reading a value does not wait, and in small steps every call counts.
+            weights = self.weights.detach().double()
+            weight, loss = weights.sum().item(), self.losses.detach().sum().item()
+            if math.isfinite(weight) and math.isfinite(loss):
+                count, negative = torch.count_nonzero(weights).item(), 0
+                if count and weights.min().item() < 0:
+                    negative = int(torch.count_nonzero(weights < 0).item())
+                return torch.from_numpy(np.array([0.0, weight, count, negative]))
+        return self.sums(())
 
     def sums(self, metric_names: Sequence[str]) -> Tensor:
         """Σ w L, Σ w, the number of w ≠ 0, the number of w < 0, and each metric's sum: float64.

@@ -36,8 +36,8 @@ class TrainingLog:
 
     def after_update(self, done: Done) -> None:
         """Count the tokens."""
-        if self._has_tokens and done.totals is not None:
-            self._num_tokens += done.totals.count
+        if done.num_tokens is not None:
+            self._num_tokens += done.num_tokens
 
     def metrics(self, done: Done, more: Mapping[str, float]) -> dict[str, float]:
         """The metrics of a logged step, and `more`; this waits for the device."""

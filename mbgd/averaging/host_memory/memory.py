@@ -50,7 +50,7 @@ class HostMemory:
         self.barrier = Barrier(
             inboxes, process_ids, rank=workers.rank, timeout_seconds=workers.timeout_seconds, num_cores=len(cores)
         )
-        self._boards: dict[tuple[torch.Size, torch.dtype], _Boards] = {}
+        self._boards: dict[tuple[torch.Size, torch.dtype, bool], _Boards] = {}
 
     def allocate(self, num_bytes: int) -> list[Tensor]:
         """`num_bytes` of zeroed shared memory for each worker, by rank: uint8."""
@@ -86,7 +86,16 @@ class HostMemory:
 
     def all_gather(self, values: Tensor) -> list[Tensor]:
         """Every worker's `values` by rank, valid until the second call after this one; for small tensors."""
-        kind = values.shape, values.dtype
+        of_workers = self._write(values, is_read_at_once=True)
+        self.barrier()
+        return of_workers
+
+    def put(self, values: Tensor) -> list[Tensor]:
+        """Every worker's `values` by rank, to be read after the next barrier and before the next call of this."""
+        return self._write(values, is_read_at_once=False)
+
+    def _write(self, values: Tensor, *, is_read_at_once: bool) -> list[Tensor]:
+        kind = values.shape, values.dtype, is_read_at_once
         if kind not in self._boards:
             pieces = [piece.view(values.dtype) for piece in self.allocate(2 * values.nbytes)]
             self._boards[kind] = _Boards([[half.view(values.shape) for half in piece.chunk(2)] for piece in pieces])
@@ -95,7 +104,6 @@ class HostMemory:
         # which is the one written now.
         boards.turn = 1 - boards.turn
         boards.of_workers[self._workers.rank][boards.turn].copy_(values)
-        self.barrier()
         return [of_worker[boards.turn] for of_worker in boards.of_workers]
 
     def _agree(self, result: T | _Failed) -> list[T]:
