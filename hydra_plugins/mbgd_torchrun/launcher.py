@@ -20,6 +20,7 @@ from mbgd.building import configuration
 from mbgd.cli import launching
 from mbgd.cli.launching import num_cores, quoted
 from mbgd.errors import FAILED, UsageError
+from mbgd.files.job_file import JobRecord
 from mbgd.runs import sweeps
 
 SECONDS_TO_SHUT_DOWN = 10
@@ -42,7 +43,7 @@ class JobFailed(CompactHydraException):
 class Job:
     """A job to run."""
 
-    record: sweeps.Record
+    record: JobRecord
     config: DictConfig
     folder: Path
 
@@ -118,7 +119,7 @@ class TorchrunLauncher(Launcher):
         constant = {one.key_or_group for one in given if not one.is_sweep_override()}
         values = dict(one.lstrip("+").split("=", 1) for one in overrides if one[0] != "~")
         swept = {key: value for key, value in values.items() if key not in constant}
-        record = sweeps.Record(number, swept, list(overrides))
+        record = JobRecord(number, swept, list(overrides))
         return Job(record, config, self.folder / str(config.hydra.sweep.subdir))
 
     def _command(self, job: Job, gpus: str | None) -> Command:
@@ -182,7 +183,7 @@ def refuse_folders(overrides: Sequence[str]) -> None:
 def refuse_another_sweeps(job: Job) -> None:
     """Exit if a job's folder holds anything but the same job, which would go on there."""
     try:
-        before = sweeps.Record.read(job.folder)
+        before = JobRecord.read(job.folder)
     except UsageError as error:
         sys.exit(f"error: {error}")
     is_other = before is not None and before.overrides != job.record.overrides

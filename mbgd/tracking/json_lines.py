@@ -1,6 +1,8 @@
 """`metrics.jsonl`: one JSON object for each logged step and each evaluation. Only this module writes and reads it."""
 
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,8 +18,13 @@ from mbgd.tracking.base import Ending, Metrics
 
 MOST_LINE_BYTES = 2**20
 
-Step = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+MOST_STEPS = 2**53
+
+Step = Annotated[int, msgspec.Meta(ge=0, le=MOST_STEPS)]
 Integer = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+Values = dict[str, Integer | float | str | None]
+
+_DECODER = msgspec.json.Decoder(Values)
 
 
 class JsonLines:
@@ -62,28 +69,71 @@ class BadLine:
 
 def parse(content: bytes) -> Line:
     """A line of the file; ValueError says what is wrong with it. null becomes nan."""
-    values = parse_json(content)
-    if not isinstance(values, dict) or "step" not in values:
-        raise ValueError("it is not an object with a step")
-    step: int = convert(values.pop("step"), Step)
-    metrics: dict[str, Any] = convert(values, dict[str, Integer | float | str | None])
-    return Line(step, strict_json.numbers(metrics))
+    values = _parse_quickly(content)
+    if values is None:
+        values = parse_json(content)
+        if not isinstance(values, dict) or "step" not in values:
+            raise ValueError("it is not an object with a step")
+        convert(values["step"], Step)
+        convert(values, Values)
+    step = values.pop("step")
+    return Line(step, strict_json.numbers(values) if None in values.values() else values)
+
+
+def _parse_quickly(content: bytes) -> dict[str, Any] | None:
+    """A line that is right, ten times as fast; None for one that must be judged."""
+    try:
+        values = _DECODER.decode(content)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    if content.count(b":") != len(values):  # more colons: perhaps a key is there twice
+        return None
+    step = values.get("step")
+    return values if isinstance(step, int) and 0 <= step <= MOST_STEPS else None
 
 
 def read_lines(path: Path) -> Iterator[Line | BadLine]:
     """The lines of a run's history in their order; FileNotFoundError, or Unreadable if the file cannot be read."""
-    with open_regular(path) as file:
-        number, begins = 1, True
-        try:
-            while content := file.readline(MOST_LINE_BYTES):
-                ends = content.endswith(b"\n")
-                if begins and (ends or len(content) < MOST_LINE_BYTES):
-                    yield _read(number, content)
-                else:
-                    yield BadLine(number, f"it is longer than {MOST_LINE_BYTES:,} bytes", content)
-                number, begins = number + ends, ends
-        except OSError as error:
-            raise Unreadable(path, error.strerror or plain(error)) from error
+    return MetricsFile(path).lines()
+
+
+class MetricsFile:
+    """Reads a run's history as it grows."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._position, self._number, self._inode = 0, 1, -1
+
+    def was_replaced(self) -> bool:
+        """Whether what has been read is no longer in the file: a resumed run has taken back its last steps.
+
+        Raises as `lines`.
+        """
+        with open_regular(self._path) as file:
+            found = os.fstat(file.fileno())
+            return self._inode not in (-1, found.st_ino) or found.st_size < self._position
+
+    def lines(self, *, whole: bool = False) -> Iterator[Line | BadLine]:
+        """The lines after those already read; FileNotFoundError, or Unreadable if the file cannot be read.
+
+        whole: a last line without its end is still being written, and is left for the next call.
+        """
+        with open_regular(self._path) as file:
+            self._inode, begins = os.fstat(file.fileno()).st_ino, True
+            try:
+                file.seek(self._position)
+                while content := file.readline(MOST_LINE_BYTES):
+                    ends = content.endswith(b"\n")
+                    if whole and not ends and len(content) < MOST_LINE_BYTES:
+                        return
+                    self._position += len(content)
+                    if begins and (ends or len(content) < MOST_LINE_BYTES):
+                        yield _read(self._number, content)
+                    else:
+                        yield BadLine(self._number, f"it is longer than {MOST_LINE_BYTES:,} bytes", content)
+                    self._number, begins = self._number + ends, ends
+            except OSError as error:
+                raise Unreadable(self._path, error.strerror or plain(error)) from error
 
 
 def _read(number: int, content: bytes) -> Line | BadLine:
@@ -97,19 +147,26 @@ def _read(number: int, content: bytes) -> Line | BadLine:
 def read_history(folder: Path) -> tuple[list[Line], list[BadLine]]:
     """(lines of the run's metrics, lines that cannot be read); UsageError if the folder is not a run's."""
     good, bad = [], []
-    try:
+    with of_run(folder):
         for line in read_lines(folder / METRICS):
             if isinstance(line, Line):
                 good.append(line)
             else:
                 bad.append(line)
+    return good, bad
+
+
+@contextmanager
+def of_run(folder: Path) -> Iterator[None]:
+    """Turns the errors of reading a run's history into a UsageError: the folder is not a run's."""
+    try:
+        yield
     except (FileNotFoundError, Unreadable) as error:
         reason = error.reason if isinstance(error, Unreadable) else error.strerror
         raise UsageError(
             f"{plain(folder)} is not the folder of a run: {METRICS} cannot be read ({reason}). A run's folder is what "
             "train.py names at the end."
         ) from error
-    return good, bad
 
 
 def describe_bad(lines: list[BadLine]) -> str:
