@@ -27,11 +27,13 @@ if TYPE_CHECKING:
     )
     from mbgd.data import InMemory
     from mbgd.errors import NotSaved, ObserverFailed, Preempted, UsageError, WorkersLost
+    from mbgd.evaluation.shown_predictions import ShownPredictions
     from mbgd.runs.library import Checkpoints
     from mbgd.step.done import Done, Result
     from mbgd.step.early_stopping import EarlyStopping
     from mbgd.step.ema import EMA
     from mbgd.step.freezing import Freeze
+    from mbgd.step.histograms import Histograms
     from mbgd.task.distillation import Distillation
     from mbgd.task.elementwise import BinaryCrossEntropy, Huber, MeanSquaredError
     from mbgd.task.info_nce import InfoNCE, RandomCrops
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from mbgd.task.objective import Coupled, PerExample
     from mbgd.tracking.base import Tracker, Trackers
     from mbgd.tracking.json_lines import JsonLines
+    from mbgd.tracking.observed_lines import ObservedLines
     from mbgd.trainer import Trainer
     from mbgd.workers.group import Workers, start_workers
     from mbgd.workers.preemption import StopOnSignal
@@ -65,6 +68,7 @@ __all__ = [
     "EarlyStopping",
     "Evaluation",
     "Freeze",
+    "Histograms",
     "Huber",
     "InMemory",
     "InfoNCE",
@@ -72,6 +76,7 @@ __all__ = [
     "MeanSquaredError",
     "NoiseScale",
     "NotSaved",
+    "ObservedLines",
     "ObserverFailed",
     "PerExample",
     "Precision",
@@ -79,6 +84,7 @@ __all__ = [
     "RandomCrops",
     "Result",
     "Settings",
+    "ShownPredictions",
     "StopOnSignal",
     "Tracker",
     "Trackers",
@@ -101,10 +107,12 @@ _HOMES = (
     "config",
     "data",
     "errors",
+    "evaluation.shown_predictions",
     "step.done",
     "step.early_stopping",
     "step.ema",
     "step.freezing",
+    "step.histograms",
     "task.distillation",
     "task.elementwise",
     "task.info_nce",
@@ -112,6 +120,7 @@ _HOMES = (
     "task.objective",
     "tracking.base",
     "tracking.json_lines",
+    "tracking.observed_lines",
     "trainer",
     "workers.group",
     "workers.preemption",

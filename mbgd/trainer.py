@@ -25,6 +25,7 @@ from mbgd.step.observers import Observers
 from mbgd.step.train_step import TrainStep
 from mbgd.task.objective import Objective
 from mbgd.tracking import NoTracker, Tracker
+from mbgd.tracking.base import writer
 from mbgd.tracking.training_log import TrainingLog
 from mbgd.workers.agreement import Agreement
 from mbgd.workers.group import Workers
@@ -80,7 +81,7 @@ class Trainer:
         tracker, checkpoints, stop = tracker or NoTracker(), checkpoints or NoCheckpoints(), stop or NoStop()
         state, setup, first_step = self.state, self.setup, self.state.step
         setup.tell(*setup.warnings)
-        self.observers.at_start(first_step)
+        self.observers.at_start(first_step, writer(tracker))
         self.log.clock.restart()
         if first_step == 0 and setup.settings.evaluation.at_start:
             with self.log.clock.paused():

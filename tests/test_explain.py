@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from mbgd.building.build import typed
 from mbgd.building.composing import compose
 from mbgd.data import digits
+from mbgd.data.pictures import Picture, pictures
 from mbgd.errors import UsageError
 from mbgd.explain import example, page, wording
 from mbgd.explain.computing import Explained
 from mbgd.explain.explanation import Explanation
-from mbgd.explain.pictures import Picture, pictures
 
 ROOT = Path(__file__).parent.parent
 MEAN = [1.35, 0.15, 0.0, -0.2, -0.8]

@@ -5,9 +5,11 @@ from typing import Any
 from mbgd.building.make import make
 from mbgd.config import Config
 from mbgd.errors import UsageError
+from mbgd.evaluation.shown_predictions import ShownPredictions
 from mbgd.step.early_stopping import EarlyStopping
 from mbgd.step.ema import EMA
 from mbgd.step.freezing import Freeze
+from mbgd.step.histograms import Histograms
 
 
 def make_observers(config: Config) -> dict[str, Any]:
@@ -19,6 +21,10 @@ def make_observers(config: Config) -> dict[str, Any]:
         raise UsageError(f"unfreeze.at={config.unfreeze.at}, but nothing is frozen. Name parameters in freeze.")
     if config.ema.decay is not None:
         shipped[EMA.name] = EMA(**vars(config.ema))
+    if config.histograms.steps is not None:
+        shipped[Histograms.name] = Histograms(config.histograms.steps, config.histograms.layers)
+    if config.predictions.examples is not None:
+        shipped[ShownPredictions.name] = ShownPredictions(config.predictions.examples)
     if config.early_stopping.patience is not None:
         values = {**vars(config.early_stopping), "direction": config.early_stopping.direction.value}
         shipped[EarlyStopping.name] = EarlyStopping(**values)

@@ -26,7 +26,7 @@ from mbgd.errors import UsageError
 from mbgd.files import folder_lock, strict_json
 from mbgd.files import reading as files
 from mbgd.files.reading import Unreadable, check_regular
-from mbgd.files.run_files import METRICS
+from mbgd.files.run_files import METRICS, OBSERVED
 from mbgd.files.run_files import seal as _seal
 from mbgd.text.escaping import plain
 
@@ -47,17 +47,18 @@ def step_of(path: Path) -> int:
 def write(folder: Path, snapshot: Snapshot, identity: Mapping[str, Any], *, durable: bool = True) -> Path:
     """Write a complete checkpoint under `folder`; durable: it survives a power failure from then on.
 
-    The run's metrics file is flushed first, so that a checkpoint implies the lines logged before it. If there is a
-    checkpoint of the same step that verifies, it is kept: the run went on from it. OSError where the run's folder is
-    gone.
+    The run's metrics and what observers have written are flushed first, so that a checkpoint implies the lines before
+    it. If there is a checkpoint of the same step that verifies, it is kept: the run went on from it. OSError where the
+    run's folder is gone.
     """
     flush = files.flush if durable else _do_not_flush
     folder_lock.check(folder.parent)
     if not folder.exists():
         folder.mkdir()  # not its parents: a run's folder that was deleted is not made again
         flush(folder.parent)
-    if durable and (folder.parent / METRICS).exists():
-        flush(folder.parent / METRICS)
+    for lines in (folder.parent / METRICS, *(folder.parent / OBSERVED).glob("*.jsonl")):
+        if durable and lines.is_file():
+            flush(lines)
     final = folder / name_of(snapshot.step)
     if final.exists():
         if verify(final) is None:

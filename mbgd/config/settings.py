@@ -247,6 +247,24 @@ class EarlyStoppingSettings(Typed):
 
 
 @dataclass(frozen=True)
+class HistogramSettings(Typed):
+    """Histograms of gradients and parameters by layer; see `mbgd.Histograms`."""
+
+    steps: int | None = None
+    """At how many steps, evenly spread from the first to the last; None: none."""
+    layers: int = 16
+    """Most layers; where there are more, neighbours are put together."""
+
+
+@dataclass(frozen=True)
+class PredictionSettings(Typed):
+    """Predictions of a few evaluation examples; see `mbgd.ShownPredictions`."""
+
+    examples: int | None = None
+    """The first examples of the evaluation set to keep; None: none."""
+
+
+@dataclass(frozen=True)
 class Unfreeze(Typed):
     at: Duration | None = None
     """Optimizer steps after which the parameters of `freeze` are trained; None: never."""
@@ -313,6 +331,8 @@ class Config(Settings):
     freeze: list[str] = field(default_factory=list, metadata=MUST_MATCH)
     """Patterns of the names of parameters that are not trained."""
     unfreeze: Unfreeze = field(default_factory=Unfreeze, metadata=MUST_MATCH)
+    histograms: HistogramSettings = field(default_factory=HistogramSettings)
+    predictions: PredictionSettings = field(default_factory=PredictionSettings)
     observers: dict[str, Any] = field(default_factory=dict, metadata=MUST_MATCH)
     """Observers by name, called after each step and evaluation."""
     profile: str | None = None

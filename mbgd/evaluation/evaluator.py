@@ -37,7 +37,7 @@ class Evaluator:
     def __init__(self, setup: Setup, name: str, dataset: Any) -> None:
         """Tries the first and the last examples; UsageError if something is wrong with them."""
         settings, workers = setup.settings, setup.workers
-        self._name, self._dataset = name, dataset
+        self.name, self.dataset = name, dataset
         self._task, self._buffers = setup.task, setup.buffers
         self._workers, self._precision = workers, settings.precision
         self._how: dict[str, Any] = {
@@ -75,8 +75,8 @@ class Evaluator:
         first, last = np.arange(num_examples)[:NUM_EXAMPLES], np.arange(num_examples)[-NUM_EXAMPLES:]
         with random_state_kept(self._workers.device), self.evaluating():
             for position, indices in (("first", first), ("last", last)):
-                with _told_of(position, self._name):
-                    (batch,) = read(self._dataset, [indices], num_workers=0, **self._how)
+                with _told_of(position, self.name):
+                    (batch,) = read(self.dataset, [indices], num_workers=0, **self._how)
                     terms = self._task(batch, len(indices))
                     names = self._names(terms, names if position == "last" else None)
                     terms.sums(names)
@@ -116,13 +116,12 @@ class Evaluator:
             self._names(terms, self.metric_names)
             yield micro_batch, terms
 
-    def first(self) -> PerExample:
-        """The terms of the first examples, the same on every worker."""
+    def first(self, number: int = NUM_EXAMPLES) -> tuple[Any, PerExample]:
+        """The first examples and their terms, the same on every worker, without a collective."""
         with random_state_kept(self._workers.device), self.evaluating():
-            indices = np.arange(self.num_examples)[:NUM_EXAMPLES]
-            (batch,) = read(self._dataset, [indices], num_workers=0, **self._how)
-            terms: PerExample = self._task(batch, len(indices))
-            return terms
+            indices = np.arange(self.num_examples)[:number]
+            (batch,) = read(self.dataset, [indices], num_workers=0, **self._how)
+            return batch, self._task(batch, len(indices))
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -173,6 +172,10 @@ class Evaluations:
     def are_due(self, num_steps: int) -> bool:
         """Whether there is an evaluation after `num_steps` steps."""
         return bool(self) and (num_steps % self._every_steps == 0 or num_steps == self._last_step)
+
+    def number(self, num_steps: int) -> int:
+        """The number of evaluations in the first `num_steps` steps."""
+        return num_steps // self._every_steps
 
     def __bool__(self) -> bool:
         return bool(self.by_name)

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mbgd import report
+from mbgd.data.pictures import Picture
 from mbgd.explain.chart import draw
 from mbgd.explain.explanation import Explanation
-from mbgd.explain.pictures import Picture
 from mbgd.explain.wording import number
 from mbgd.files.atomic import write_atomically
 from mbgd.report.axes import CHART_STYLE

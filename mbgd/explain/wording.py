@@ -3,8 +3,8 @@
 import textwrap
 from collections.abc import Iterator, Sequence
 
+from mbgd.data.pictures import Picture
 from mbgd.explain.explanation import Explanation, Share
-from mbgd.explain.pictures import Picture
 from mbgd.text.escaping import plain
 from mbgd.text.numbers import short
 

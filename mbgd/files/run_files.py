@@ -15,6 +15,8 @@ from mbgd.files.reading import Unreadable, read_json, read_yaml
 
 CONFIG, SUMMARY, RUN, MODEL = "config.yaml", "summary.json", "run.json", "model.safetensors"
 METRICS = "metrics.jsonl"
+OBSERVED = "observed"
+"""The folder of what observers write, NAME.jsonl for each."""
 OBJECTIVE = "objective.safetensors"
 """Parameters and buffers of the objective, if it has any."""
 

@@ -7,7 +7,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,14 @@ from mbgd.files import folder_lock, run_files, strict_json
 from mbgd.files import reading as files
 from mbgd.files.atomic import write_atomically
 from mbgd.files.folder_lock import FolderLock
+from mbgd.files.lines import BadLine, lines_of
+from mbgd.files.observed import step_of
 from mbgd.files.reading import UNREADABLE, Unreadable
-from mbgd.files.run_files import CONFIG, METRICS, MODEL, OBJECTIVE, SUMMARY, of_other_weights
+from mbgd.files.run_files import CONFIG, METRICS, MODEL, OBJECTIVE, OBSERVED, SUMMARY, of_other_weights
 from mbgd.runs.conditions import conditions
 from mbgd.step.done import Result
 from mbgd.text.escaping import plain
-from mbgd.tracking.json_lines import BadLine, describe_bad, read_lines
+from mbgd.tracking.json_lines import describe_bad, parse
 from mbgd.trainer import Trainer
 from mbgd.workers.group import Workers
 
@@ -99,29 +101,35 @@ class RunFolder:
             print(f"warning: {path} cannot be read ({reason}); it is now {_aside(path).name}", flush=True)
 
     def reopen(self, step: int) -> None:
-        """Prepare to go on after `step` steps: delete later lines of the metrics, and the summary.
-
-        Lines that cannot be read are kept, with their numbers, in a file next to the metrics.
-        """
+        """Prepare to go on after `step` steps: delete the lines of later steps, and the summary."""
         if self.summary_path.is_dir():
             _aside(self.summary_path)
         self.summary_path.unlink(missing_ok=True)
+        self._cut(self.metrics_path, step, lambda content: parse(content).step)
+        for path in sorted((self.path / OBSERVED).glob("*.jsonl")):
+            self._cut(path, step, step_of)
+
+    def _cut(self, path: Path, step: int, step_of_line: Callable[[bytes], int]) -> None:
+        """Delete the file's lines of later steps.
+
+        Lines that cannot be read are kept, with their numbers, in a file next to it.
+        """
         kept, bad = [], []
         try:
-            for line in read_lines(self.metrics_path):
+            for line in lines_of(path, step_of_line):
                 if isinstance(line, BadLine):
                     bad.append(line)
-                elif line.step <= step:
+                elif line.value <= step:
                     kept.append(line)
         except Unreadable as error:
-            self.keep_aside(self.metrics_path, error.reason)
+            self.keep_aside(path, error.reason)
         except FileNotFoundError:
             pass
         if bad:
-            aside = files.free_name(self.path / (METRICS + UNREADABLE))
+            aside = files.free_name(path.with_name(path.name + UNREADABLE))
             write_atomically(aside, _as_json(bad))
-            print(f"warning: {self.metrics_path}: {describe_bad(bad)}; kept in {aside.name}", flush=True)
-        write_atomically(self.metrics_path, b"".join(line.content for line in kept))
+            print(f"warning: {path}: {describe_bad(bad)}; kept in {aside.name}", flush=True)
+        write_atomically(path, b"".join(line.content for line in kept))
 
     def write_config(self, yaml: str) -> None:
         self._write({CONFIG: yaml.encode()})

@@ -13,6 +13,7 @@ from mbgd.tracking import console, wandb_sink
 from mbgd.tracking.base import Tracker, Trackers
 from mbgd.tracking.follower import Follower
 from mbgd.tracking.json_lines import JsonLines
+from mbgd.tracking.observed_lines import ObservedLines
 from mbgd.trainer import Trainer
 
 TENSORBOARD_SECONDS = 10.0
@@ -35,6 +36,7 @@ def open_trackers(trackers: Trackers, config: Config, folder: RunFolder, trainer
     """
     tracking, path = config.tracking, folder.path
     trackers.open("metrics.jsonl", lambda: JsonLines(folder.metrics_path))
+    trackers.open("observed", lambda: ObservedLines(path))
     trackers.open("run.json", lambda: Record(path, trainer, report=tracking.report))
     if not tracking.quiet:
         trackers.open("the terminal's progress", lambda: _terminal(trainer, path))

@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,12 @@ from mbgd.files.state_tree import Flattening, unflatten
 from mbgd.step.done import Done
 from mbgd.workers.group import Workers
 
-METHODS = ("before_training", "at_start", "after_update", "after_evaluation", "other_weights", "at_end")
+METHODS = (
+    *("before_training", "with_writer", "at_start", "after_update", "after_evaluation"),
+    *("other_weights", "at_end"),
+)
+Write = Callable[[str, int, Mapping[str, Any]], None]
+"""Gets an observer's name, the number of steps completed, and values that JSON can hold."""
 STATE = ("state_dict", "load_state_dict")
 FILE = "observers"
 
@@ -25,6 +31,8 @@ class Observers:
 
     An observer is an object with any of these methods:
     - `before_training(trainer)`: once the trainer is made, before its state is restored;
+    - `with_writer(write)`: before the first step that this process makes. From then on `write(step, values)` appends
+      {"step": step, **values} to observed/NAME.jsonl in the run's folder; only the main worker's lines are written;
     - `at_start(step)`: before the first step that this process makes, after `step` steps;
     - `after_update(done)`: after each step, with a `Done`;
     - `after_evaluation(step, metrics)`: returns True to stop training;
@@ -61,7 +69,10 @@ class Observers:
             except UsageError as error:
                 raise UsageError(f"observers.{name}: {error}") from error
 
-    def at_start(self, step: int) -> None:
+    def at_start(self, step: int, write: Write) -> None:
+        for name, method in self._methods("with_writer"):
+            with _failing(name, "with_writer"):
+                method(partial(write, name))
         for name, method in self._methods("at_start"):
             with _failing(name, "at_start"):
                 method(step)

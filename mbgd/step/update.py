@@ -18,6 +18,9 @@ from mbgd.step.optimizer_state import OptimizerState
 from mbgd.task.objective import PerExample
 from mbgd.task.trained import GradientHooks
 
+BeforeStep = Callable[[int, int], None]
+"""Called with the step's number and a divisor: each parameter's `.grad` divided by it is what the optimizer gets."""
+
 MOST_SKIPPED = 50
 """Steps skipped in a row, in fp16, after which training stops: each has halved the loss scale in vain."""
 
@@ -35,6 +38,8 @@ class Update:
         self._watch, self._trained, self._optimizer = watch, setup.trained, optimizer
         self._optimizer_step = _step_of(optimizer)
         self.hooks = GradientHooks(setup.trained)
+        self.before_step: list[BeforeStep] = []
+        """Called in each step just before the optimizer's, with the gradients averaged, unscaled and clipped."""
         self._clip_norm, self._clip_value = settings.max_grad_norm, settings.max_grad_value
         self._clips = self._clip_norm is not None or self._clip_value is not None
         self._schedule = settings.schedule
@@ -166,6 +171,8 @@ class Update:
             if self._watch.found():
                 return norm  # before the optimizer changes anything
         self._set_learning_rate(step)
+        for look in self.before_step:
+            look(step, int(weight) if in_kernel else 1)
         if in_kernel:
             assert isinstance(weight, int)
             self._optimizer.grad_scale = self._scale(weight)  # type: ignore[attr-defined]

@@ -4,12 +4,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import Any, Protocol
 
 from mbgd.errors import Preempted, optional, warn
 
 Metrics = Mapping[str, float | str]
 """Values by names such as train/loss; texts are fingerprints."""
+
+
+Observed = Callable[[str, int, Mapping[str, Any]], None]
+"""Gets an observer's name, the number of steps completed, and values that JSON can hold."""
 
 
 class Outcome(Enum):
@@ -28,7 +32,10 @@ class Ending:
 
 
 class Tracker(Protocol):
-    """Gets a run's progress and metrics; calls must return at once, because training waits for them."""
+    """Gets a run's progress and metrics; calls must return at once, because training waits for them.
+
+    One that also has `observed(name, step, values)` gets what the observer `name` writes after `step` steps.
+    """
 
     def progress(self, step: int) -> None:
         """Called after every step; step: number of optimizer steps completed."""
@@ -53,6 +60,15 @@ class NoTracker:
         pass
 
 
+def writer(tracker: Tracker) -> Observed:
+    """The tracker's method `observed`; one that does nothing if it has none."""
+    return getattr(tracker, "observed", _ignore)
+
+
+def _ignore(name: str, step: int, values: Mapping[str, Any]) -> None:
+    pass
+
+
 class Trackers:
     """Calls several trackers. One that fails, even while it opens, is left out with a warning, and training goes on."""
 
@@ -69,6 +85,9 @@ class Trackers:
 
     def log(self, step: int, metrics: Metrics) -> None:
         self._tell(lambda tracker: tracker.log(step, metrics))
+
+    def observed(self, name: str, step: int, values: Mapping[str, Any]) -> None:
+        self._tell(lambda tracker: writer(tracker)(name, step, values))
 
     def close(self, ending: Ending) -> None:
         for name, tracker in self._trackers:

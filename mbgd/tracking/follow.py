@@ -5,22 +5,28 @@ standard input closes without a message, the training process is dead. The train
 """
 
 import json
+import math
 import os
 import select
 import sys
 import traceback
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Protocol, TypeVar
 
 from mbgd.files.file_lock import locked
+from mbgd.files.lines import MOST_LINE_BYTES
+from mbgd.files.observed import HISTOGRAMS, HistogramLine, parsed
 from mbgd.files.reading import open_regular
-from mbgd.files.run_files import METRICS
+from mbgd.files.run_files import METRICS, OBSERVED
 from mbgd.text.escaping import plain
 from mbgd.tracking.base import Ending, Metrics, Outcome
-from mbgd.tracking.json_lines import MOST_LINE_BYTES, Line, parse
+from mbgd.tracking.json_lines import parse
+
+T = TypeVar("T")
 
 SINKS = {"wandb": "mbgd.tracking.wandb_sink", "tensorboard": "mbgd.tracking.tensorboard_sink"}
 """Modules with a function `open_sink(folder, start)`."""
@@ -33,6 +39,9 @@ class Sink(Protocol):
     """Gets a run's whole history, line by line."""
 
     def log(self, step: int, metrics: Metrics) -> None: ...
+
+    def histograms(self, line: HistogramLine) -> None:
+        """Called before the metrics of the same step, and of later ones."""
 
     def flush(self) -> None:
         """Called when there are no more lines for now."""
@@ -50,14 +59,40 @@ def main(name: str, folder: Path, start: int) -> None:
 
 def _follow(name: str, folder: Path, start: int) -> None:
     sink: Sink = import_module(SINKS[name]).open_sink(folder, start)
+    histograms = _Histograms(folder)
     with open_regular(folder / METRICS) as file:
         ending = None
         while ending is None:
             ending = _ending(SECONDS_BETWEEN_LOOKS)
-            for line in _whole_lines(file):
+            for line in _whole_lines(file, parse):
+                for earlier in histograms.up_to(line.step):
+                    sink.histograms(earlier)
                 sink.log(line.step, line.metrics)
             sink.flush()
+    for left in histograms.up_to(math.inf):
+        sink.histograms(left)
     sink.close(ending)
+
+
+class _Histograms:
+    """The lines of histograms.jsonl, each given out once its step is reached: W&B takes no step after a later one.
+
+    The training process writes them before the metrics of the same step.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / OBSERVED / f"{HISTOGRAMS}.jsonl"
+        self._file: BinaryIO | None = None
+        self._waiting: deque[HistogramLine] = deque()
+
+    def up_to(self, step: float) -> Iterator[HistogramLine]:
+        """Those of steps up to this one that have not been given out yet."""
+        if self._file is None and self._path.exists():
+            self._file = open_regular(self._path)
+        if self._file is not None:
+            self._waiting += _whole_lines(self._file, lambda content: parsed(content, HistogramLine))
+        while self._waiting and self._waiting[0].step <= step:
+            yield self._waiting.popleft()
 
 
 def say(message: str) -> None:
@@ -78,7 +113,7 @@ def _ending(seconds: float) -> Ending | None:
     return Ending(Outcome(told["outcome"]), told["message"])
 
 
-def _whole_lines(file: BinaryIO) -> Iterator[Line]:
+def _whole_lines(file: BinaryIO, parse: Callable[[bytes], T]) -> Iterator[T]:
     """The lines written since the last call; one that cannot be read is reported and left out."""
     while True:
         position = file.tell()
@@ -89,7 +124,7 @@ def _whole_lines(file: BinaryIO) -> Iterator[Line]:
         try:
             yield parse(content)
         except ValueError as error:
-            say(f"a line of {METRICS} cannot be read ({plain(error)}) and is left out")
+            say(f"a line of {Path(file.name).name} cannot be read ({plain(error)}) and is left out")
 
 
 if __name__ == "__main__":

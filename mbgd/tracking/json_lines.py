@@ -1,6 +1,5 @@
 """`metrics.jsonl`: one JSON object for each logged step and each evaluation. Only this module writes and reads it."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,12 +10,11 @@ import msgspec
 
 from mbgd.errors import UsageError
 from mbgd.files import strict_json
+from mbgd.files.lines import BadLine, lines_of
 from mbgd.files.reading import Unreadable, convert, open_regular, parse_json
 from mbgd.files.run_files import METRICS
 from mbgd.text.escaping import plain
 from mbgd.tracking.base import Ending, Metrics
-
-MOST_LINE_BYTES = 2**20
 
 MOST_STEPS = 2**53
 
@@ -58,15 +56,6 @@ class Line:
     """The bytes in the file, with the newline."""
 
 
-@dataclass(frozen=True)
-class BadLine:
-    """A line that cannot be read, or a part of one longer than `MOST_LINE_BYTES`."""
-
-    number: int
-    reason: str
-    content: bytes = field(repr=False)
-
-
 def parse(content: bytes) -> Line:
     """A line of the file; ValueError says what is wrong with it. null becomes nan."""
     values = _parse_quickly(content)
@@ -94,54 +83,11 @@ def _parse_quickly(content: bytes) -> dict[str, Any] | None:
 
 def read_lines(path: Path) -> Iterator[Line | BadLine]:
     """The lines of a run's history in their order; FileNotFoundError, or Unreadable if the file cannot be read."""
-    return MetricsFile(path).lines()
-
-
-class MetricsFile:
-    """Reads a run's history as it grows."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._position, self._number, self._inode = 0, 1, -1
-
-    def was_replaced(self) -> bool:
-        """Whether what has been read is no longer in the file: a resumed run has taken back its last steps.
-
-        Raises as `lines`.
-        """
-        with open_regular(self._path) as file:
-            found = os.fstat(file.fileno())
-            return self._inode not in (-1, found.st_ino) or found.st_size < self._position
-
-    def lines(self, *, whole: bool = False) -> Iterator[Line | BadLine]:
-        """The lines after those already read; FileNotFoundError, or Unreadable if the file cannot be read.
-
-        whole: a last line without its end is still being written, and is left for the next call.
-        """
-        with open_regular(self._path) as file:
-            self._inode, begins = os.fstat(file.fileno()).st_ino, True
-            try:
-                file.seek(self._position)
-                while content := file.readline(MOST_LINE_BYTES):
-                    ends = content.endswith(b"\n")
-                    if whole and not ends and len(content) < MOST_LINE_BYTES:
-                        return
-                    self._position += len(content)
-                    if begins and (ends or len(content) < MOST_LINE_BYTES):
-                        yield _read(self._number, content)
-                    else:
-                        yield BadLine(self._number, f"it is longer than {MOST_LINE_BYTES:,} bytes", content)
-                    self._number, begins = self._number + ends, ends
-            except OSError as error:
-                raise Unreadable(self._path, error.strerror or plain(error)) from error
-
-
-def _read(number: int, content: bytes) -> Line | BadLine:
-    try:
-        line = parse(content)
-    except ValueError as error:
-        return BadLine(number, plain(error), content)
-    return Line(line.step, line.metrics, number, content if content.endswith(b"\n") else content + b"\n")
+    for line in lines_of(path, parse):
+        if isinstance(line, BadLine):
+            yield line
+        else:
+            yield Line(line.value.step, line.value.metrics, line.number, line.content)
 
 
 def read_history(folder: Path) -> tuple[list[Line], list[BadLine]]:

@@ -7,9 +7,10 @@ import time
 from pathlib import Path
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+from mbgd.files.observed import Histogram, HistogramLine, by_name
 from mbgd.tracking.base import Ending, Metrics
 
 
@@ -29,11 +30,23 @@ class TensorboardSink:
         ]
         self._writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
 
+    def histograms(self, line: HistogramLine) -> None:
+        values = [Summary.Value(tag=tag, histo=_as_proto(one)) for tag, one in by_name(line)]
+        self._writer.add_event(Event(wall_time=time.time(), step=line.step, summary=Summary(value=values)))
+
     def flush(self) -> None:
         self._writer.flush()
 
     def close(self, ending: Ending) -> None:
         self._writer.close()
+
+
+def _as_proto(histogram: Histogram) -> HistogramProto:
+    """Without the sums of values, which are not known."""
+    counts, edges = histogram.counts_and_edges()
+    return HistogramProto(
+        min=edges[0], max=edges[-1], num=histogram.size, bucket_limit=edges[1:], bucket=list(map(float, counts))
+    )
 
 
 def _wait_for_a_later_name(folder: Path) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import yaml
 
 from mbgd.files.atomic import write_atomically
+from mbgd.files.observed import HistogramLine, by_name
 from mbgd.tracking.base import Ending, Metrics, Outcome
 from mbgd.tracking.follow import say
 
@@ -49,7 +50,22 @@ class WandbSink:
         if step <= self._sent_step:
             return
         numbers = {name: value for name, value in metrics.items() if not isinstance(value, str)}
-        self._run.log({STEP: step, **numbers}, step=step)
+        self._send(step, numbers)
+
+    def histograms(self, line: HistogramLine) -> None:
+        if line.step <= self._sent_step:
+            return
+        import numpy as np
+        import wandb
+
+        named = {}
+        for name, histogram in by_name(line):
+            counts, edges = map(np.array, histogram.counts_and_edges())
+            named[name] = wandb.Histogram(np_histogram=(counts, edges))
+        self._send(line.step, named)
+
+    def _send(self, step: int, values: Mapping[str, Any]) -> None:
+        self._run.log({STEP: step, **values}, step=step)
         if step > self._newest_step:
             self._sent_step, self._newest_step = self._newest_step, step  # a step may have several lines
 

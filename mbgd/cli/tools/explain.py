@@ -26,10 +26,10 @@ def main(parsed: argparse.Namespace) -> int:
     """Print the explanation and write the page."""
     from mbgd.building.build import typed
     from mbgd.building.composing import compose
+    from mbgd.data.pictures import pictures
     from mbgd.explain.computing import Explained
     from mbgd.explain.example import OVERRIDES
     from mbgd.explain.page import write_page
-    from mbgd.explain.pictures import pictures
     from mbgd.explain.wording import describe
 
     if not parsed.seconds > 0:

@@ -56,7 +56,7 @@ def main(parsed: argparse.Namespace) -> int:
     with reopened(parsed) as run:
         workers = run.trainer.setup.workers
         evaluator = _chosen(run, parsed.name)
-        arrays.check_shapes(parsed.out, parts_of(evaluator.first()))
+        arrays.check_shapes(parsed.out, parts_of(evaluator.first()[1]))
         found = predict(evaluator, workers)
         if workers.is_main:
             write(parsed.out, lambda path: arrays.write(path, found))

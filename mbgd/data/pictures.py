@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BYTES_AND_END = 257
-"""Vocabulary of `mbgd.data.text`: a token is a byte, or the end of a document."""
+from mbgd.data.text import VOCABULARY
 
 MOST_CHARACTERS = 120
 MOST_PIXELS = 96
@@ -28,7 +27,7 @@ class Picture:
     text: str = ""
 
 
-def pictures(batch: Any, dataset: Any, size: int) -> list[Picture]:
+def pictures(batch: Any, dataset: Any, size: int, most_pixels: int = MOST_PIXELS) -> list[Picture]:
     """One for each example of the batch; empty ones where they are neither images nor text."""
     inputs, targets = (batch[0], batch[1]) if isinstance(batch, tuple | list) and len(batch) > 1 else (None, None)
     labels = [""] * size
@@ -37,9 +36,9 @@ def pictures(batch: Any, dataset: Any, size: int) -> list[Picture]:
     if not isinstance(inputs, Tensor):
         return [Picture(label) for label in labels]
     if inputs.is_floating_point() and _is_images(inputs.shape):
-        return [Picture(label, png=_png(image)) for label, image in zip(labels, inputs, strict=True)]
+        return [Picture(label, png=_png(image, most_pixels)) for label, image in zip(labels, inputs, strict=True)]
     if not inputs.is_floating_point() and inputs.dim() == 2:
-        is_bytes = getattr(dataset, "vocabulary", None) == BYTES_AND_END
+        is_bytes = getattr(dataset, "vocabulary", None) == VOCABULARY
         return [Picture(label, text=_text(row, is_bytes)) for label, row in zip(labels, inputs.tolist(), strict=True)]
     return [Picture(label) for label in labels]
 
@@ -50,7 +49,7 @@ def _is_images(shape: Sequence[int]) -> bool:
     return len(shape) == 3 and min(shape[1:]) > 1
 
 
-def _png(image: Tensor) -> str:
+def _png(image: Tensor, most_pixels: int) -> str:
     from PIL import Image
 
     low, high = image.min(), image.max()
@@ -58,7 +57,7 @@ def _png(image: Tensor) -> str:
     values = values.permute(1, 2, 0) if values.dim() == 3 else values
     pixels = values.squeeze(-1).cpu().numpy() if values.shape[-1] == 1 else values.cpu().numpy()
     picture = Image.fromarray(pixels)
-    picture.thumbnail((MOST_PIXELS, MOST_PIXELS))
+    picture.thumbnail((most_pixels, most_pixels))
     file = io.BytesIO()
     picture.save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
