@@ -1,0 +1,41 @@
+// Limits of a y axis that a few values far away do not spoil.
+
+const LOG_FROM = 30;      // ratio of the greatest to the least value from which an axis is logarithmic
+const FAR = 3;            // times the distance between the quartiles
+const LEAST_JUDGED = 4;   // fewer values have no outliers
+
+// Values within FAR times the distance between the quartiles beyond them; all where there are few.
+function withoutOutliers(values) {
+  if (values.length < LEAST_JUDGED) return values;
+  const sorted = Float64Array.from(values).sort();
+  const at = (share) => sorted[Math.round(share * (sorted.length - 1))];
+  const [low, high] = [at(0.25), at(0.75)];
+  const room = FAR * (high - low);
+  if (room === 0) return values;
+  return values.filter((value) => value >= low - room && value <= high + room);
+}
+
+// The limits around curves, each an array of values: { low, high, isLog, numOutside }.
+function limitsOf(curves, { mayBeLog, log, allValues }) {
+  const all = curves.flat();
+  const [least, greatest] = extremes(all);
+  const isLog = least > 0 && (log ?? (mayBeLog && greatest / least >= LOG_FROM));
+  const scale = isLog ? Math.log10 : (value) => value, back = isLog ? (value) => 10 ** value : (value) => value;
+  const kept = allValues ? all.map(scale) : curves.flatMap((values) => withoutOutliers(values.map(scale)));
+  const [low, high] = extremes(kept);
+  const space = 0.06 * (high - low) || (isLog ? 0.1 : Math.abs(high) * 0.1) || 1;
+  const bottom = !isLog && low >= 0 && low - space < 0 ? 0 : low - space;
+  return {
+    low: back(bottom), high: back(high + space), isLog,
+    numOutside: all.filter((value) => scale(value) < bottom || scale(value) > high + space).length,
+  };
+}
+
+function extremes(values) {
+  let low = Infinity, high = -Infinity;
+  for (const value of values) {
+    if (value < low) low = value;
+    if (value > high) high = value;
+  }
+  return [low, high];
+}

@@ -1,0 +1,14 @@
+// Further panels below the charts. A panel: { name, title, draw(runs) }. `runs` are the runs shown that have data under
+// run.extras[name]; draw returns an element, or null. The data come from mbgd/report/extras.py.
+
+const panels = [];
+const panelsPlace = h("section", { "aria-label": "panels" });
+
+function drawPanels() {
+  panelsPlace.replaceChildren(...panels.flatMap((panel) => {
+    const runs = shownRuns().filter((run) => run.extras[panel.name] !== undefined);
+    const drawnPanel = runs.length ? panel.draw(runs) : null;
+    return drawnPanel ? [h("h2", {}, panel.title), drawnPanel] : [];
+  }));
+}
+drawn.push(drawPanels);
