@@ -8,13 +8,15 @@ from mbgd.report.history import History
 from mbgd.text.escaping import plain
 from mbgd.text.listing import shown
 
+OWN_NAMES = ("run.dir", "run.id", "run.name", "run.root")
+
 
 def tables(runs: Sequence[History]) -> list[dict[str, Any]]:
     """title; shared: text by key; differing: by key the text of each run, None where it has none."""
     columns = {
         "Plan": [run.record.get("plan", {}) for run in runs],
         "Environment": [_environment(run) for run in runs],
-        "Configuration": [run.config for run in runs],
+        "Configuration": [_configuration(run, is_one=len(runs) == 1) for run in runs],
     }
     return [{"title": title, **_split([_texts(one) for one in each])} for title, each in columns.items()]
 
@@ -42,6 +44,11 @@ def same_weights(runs: Sequence[History]) -> list[str]:
         for weights, names in groups.items()
         if len(names) > 1
     ]
+
+
+def _configuration(run: History, *, is_one: bool) -> dict[str, Any]:
+    """Beside others without the run's own names, which always differ."""
+    return run.config if is_one else {key: value for key, value in run.config.items() if key not in OWN_NAMES}
 
 
 def _environment(run: History) -> dict[str, Any]:

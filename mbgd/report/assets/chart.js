@@ -37,11 +37,23 @@ class Chart {
     const button = (label, pressed, text, click) =>
       h("button", { "aria-pressed": String(pressed), "aria-label": `${text}: ${title}`, title: text, onclick: click }, label);
     this.heading.replaceChildren(
-      h("b", {}, title), h("span", { class: "hint" }, outside), h("span", { class: "buttons" },
+      h("b", {}, title), this.legend(), outside && h("span", { class: "hint" }, outside), h("span", { class: "buttons" },
         button("log", isLog, "logarithmic axis", () => { view.log.set(title, !isLog); changed(); }),
         button("wide", view.wide.has(title), "whole width", () => { toggle(view.wide, title); changed(); }),
         button("CSV", false, "these values as CSV", () => saveCsv(Object.keys(this.picture.curves), title))));
     this.place.setAttribute("aria-label", `${title}: arrow keys show values, plus and minus zoom, 0 shows everything`);
+  }
+
+  // What the colours mean; of several runs the table of runs tells it.
+  legend() {
+    const lines = this.lines.filter((line) => !line.faint);
+    if (data.runs.length > 1) return lines.some((line) => line.dashed) ? h("span", { class: "hint" }, this.dashes()) : "";
+    return h("span", { class: "legends" }, ...(lines.length > 1 ? lines.map((line) => swatch(line.number, line.label)) : []));
+  }
+
+  dashes() {
+    const labels = Object.values(this.picture.curves).slice(1);
+    return `dashed: ${[...labels, ...(this.picture.shows_minibatch ? ["minibatch in use"] : [])].join(", ")}`;
   }
 
   options(width, height, x) {
@@ -55,6 +67,7 @@ class Chart {
       axes: [
         { ...axis, grid: { show: false }, size: 30, values: (_, splits) => splits.map(whole), space: 70 },
         { ...axis, size, space: 36, ...(unit === "bytes" ? { incrs: BYTES_APART } : {}),
+          ...(isLog ? { splits: () => logTicks(low, high, height / 32), filter: (_, splits) => splits } : {}),
           values: (_, splits) => splits.map((value) => value === null ? "" : short(value, unit)) },
       ],
       series: [{}, ...this.lines.map((line) => seriesOf(line, colour))],

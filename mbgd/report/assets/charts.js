@@ -56,20 +56,23 @@ function wholeRange() {
 function drawCharts() {
   const wanted = view.charts.toLowerCase(), range = wholeRange();
   const pictures = data.pictures.filter((picture) => picture.title.toLowerCase().includes(wanted));
-  const groups = Map.groupBy(pictures, (picture) => picture.group);
-  const sections = [...groups].map(([group, members]) => h("div", {}, h("h2", {}, group),
-    h("div", { class: "charts" }, ...members.map((picture) => chartOf(picture).element))));
-  const nothing = data.pictures.length ? "No chart has this in its title." : "Nothing has been logged yet.";
-  const order = pictures.map((picture) => picture.title).join("\n");
-  if (chartsPlace.dataset.order !== order || !chartsPlace.childElementCount) {
-    chartsPlace.dataset.order = order;
-    chartsPlace.replaceChildren(...(sections.length ? sections : [h("p", {}, nothing)]));
-  }
+  placeCharts(pictures);
   for (const picture of pictures) chartOf(picture).element.classList.toggle("wide", view.wide.has(picture.title));
   for (const picture of pictures) {
     chartOf(picture).draw(picture, linesOf(picture, range), range);
     chartOf(picture).say.textContent = picture.shows_minibatch ? suggestion() : "";
   }
+}
+
+// Moves charts only where others are wanted: what is in view stays there while a run is followed.
+function placeCharts(pictures) {
+  const order = pictures.map((picture) => picture.title).join("\n");
+  if (chartsPlace.dataset.order === order && chartsPlace.childElementCount) return;
+  chartsPlace.dataset.order = order;
+  const sections = [...Map.groupBy(pictures, (picture) => picture.group)].map(([group, members]) => h("div", {}, h("h2", {}, group),
+    h("div", { class: "charts" }, ...members.map((picture) => chartOf(picture).element))));
+  const nothing = data.pictures.length ? "No chart has this in its title." : "Nothing has been logged yet.";
+  chartsPlace.replaceChildren(...(sections.length ? sections : [h("p", {}, nothing)]));
 }
 
 function chartOf(picture) {
@@ -82,6 +85,6 @@ function suggestion() {
   const [run, more] = shownRuns();
   const scale = run && !more && run.curves["train/noise_scale"];
   if (!scale || !run.minibatch) return "";
-  return `Suggested minibatch: about ${short(scale.y.at(-1))} examples; in use: ${whole(run.minibatch)}.`;
+  return `Suggested minibatch: about ${short(Math.round(scale.y.at(-1)))} examples; in use: ${whole(run.minibatch)}.`;
 }
 drawn.push(drawCharts);

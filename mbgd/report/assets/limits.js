@@ -31,6 +31,17 @@ function limitsOf(curves, { mayBeLog, log, allValues }) {
   };
 }
 
+// Round values to label on a logarithmic axis: powers of 10, and twice and five times them where there is room.
+function logTicks(low, high, most) {
+  const powers = [];
+  for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power++) powers.push(power);
+  const within = (values) => values.filter((value) => value >= low && value <= high);
+  const fine = within(powers.flatMap((power) => [1, 2, 5].map((factor) => Number(`${factor}e${power}`))));
+  if (fine.length <= most) return fine;
+  const coarse = within(powers.map((power) => Number(`1e${power}`)));
+  return coarse.filter((_, index) => index % Math.ceil(coarse.length / most) === 0);
+}
+
 function extremes(values) {
   let low = Infinity, high = -Infinity;
   for (const value of values) {

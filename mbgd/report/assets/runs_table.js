@@ -26,7 +26,7 @@ function columnsOf() {
       name, value: (run) => result(run, name)?.last ?? null,
       best: (run) => { const one = result(run, name); return one && one.best !== null ? `best ${short(one.best)}` : ""; },
     })),
-    ...Object.keys(differing).filter((key) => !key.startsWith("run.")).map((key) => ({
+    ...Object.keys(differing).map((key) => ({
       name: key, value: (run) => asNumber(differing[key][data.runs.indexOf(run)]),
     })),
     ...names((run) => run.facts).map((name) => ({

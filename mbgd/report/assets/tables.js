@@ -17,7 +17,7 @@ function timeBars() {
 }
 
 function keyTable(values) {
-  return h("table", {}, ...Object.entries(values).map(([key, text]) => h("tr", {}, h("th", { scope: "row" }, key), h("td", {}, text))));
+  return h("div", { class: Object.keys(values).length > 20 ? "columns" : "" }, h("table", {}, ...Object.entries(values).map(([key, text]) => h("tr", {}, h("th", { scope: "row" }, key), h("td", {}, text)))));
 }
 
 function differingTable(differing) {

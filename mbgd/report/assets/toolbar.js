@@ -14,15 +14,14 @@ const chartsFilter = h("input", {
   id: "charts-filter", type: "search", placeholder: "find charts", "aria-label": "find charts",
   oninput: (event) => changed({ charts: event.target.value }),
 });
-const zoomReset = h("button", { id: "zoom-reset", onclick: () => changed({ zoom: null }) }, "whole range");
+const zoomReset = h("button", { id: "zoom-reset", onclick: () => changed({ zoom: null }) }, "reset zoom");
 
 const toolbar = h("div", { class: "toolbar", role: "toolbar", "aria-label": "charts" },
   h("label", {}, "x axis ", axisChoice),
   h("label", {}, "smoothing ", smoothingChoice, smoothingText),
   h("label", {}, outliersChoice, " outliers"),
   chartsFilter, zoomReset,
-  h("button", { id: "csv", onclick: () => saveCsv(data.pictures.flatMap((picture) => Object.keys(picture.curves)), data.title) }, "curves as CSV"),
-  h("span", { class: "hint" }, "drag over a chart to zoom"));
+  h("button", { id: "csv", onclick: () => saveCsv(data.pictures.flatMap((picture) => Object.keys(picture.curves)), data.title) }, "curves as CSV"));
 
 function drawToolbar() {
   for (const option of axisChoice.options) option.disabled = !data.runs.some((run) => hasAxis(run, option.value));
