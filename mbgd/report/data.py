@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -16,8 +16,8 @@ from mbgd.text.escaping import plain
 
 MOST_POINTS = 40_000
 """Of all curves together: about 800 kB."""
-MOST_POINTS_OF_CURVE, LEAST_POINTS_OF_CURVE = 2000, 40
-MOST_POINTS_OF_AXIS = 200
+MOST_POINTS_OF_CURVE, LEAST_POINTS_OF_CURVE = 2000, 24
+MOST_POINTS_OF_AXIS, SHARE_OF_AXIS = 200, 8
 
 
 def page_data(
@@ -34,19 +34,19 @@ def page_data(
     kept, most = _budget(runs, names)
     notes = [*map(plain, problems), *same_weights(runs)]
     if len(kept) < len(names):
-        notes.append(f"Of {len(runs):,} runs only the first {len(kept)} curves of each are in this page.")
+        notes.append(f"Of {len(runs):,} runs a page has room for these curves alone: {', '.join(map(plain, kept))}.")
     return {
         "title": plain(title),
         "watched": watched,
         "written": time.strftime("%Y-%m-%d %H:%M:%S"),
         "notes": notes,
-        "pictures": [_describe(picture, kept) for picture in shown if not kept.isdisjoint(picture.curves)],
+        "pictures": [_describe(picture, kept) for picture in shown if kept.keys() & picture.curves.keys()],
         "runs": [_describe_run(run, link(run), kept, most) for run in runs],
         "tables": tables(runs),
     }
 
 
-def _budget(runs: Sequence[History], names: Sequence[str]) -> tuple[set[str], int]:
+def _budget(runs: Sequence[History], names: Sequence[str]) -> tuple[dict[str, None], int]:
     """(names of the curves that have room, points of each), the first pictures before the last."""
     kept: dict[str, None] = {}
     num = 0
@@ -56,15 +56,15 @@ def _budget(runs: Sequence[History], names: Sequence[str]) -> tuple[set[str], in
             break
         kept[name] = None
     num = max(1, sum(name in run.curves for run in runs for name in kept))
-    return set(kept), max(LEAST_POINTS_OF_CURVE, min(MOST_POINTS_OF_CURVE, MOST_POINTS // num))
+    return kept, max(LEAST_POINTS_OF_CURVE, min(MOST_POINTS_OF_CURVE, MOST_POINTS // num))
 
 
-def _describe(picture: Picture, kept: set[str]) -> dict[str, Any]:
+def _describe(picture: Picture, kept: Collection[str]) -> dict[str, Any]:
     curves = {plain(name): plain(label) for name, label in picture.curves.items() if name in kept}
     return {**asdict(picture), "title": plain(picture.title), "curves": curves}
 
 
-def _describe_run(run: History, link: str, kept: set[str], most: int) -> dict[str, Any]:
+def _describe_run(run: History, link: str, kept: Collection[str], most: int) -> dict[str, Any]:
     per_epoch = run.numbers.get("examples_per_epoch")
     return {
         "name": run.name,
@@ -78,18 +78,18 @@ def _describe_run(run: History, link: str, kept: set[str], most: int) -> dict[st
         "minibatch": run.numbers.get("minibatch_size"),
         "steps": run.numbers.get("steps"),
         "examples_per_epoch": per_epoch,
-        "axes": {"epoch": _axis(run.curves.get(EPOCH), 1), "time": _axis(run.duration, per_epoch)},
+        "axes": {"epoch": _axis(run.curves.get(EPOCH), 1, most), "time": _axis(run.duration, per_epoch, most)},
         "curves": {plain(name): _points(run.curves[name], most) for name in run.curves if name in kept},
         "time": time_split(run),
         "extras": extras(run.folder),
     }
 
 
-def _axis(curve: Curve | None, factor: int | None) -> list[list[float]] | None:
+def _axis(curve: Curve | None, factor: int | None, most: int) -> list[list[float]] | None:
     """[steps, values] between which the page interpolates; None if the folder does not tell."""
     if curve is None or not curve.num or factor is None:
         return None
-    thinned = curve.thinned(MOST_POINTS_OF_AXIS)
+    thinned = curve.thinned(min(MOST_POINTS_OF_AXIS, max(4, most // SHARE_OF_AXIS)))
     return [_numbers(thinned.steps), _numbers(thinned.values * factor)]
 
 

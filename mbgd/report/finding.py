@@ -13,7 +13,7 @@ from mbgd.files.run_files import METRICS
 from mbgd.report.history import History, Reader
 from mbgd.text.escaping import plain
 
-MOST_RUNS = 1000
+MOST_RUNS = 700
 """Of one page; the rest would not fit into it."""
 
 

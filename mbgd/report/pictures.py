@@ -49,13 +49,14 @@ def pictures(runs: Sequence[History]) -> list[Picture]:
 
 
 def _picture(short: str, names: Sequence[str]) -> Picture:
+    is_noise_scale = short == "noise_scale"
     return Picture(
         title=_title(short),
         group=("metrics", "metrics", "optimization", "metrics", "speed and machine")[_rank(short, names)[0]],
         unit="share" if short == "load" else next((unit for unit in UNITS if short.endswith(f"_{unit}")), ""),
-        curves={name: _label(name, short) for name in sorted(names, reverse=True)},
+        curves={name: "noise scale" if is_noise_scale else _label(name, short) for name in sorted(names, reverse=True)},
         may_be_log=short not in LINEAR,
-        shows_minibatch=short == "noise_scale",
+        shows_minibatch=is_noise_scale,
     )
 
 

@@ -22,7 +22,7 @@ class Chart {
     const inside = (line) => line.ys.filter((_, index) => line.xs[index] >= from && line.xs[index] <= to);
     const judged = lines.filter((line) => !line.faint).map(inside).filter((ys) => ys.length);
     const limits = limitsOf(judged.length ? judged : [[0, 1]],
-      { mayBeLog: picture.may_be_log, log: view.log.get(this.title), allValues: view.allValues });
+      { unit: picture.unit, mayBeLog: picture.may_be_log, log: view.log.get(this.title), allValues: view.allValues });
     Object.assign(this, { picture, lines, limits, range });
     this.describe();
     this.element.classList.toggle("wide", view.wide.has(this.title));
@@ -37,7 +37,7 @@ class Chart {
     const button = (label, pressed, text, click) =>
       h("button", { "aria-pressed": String(pressed), "aria-label": `${text}: ${title}`, title: text, onclick: click }, label);
     this.heading.replaceChildren(
-      h("b", {}, title), this.legend(), outside && h("span", { class: "hint" }, outside), h("span", { class: "buttons" },
+      h("b", {}, title), this.legend(), outside && h("span", { class: "hint", title: "“outliers”, above, shows them" }, outside), h("span", { class: "buttons" },
         button("log", isLog, "logarithmic axis", () => { view.log.set(title, !isLog); changed(); }),
         button("wide", view.wide.has(title), "whole width", () => { toggle(view.wide, title); changed(); }),
         button("CSV", false, "these values as CSV", () => saveCsv(Object.keys(this.picture.curves), title))));

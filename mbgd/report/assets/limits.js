@@ -16,12 +16,13 @@ function withoutOutliers(values) {
 }
 
 // The limits around curves, each an array of values: { low, high, isLog, numOutside }.
-function limitsOf(curves, { mayBeLog, log, allValues }) {
+function limitsOf(curves, { unit, mayBeLog, log, allValues }) {
   const all = curves.flat();
   const [least, greatest] = extremes(all);
+  if (unit === "share") return { low: 0, high: Math.max(1, greatest), isLog: false, numOutside: 0 };
   const isLog = least > 0 && (log ?? (mayBeLog && greatest / least >= LOG_FROM));
   const scale = isLog ? Math.log10 : (value) => value, back = isLog ? (value) => 10 ** value : (value) => value;
-  const kept = allValues ? all.map(scale) : curves.flatMap((values) => withoutOutliers(values.map(scale)));
+  const kept = allValues || unit === "bytes" ? all.map(scale) : curves.flatMap((values) => withoutOutliers(values.map(scale)));
   const [low, high] = extremes(kept);
   const space = 0.06 * (high - low) || (isLog ? 0.1 : Math.abs(high) * 0.1) || 1;
   const bottom = !isLog && low >= 0 && low - space < 0 ? 0 : low - space;

@@ -111,7 +111,7 @@ function rowOf(run, columns, numPinned) {
     if (column.name === "state") return h("td", { class: `${kind} outcome ${run.outcome}`, "data-label": column.name }, value);
     const best = column.best?.(run);
     return h("td", { class: `${kind} ${typeof value === "number" ? "number" : ""}`, "data-label": column.name },
-      textOf(column, run), best ? h("span", { class: "best" }, best) : null);
+      best ? h("span", {}, textOf(column, run), h("span", { class: "best" }, best)) : textOf(column, run));
   });
   return h("tr", { onpointerenter: () => changed({ marked: run.name }), onpointerleave: () => changed({ marked: null }) }, ...cells);
 }
