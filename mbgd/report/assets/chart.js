@@ -38,8 +38,8 @@ class Chart {
       h("button", { "aria-pressed": String(pressed), "aria-label": `${text}: ${title}`, title: text, onclick: click }, label);
     this.heading.replaceChildren(
       h("b", {}, title), this.legend(), outside && h("span", { class: "hint", title: "“outliers”, above, shows them" }, outside), h("span", { class: "buttons" },
-        button("log", isLog, "logarithmic axis", () => { view.log.set(title, !isLog); changed(); }),
-        button("wide", view.wide.has(title), "whole width", () => { toggle(view.wide, title); changed(); }),
+        button("log", isLog, "logarithmic axis", () => { view.log.set(title, !isLog); changed("log"); }),
+        button("wide", view.wide.has(title), "whole width", () => toggle("wide", title)),
         button("CSV", false, "these values as CSV", () => saveCsv(Object.keys(this.picture.curves), title))));
     this.place.setAttribute("aria-label", `${title}: arrow keys show values, plus and minus zoom, 0 shows everything`);
   }
@@ -74,12 +74,12 @@ class Chart {
       cursor: {
         y: false, drag: { x: true, y: false, setScale: false }, points: { show: false },
         sync: { key: "x", setSeries: false, filters: { pub: (type) => type === "mousemove" || type === "mouseleave" } },
-        bind: { dblclick: () => () => { changed({ zoom: null }); return null; } },
+        bind: { dblclick: () => () => { choose({ zoom: null }); return null; } },
       },
       hooks: {
         setSelect: [(plot) => {
           const { left, width } = plot.select;
-          if (width > 3) changed({ zoom: [plot.posToVal(left, "x"), plot.posToVal(left + width, "x")] });
+          if (width > 3) choose({ zoom: [plot.posToVal(left, "x"), plot.posToVal(left + width, "x")] });
         }],
         setCursor: [(plot) => { if (plot.over.matches(":hover") || this.place === document.activeElement) this.show(plot); }],
       },
@@ -109,6 +109,11 @@ class Chart {
     tip.style.top = `${Math.max(4, Math.min(box.top + Math.max(top, 0) + 12, innerHeight - tip.offsetHeight - 4))}px`;
   }
 
+  fade() {
+    this.lines.forEach((line, index) => { this.plot.series[index + 1].alpha = alphaOf(line); });
+    this.plot.redraw(false);
+  }
+
   leave() { tip.style.display = "none"; }
 
   key(event) {
@@ -122,18 +127,20 @@ class Chart {
     } else if (factor) {
       const ends = [at - (at - from) * factor, at + (to - at) * factor];
       const zoom = [Math.max(ends[0], this.range[0]), Math.min(ends[1], this.range[1])];
-      changed({ zoom: zoom[0] === this.range[0] && zoom[1] === this.range[1] ? null : zoom });
-    } else if (event.key === "0" || event.key === "Escape") changed({ zoom: null });
+      choose({ zoom: zoom[0] === this.range[0] && zoom[1] === this.range[1] ? null : zoom });
+    } else if (event.key === "0" || event.key === "Escape") choose({ zoom: null });
     else return;
     event.preventDefault();
   }
 }
 
+// The curves of the run under the pointer stand out.
+const alphaOf = (line) => line.faint || (view.marked && line.run !== view.marked) ? 0.25 : 1;
+
 function seriesOf(line, colour) {
-  const faded = line.faint || (view.marked && line.run !== view.marked);
   const stroke = colour(`--c${line.number % NUM_COLOURS}`);
   return {
-    stroke, alpha: faded ? 0.25 : 1, width: line.faint ? 1 : 1.8, dash: line.dashed ? [5, 3] : undefined, spanGaps: true,
+    stroke, alpha: alphaOf(line), width: line.faint ? 1 : 1.8, dash: line.dashed ? [5, 3] : undefined, spanGaps: true,
     points: { show: !line.faint && !line.isConstant && line.xs.length <= MOST_MARKED_POINTS, size: 5, fill: stroke },
   };
 }
@@ -155,8 +162,4 @@ function xText(x) {
   if (view.axis === "time") return duration(x * timeUnit().seconds);
   if (view.axis === "epoch") return `epoch ${short(x)}`;
   return view.axis === "step" ? `step ${x.toLocaleString("en")}` : `${x.toLocaleString("en")} examples`;
-}
-
-function toggle(set, value) {
-  if (!set.delete(value)) set.add(value);
 }

@@ -87,4 +87,5 @@ function suggestion() {
   if (!scale || !run.minibatch) return "";
   return `Suggested minibatch: about ${short(Math.round(scale.y.at(-1)))} examples; in use: ${whole(run.minibatch)}.`;
 }
-drawn.push(drawCharts);
+drawnBy(["axis", "smoothing", "allValues", "zoom", "charts", "hidden", "log", "wide", "size", "theme"], drawCharts);
+drawnBy(["marked"], () => charts.forEach((chart) => chart.element.isConnected && chart.fade()));

@@ -30,14 +30,14 @@ function drawBelow() {
   if (open) below.querySelectorAll("details").forEach((one) => { one.open = true; });
 }
 
-drawn.unshift(drawHeader);
-drawn.push(drawBelow);
+drawnBy([], drawHeader);
+drawnBy(["hidden"], drawBelow);
 document.querySelector("main").append(header, runsPlace, toolbar, chartsPlace, panelsPlace, below);
 document.body.append(tip);
 buildRunsTable();
-drawn.forEach((draw) => draw());
-addEventListener("resize", () => changed());
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => changed());
+draws.forEach(({ draw }) => draw());
+addEventListener("resize", () => changed("size"));
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => changed("theme"));
 
 async function follow() {
   let version = "";
@@ -50,7 +50,7 @@ async function follow() {
     const wasOne = data.runs.length === 1;
     Object.assign(data, await answer.json());
     if (wasOne !== (data.runs.length === 1)) buildRunsTable();
-    changed();
+    changed("data");
   }
 }
 if (data.watched) follow();

@@ -11,4 +11,4 @@ function drawPanels() {
     return drawnPanel ? [h("h2", {}, panel.title), drawnPanel] : [];
   }));
 }
-drawn.push(drawPanels);
+drawnBy(["hidden"], drawPanels);

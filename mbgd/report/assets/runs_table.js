@@ -3,14 +3,14 @@
 const runsPlace = h("section", { "aria-label": "runs" });
 const runsFilter = h("input", {
   id: "runs-filter", type: "search", placeholder: "filter: words, or lr>0.01", "aria-label": "filter runs",
-  oninput: (event) => changed({ filter: event.target.value }),
+  oninput: (event) => choose({ filter: event.target.value }),
 });
 const sortChoice = h("select", { id: "runs-sort", "aria-label": "sort runs by", onchange: (event) => sortBy(event.target.value) });
 const numShown = h("span", { class: "hint" });
 const runsHead = h("thead"), runsBody = h("tbody");
 const everyRun = h("input", { type: "checkbox", "aria-label": "draw all runs of this table", onchange: (event) => {
   for (const run of wantedRuns()) view.hidden[event.target.checked ? "delete" : "add"](run.name);
-  changed();
+  changed("hidden");
 } });
 
 // Columns: { name, unit, value(run): number or text, best(run): text beside it }.
@@ -70,7 +70,7 @@ function compared(a, b, direction) {
 }
 
 function sortBy(name) {
-  changed({ sort: view.sort?.[0] === name && view.sort[1] === 1 ? [name, -1] : name ? [name, 1] : null });
+  choose({ sort: view.sort?.[0] === name && view.sort[1] === 1 ? [name, -1] : name ? [name, 1] : null });
 }
 
 function drawRunsTable() {
@@ -100,7 +100,7 @@ function headOf(column, index, numPinned) {
     index === 0 && everyRun,
     h("button", { class: "sort", id: `sort ${column.name}`, onclick: () => sortBy(column.name) }, column.name + arrow),
     index > 0 && h("button", { class: "pin", id: `pin ${column.name}`, "aria-pressed": String(view.pinned.has(column.name)),
-      "aria-label": `pin ${column.name}`, title: "keep this column in view", onclick: () => { toggle(view.pinned, column.name); changed(); } }, "pin"));
+      "aria-label": `pin ${column.name}`, title: "keep this column in view", onclick: () => toggle("pinned", column.name) }, "pin"));
 }
 
 function rowOf(run, columns, numPinned) {
@@ -113,14 +113,14 @@ function rowOf(run, columns, numPinned) {
     return h("td", { class: `${kind} ${typeof value === "number" ? "number" : ""}`, "data-label": column.name },
       best ? h("span", {}, textOf(column, run), h("span", { class: "best" }, best)) : textOf(column, run));
   });
-  return h("tr", { onpointerenter: () => changed({ marked: run.name }), onpointerleave: () => changed({ marked: null }) }, ...cells);
+  return h("tr", { onpointerenter: () => choose({ marked: run.name }), onpointerleave: () => choose({ marked: null }) }, ...cells);
 }
 
 function runCell(run, number) {
   const box = h("input", {
     type: "checkbox", id: `run ${run.name}`, checked: !view.hidden.has(run.name),
-    onchange: () => { toggle(view.hidden, run.name); changed(); },
-    onfocus: () => changed({ marked: run.name }), onblur: () => changed({ marked: null }),
+    onchange: () => toggle("hidden", run.name),
+    onfocus: () => choose({ marked: run.name }), onblur: () => choose({ marked: null }),
   });
   const name = h("label", { class: "run" }, box, swatch(number, run.name));
   return h("div", { class: "of-run" }, name, run.link ? h("a", { href: run.link, title: "this run's own report" }, "report") : null);
@@ -146,4 +146,4 @@ function buildRunsTable() {
     h("div", { class: "card scrolled" }, h("table", { class: "runs" }, runsHead, runsBody)),
   ]));
 }
-drawn.push(drawRunsTable);
+drawnBy(["hidden", "sort", "filter", "pinned", "size"], drawRunsTable);

@@ -20,15 +20,27 @@ data.runs.slice(MOST_SHOWN_AT_FIRST).forEach((run) => view.hidden.add(run.name))
 
 const shownRuns = () => data.runs.filter((run) => !view.hidden.has(run.name));
 
-// Draws again what depends on the view, once for all changes before the next frame.
-const drawn = [];
-let isWaiting = false;
-function changed(change) {
-  Object.assign(view, change);
-  if (isWaiting) return;
-  isWaiting = true;
-  requestAnimationFrame(() => {
-    isWaiting = false;
-    drawn.forEach((draw) => draw());
+// What is drawn, and the names of the view that it depends on; everything depends on the data.
+const draws = [];
+const drawnBy = (names, draw) => draws.push({ names, draw });
+
+// Draws again what depends on these names of the view, once for all changes before the next frame.
+const pending = new Set();
+function changed(...names) {
+  if (!pending.size) requestAnimationFrame(() => {
+    const waiting = [...pending];
+    pending.clear();
+    draws.filter(({ names }) => waiting.includes("data") || names.some((name) => waiting.includes(name))).forEach(({ draw }) => draw());
   });
+  names.forEach((name) => pending.add(name));
+}
+
+function choose(change) {
+  Object.assign(view, change);
+  changed(...Object.keys(change));
+}
+
+function toggle(name, value) {
+  if (!view[name].delete(value)) view[name].add(value);
+  changed(name);
 }

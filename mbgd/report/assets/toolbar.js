@@ -2,19 +2,19 @@
 
 const AXIS_NAMES = { step: "step", epoch: "epoch", examples: "examples", time: "training time" };
 
-const axisChoice = h("select", { id: "axis", onchange: (event) => changed({ axis: event.target.value, zoom: null }) },
+const axisChoice = h("select", { id: "axis", onchange: (event) => choose({ axis: event.target.value, zoom: null }) },
   ...AXES.map((axis) => h("option", { value: axis }, AXIS_NAMES[axis])));
 const smoothingText = h("output", { htmlFor: "smoothing" }, "0");
 const smoothingChoice = h("input", {
   id: "smoothing", type: "range", min: "0", max: "0.99", step: "0.01", value: "0",
-  oninput: (event) => { smoothingText.value = event.target.value; changed({ smoothing: Number(event.target.value) }); },
+  oninput: (event) => { smoothingText.value = event.target.value; choose({ smoothing: Number(event.target.value) }); },
 });
-const outliersChoice = h("input", { id: "outliers", type: "checkbox", onchange: (event) => changed({ allValues: event.target.checked }) });
+const outliersChoice = h("input", { id: "outliers", type: "checkbox", onchange: (event) => choose({ allValues: event.target.checked }) });
 const chartsFilter = h("input", {
   id: "charts-filter", type: "search", placeholder: "find charts", "aria-label": "find charts",
-  oninput: (event) => changed({ charts: event.target.value }),
+  oninput: (event) => choose({ charts: event.target.value }),
 });
-const zoomReset = h("button", { id: "zoom-reset", onclick: () => changed({ zoom: null }) }, "reset zoom");
+const zoomReset = h("button", { id: "zoom-reset", onclick: () => choose({ zoom: null }) }, "reset zoom");
 
 const toolbar = h("div", { class: "toolbar", role: "toolbar", "aria-label": "charts" },
   h("label", {}, "x axis ", axisChoice),
@@ -27,4 +27,4 @@ function drawToolbar() {
   for (const option of axisChoice.options) option.disabled = !data.runs.some((run) => hasAxis(run, option.value));
   zoomReset.disabled = !view.zoom;
 }
-drawn.push(drawToolbar);
+drawnBy(["zoom"], drawToolbar);
