@@ -6,6 +6,7 @@ browser was asked for the loopback host: a page from elsewhere, whose host name 
 
 import hashlib
 import secrets
+import signal
 import threading
 from collections.abc import Sequence
 from http import HTTPStatus
@@ -106,10 +107,11 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def watch(folders: Sequence[Path], port: int) -> None:
-    """Print the page's address and serve it until Ctrl-C."""
+    """Print the page's address and serve it until Ctrl-C, or SIGTERM."""
     with Server(folders, port) as server:
-        print(f"watching    {server.address}\nCtrl-C ends this; the run goes on.", flush=True)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
+            print(f"watching    {server.address}\nCtrl-C ends this; the run goes on.", flush=True)
             server.serve_forever()
         except KeyboardInterrupt:
             print()
