@@ -41,7 +41,7 @@ def page_data(
         "written": time.strftime("%Y-%m-%d %H:%M:%S"),
         "notes": notes,
         "pictures": [_describe(picture, kept) for picture in shown if kept.keys() & picture.curves.keys()],
-        "runs": [_describe_run(run, link(run), kept, most) for run in runs],
+        "runs": [_describe_run(run, link(run), kept, most, len(runs)) for run in runs],
         "tables": tables(runs),
     }
 
@@ -64,7 +64,7 @@ def _describe(picture: Picture, kept: Collection[str]) -> dict[str, Any]:
     return {**asdict(picture), "title": plain(picture.title), "curves": curves}
 
 
-def _describe_run(run: History, link: str, kept: Collection[str], most: int) -> dict[str, Any]:
+def _describe_run(run: History, link: str, kept: Collection[str], most: int, num_runs: int) -> dict[str, Any]:
     per_epoch = run.numbers.get("examples_per_epoch")
     return {
         "name": run.name,
@@ -81,7 +81,7 @@ def _describe_run(run: History, link: str, kept: Collection[str], most: int) -> 
         "axes": {"epoch": _axis(run.curves.get(EPOCH), 1, most), "time": _axis(run.duration, per_epoch, most)},
         "curves": {plain(name): _points(run.curves[name], most) for name in run.curves if name in kept},
         "time": time_split(run),
-        "extras": extras(run.folder),
+        "extras": extras(run.folder, num_runs),
     }
 
 

@@ -10,7 +10,7 @@ from mbgd.report.axes import CHART_STYLE
 from mbgd.text.escaping import in_html as escape
 
 HERE = Path(__file__).parent
-STYLES = ("vendor/uPlot.min.css", "page.css", "assets/report.css", "assets/table.css")
+STYLES = ("vendor/uPlot.min.css", "page.css", "assets/report.css", "assets/table.css", "assets/panels.css")
 SCRIPTS = (
     "vendor/uPlot.iife.min.js",
     *(
@@ -28,6 +28,8 @@ SCRIPTS = (
             "tables",
             "export",
             "panels",
+            "panel_histograms",
+            "panel_predictions",
             "main",
         )
     ),

@@ -5,10 +5,10 @@ const panels = [];
 const panelsPlace = h("section", { "aria-label": "panels" });
 
 function drawPanels() {
-  panelsPlace.replaceChildren(...panels.flatMap((panel) => {
+  keepingFocus(panelsPlace, () => panelsPlace.replaceChildren(...panels.flatMap((panel) => {
     const runs = shownRuns().filter((run) => run.extras[panel.name] !== undefined);
     const drawnPanel = runs.length ? panel.draw(runs) : null;
     return drawnPanel ? [h("h2", {}, panel.title), drawnPanel] : [];
-  }));
+  })));
 }
-drawnBy(["hidden"], drawPanels);
+drawnBy(["hidden", "panels"], drawPanels);
