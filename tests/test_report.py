@@ -17,6 +17,7 @@ from mbgd.files.job_file import JobRecord
 from mbgd.report import write_report
 from mbgd.report.curve import MOST_BUCKETS, Curve
 from mbgd.report.data import MOST_POINTS, page_data
+from mbgd.report.extras import MOST_BYTES, extras
 from mbgd.report.finding import MOST_RUNS, Runs
 from mbgd.report.history import History, Reader
 from mbgd.report.page import HERE
@@ -317,3 +318,26 @@ def test_the_colours_can_be_told_apart_without_full_colour_vision() -> None:
             oklab = [np.array(OKLAB_2) @ np.cbrt(np.array(OKLAB_1) @ one) for one in seen]
             least = min(float(np.linalg.norm(a - b)) for a, b in itertools.combinations(oklab, 2))
             assert least > 0.075, (kind, least)  # 0.02 is just noticeable side by side
+
+
+def test_panels_leave_out_what_has_no_room(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    (folder / "observed").mkdir()
+    png = "data:image/png;base64," + "A" * 9000
+    example = {"png": png, "target": "4", "predicted": [{"label": "4", "probability": 1.0}]}
+    some = {"size": 400, "zero": 0, "low": -100, "negative": [1] * 200, "positive": [1] * 200}
+    layers = [{"name": str(number), "parameters": some, "gradients": some} for number in range(16)]
+    for name, lines in (
+        ("predictions", [{"step": step, "examples": [example] * 32} for step in range(1, 4)]),
+        ("histograms", [{"step": step, "layers": layers} for step in range(1, 20)]),
+    ):
+        (folder / f"observed/{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for num_runs in (1, 4, 100):
+        found = extras(folder, num_runs)
+        assert len(json.dumps(found, separators=(",", ":"))) <= MOST_BYTES / num_runs
+    found = extras(folder, 1)
+    assert found["predictions"]["sets"][""]["steps"] == [1, 2, 3]
+    assert len(found["predictions"]["sets"][""]["examples"]) == 16
+    assert found["histograms"]["lines"][-1]["step"] == 19
+    (folder / "observed/histograms.jsonl").write_text("no line\n")
+    assert "line 1 cannot be read" in extras(folder, 1)["histograms"]["problem"]

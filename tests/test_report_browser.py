@@ -389,3 +389,59 @@ def test_a_running_run_is_followed(tmp_path: Path, opened: Open) -> None:
         record = json.loads((folder / "run.json").read_text())
         (folder / "run.json").write_text(json.dumps(record | {"ending": {"outcome": "finished", "message": ""}}))
         wait_for(page, "document.querySelector('header .outcome').textContent === 'finished'")
+
+
+PIXEL = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAG7buVgAAAABJRU5ErkJggg=="
+)
+
+
+def observe(folder: Path, name: str, lines: list[dict[str, Any]]) -> None:
+    (folder / "observed").mkdir(exist_ok=True)
+    (folder / f"observed/{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_histograms_of_the_layers(tmp_path: Path, opened: Open) -> None:
+    folder = make_run(tmp_path / "run")
+    some = {"size": 16, "zero": 4, "low": -2, "negative": [0, 4], "positive": [8, 0]}
+    lines = [{"step": step, "layers": [{"name": NASTY, "parameters": some}]} for step in (1, 10, 100)]
+    lines[-1]["layers"][0]["gradients"] = some | {"low": 3}
+    observe(folder, "histograms", lines)
+    write_report([folder], tmp_path / "report.html")
+    page = opened(tmp_path / "report.html")
+    panel = page.locator("section[aria-label=panels]")
+    assert "After steps 1, 10, 100, the last in front" in panel.inner_text()
+    assert panel.locator("figcaption").inner_text() == NASTY
+    assert panel.locator(".ridges").count() == 2
+    assert panel.locator(".ridges").first.locator("path").count() == 3
+    bins = page.evaluate("(one) => shares(one, -2, 1)", some)
+    assert bins == [0, 0.25, 0, 0.25, 0.5, 0, 0]  # −2 to −1, −1 to −½, −½ to −¼, 0, ¼ to ½ …
+
+
+def test_predictions_of_examples(tmp_path: Path, opened: Open) -> None:
+    folder = make_run(tmp_path / "run")
+    guesses = [{"label": "4", "probability": 0.75}, {"label": NASTY, "probability": 0.25}]
+    token = {"target": "s", "predicted": NASTY, "probability": 0.5}
+    lines = [
+        {
+            "step": step,
+            "examples": [
+                {"png": PIXEL, "target": target, "predicted": guesses},
+                {"text": "the end", "tokens": [token, token | {"predicted": "s"}]},
+            ],
+        }
+        for step, target in ((10, "9"), (20, "9"))
+    ]
+    lines[1]["examples"][0]["predicted"] = [{"label": "9", "probability": 1.0}]
+    observe(folder, "predictions", lines)
+    write_report([folder], tmp_path / "report.html")
+    page = opened(tmp_path / "report.html")
+    first = page.locator(".example").first
+    assert first.inner_text().split() == ["✓", "9", "9", "100", "%"]
+    assert first.locator("img").evaluate("(one) => one.naturalWidth") == 1
+    assert page.locator(".token.wrong").count() == 1
+    assert page.locator(".token.wrong").get_attribute("title") == f"50 %; most probable: {NASTY}"
+    page.locator("section[aria-label=panels] select").select_option("step 10")
+    settle(page)
+    assert "✗" in first.inner_text()
+    assert NASTY in first.inner_text()

@@ -13,7 +13,7 @@ const everyRun = h("input", { type: "checkbox", "aria-label": "draw all runs of 
   changed("hidden");
 } });
 
-// Columns: { name, unit, value(run): number or text, best(run): text beside it }.
+// Columns: { name, unit, value(run): number or text, best(run): text beside it, isOfConfiguration }.
 function columnsOf() {
   const names = (of) => [...new Set(data.runs.flatMap((run) => of(run).map((one) => one.name ?? one[0])))];
   const result = (run, name) => run.results.find((one) => one.name === name);
@@ -27,7 +27,7 @@ function columnsOf() {
       best: (run) => { const one = result(run, name); return one && one.best !== null ? `best ${short(one.best)}` : ""; },
     })),
     ...Object.keys(differing).map((key) => ({
-      name: key, value: (run) => asNumber(differing[key][data.runs.indexOf(run)]),
+      name: key, isOfConfiguration: true, value: (run) => asNumber(differing[key][data.runs.indexOf(run)]),
     })),
     ...names((run) => run.facts).map((name) => ({
       name, unit: data.runs.map((run) => fact(run, name)).find(Boolean)[2], value: (run) => fact(run, name)?.[1] ?? null,
@@ -106,7 +106,8 @@ function headOf(column, index, numPinned) {
 function rowOf(run, columns, numPinned) {
   const number = data.runs.indexOf(run);
   const cells = columns.map((column, index) => {
-    const value = column.value(run), kind = index < numPinned ? "pinned" : "";
+    const value = column.value(run);
+    const kind = index < numPinned ? "pinned" : column.isOfConfiguration ? "of-configuration" : "";
     if (index === 0) return h("td", { class: kind }, runCell(run, number));
     if (column.name === "state") return h("td", { class: `${kind} outcome ${run.outcome}`, "data-label": column.name }, value);
     const best = column.best?.(run);
