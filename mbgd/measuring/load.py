@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 SECONDS_BETWEEN = 1.0
-"""A reading takes 0.1 ms of the host, on a GPU 1 ms: one that is younger is not repeated."""
+"""A reading costs up to a millisecond; it is not repeated sooner than this."""
 STAT, MEMINFO = Path("/proc/stat"), Path("/proc/meminfo")
 
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from mbgd.report import results
 from mbgd.report.curve import Curve
 from mbgd.report.extras import extras
 from mbgd.report.history import EPOCH, History
 from mbgd.report.pictures import Picture, pictures, time_split
+from mbgd.report.results import facts, results
 from mbgd.report.tables import same_weights, tables
 from mbgd.text.escaping import plain
 
@@ -73,8 +73,8 @@ def _describe_run(run: History, link: str, kept: Collection[str], most: int, num
         "state": plain(run.state),
         "started": plain(run.record.get("environment", {}).get("started", "")),
         "problems": [plain(problem) for problem in run.problems],
-        "results": [{**one, "name": plain(one["name"])} for one in results.results(run)],
-        "facts": results.facts(run),
+        "results": [{**one, "name": plain(one["name"])} for one in results(run)],
+        "facts": facts(run),
         "minibatch": run.numbers.get("minibatch_size"),
         "steps": run.numbers.get("steps"),
         "examples_per_epoch": per_epoch,

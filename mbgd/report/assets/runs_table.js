@@ -32,7 +32,7 @@ function columnsOf() {
     ...names((run) => run.facts).map((name) => ({
       name, unit: data.runs.map((run) => fact(run, name)).find(Boolean)[2], value: (run) => fact(run, name)?.[1] ?? null,
     })),
-    { name: "started", value: (run) => run.started },
+    { name: "started", value: (run) => run.started.slice(0, 16) },
   ];
 }
 
