@@ -65,7 +65,7 @@ class Chart {
       width, height, legend: { show: false }, padding: [10, 14, 0, 0],
       scales: { x: { time: false, range: () => x }, y: { distr: isLog ? 3 : 1, range: () => [low, high] } },
       axes: [
-        { ...axis, grid: { show: false }, size: 30, values: (_, splits) => splits.map(whole), space: 70 },
+        { ...axis, grid: { show: false }, size: 30, values: (_, splits) => splits.map((x) => whole(x) + xUnit()), space: 70 },
         { ...axis, size, space: 36, ...(unit === "bytes" ? { incrs: BYTES_APART } : {}),
           ...(isLog ? { splits: () => logTicks(low, high, height / 32), filter: (_, splits) => splits } : {}),
           values: (_, splits) => splits.map((value) => value === null ? "" : short(value, unit)) },
@@ -157,6 +157,8 @@ function nearest(xs, x) {
   }
   return x - xs[low] <= xs[high] - x ? low : high;
 }
+
+const xUnit = () => view.axis === "time" ? ` ${timeUnit().name}` : "";
 
 function xText(x) {
   if (view.axis === "time") return duration(x * timeUnit().seconds);
