@@ -4,15 +4,17 @@ const AXES = ["step", "epoch", "examples", "time"];
 
 function interpolated([xs, ys], x) {
   // Linear between the points, through the origin before the first, and with the last slope after the last.
-  let low = 0, high = xs.length;
+  let low = 0,
+    high = xs.length;
   while (low < high) {
     const middle = (low + high) >> 1;
-    if (xs[middle] < x) low = middle + 1; else high = middle;
+    if (xs[middle] < x) low = middle + 1;
+    else high = middle;
   }
   if (low < xs.length && xs[low] === x) return ys[low];
   const last = Math.min(low, xs.length - 1);
   const [x1, y1] = last ? [xs[last - 1], ys[last - 1]] : [0, 0];
-  return xs[last] === x1 ? ys[last] : y1 + (x - x1) / (xs[last] - x1) * (ys[last] - y1);
+  return xs[last] === x1 ? ys[last] : y1 + ((x - x1) / (xs[last] - x1)) * (ys[last] - y1);
 }
 
 function hasAxis(run, axis) {
@@ -31,13 +33,21 @@ function pointsOf(run, name, axis) {
   const curve = run.curves[name];
   if (!curve || !hasAxis(run, axis)) return null;
   curve.onAxis ??= {};
-  curve.onAxis[axis] ??= axis === "step" ? [curve.x, curve.y] : increasing(curve.x.map((s) => onAxis(run, axis, s)), curve.y);
+  curve.onAxis[axis] ??=
+    axis === "step"
+      ? [curve.x, curve.y]
+      : increasing(
+          curve.x.map((s) => onAxis(run, axis, s)),
+          curve.y,
+        );
   return curve.onAxis[axis];
 }
 
 function increasing(xs, ys) {
   const kept = [];
-  xs.forEach((x, index) => { if (!kept.length || x > xs[kept.at(-1)]) kept.push(index); });
+  xs.forEach((x, index) => {
+    if (!kept.length || x > xs[kept.at(-1)]) kept.push(index);
+  });
   return kept.length === xs.length ? [xs, ys] : [kept.map((index) => xs[index]), kept.map((index) => ys[index])];
 }
 
@@ -45,14 +55,19 @@ function increasing(xs, ys) {
 // thousandths of the whole axis, so that runs that log more or less often are smoothed alike.
 function smoothed(run, name, axis, smoothing, [from, to]) {
   const curve = run.curves[name];
-  const steps = curve.mx || curve.x, ys = curve.my || curve.y;
+  const steps = curve.mx || curve.x,
+    ys = curve.my || curve.y;
   const xs = steps.map((step) => onAxis(run, axis, step));
-  let average = 0, weight = 0;
-  return [xs, ys.map((y, index) => {
-    const distance = index ? (xs[index] - xs[index - 1]) / (to - from || 1) * 1000 : 1;
-    const kept = smoothing ** distance;
-    average = kept * average + (1 - kept) * y;
-    weight = kept * weight + (1 - kept);
-    return weight ? average / weight : y;
-  })];
+  let average = 0,
+    weight = 0;
+  return [
+    xs,
+    ys.map((y, index) => {
+      const distance = index ? ((xs[index] - xs[index - 1]) / (to - from || 1)) * 1000 : 1;
+      const kept = smoothing ** distance;
+      average = kept * average + (1 - kept) * y;
+      weight = kept * weight + (1 - kept);
+      return weight ? average / weight : y;
+    }),
+  ];
 }

@@ -1,8 +1,8 @@
 // Limits of a y axis that a few values far away do not spoil.
 
-const LOG_FROM = 30;      // ratio of the greatest to the least value from which an axis is logarithmic
-const FAR = 3;            // times the distance between the quartiles
-const LEAST_JUDGED = 4;   // fewer values have no outliers
+const LOG_FROM = 30; // ratio of the greatest to the least value from which an axis is logarithmic
+const FAR = 3; // times the distance between the quartiles
+const LEAST_JUDGED = 4; // fewer values have no outliers
 
 // Values within FAR times the distance between the quartiles beyond them; all where there are few.
 function withoutOutliers(values) {
@@ -21,13 +21,17 @@ function limitsOf(curves, { unit, mayBeLog, log, allValues }) {
   const [least, greatest] = extremes(all);
   if (unit === "share") return { low: 0, high: Math.max(1, greatest), isLog: false, numOutside: 0 };
   const isLog = least > 0 && (log ?? (mayBeLog && greatest / least >= LOG_FROM));
-  const scale = isLog ? Math.log10 : (value) => value, back = isLog ? (value) => 10 ** value : (value) => value;
-  const kept = allValues || unit === "bytes" ? all.map(scale) : curves.flatMap((values) => withoutOutliers(values.map(scale)));
+  const scale = isLog ? Math.log10 : (value) => value,
+    back = isLog ? (value) => 10 ** value : (value) => value;
+  const kept =
+    allValues || unit === "bytes" ? all.map(scale) : curves.flatMap((values) => withoutOutliers(values.map(scale)));
   const [low, high] = extremes(kept);
   const space = 0.06 * (high - low) || (isLog ? 0.1 : Math.abs(high) * 0.1) || 1;
   const bottom = !isLog && low >= 0 && low - space < 0 ? 0 : low - space;
   return {
-    low: back(bottom), high: back(high + space), isLog,
+    low: back(bottom),
+    high: back(high + space),
+    isLog,
     numOutside: all.filter((value) => scale(value) < bottom || scale(value) > high + space).length,
   };
 }
@@ -44,7 +48,8 @@ function logTicks(low, high, most) {
 }
 
 function extremes(values) {
-  let low = Infinity, high = -Infinity;
+  let low = Infinity,
+    high = -Infinity;
   for (const value of values) {
     if (value < low) low = value;
     if (value > high) high = value;

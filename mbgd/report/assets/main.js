@@ -1,33 +1,70 @@
 // Puts the page together, draws it, and follows a run that is watched.
 
 const SECONDS_BETWEEN_LOOKS = 2;
-const header = h("header"), below = h("section", { "aria-label": "what was run" });
+const header = h("header"),
+  below = h("section", { "aria-label": "what was run" });
 
 function tile(text, name, more) {
-  return h("div", { class: "tile" }, h("b", {}, text), h("span", {}, name), more ? h("span", { class: "best" }, more) : null);
+  return h(
+    "div",
+    { class: "tile" },
+    h("b", {}, text),
+    h("span", {}, name),
+    more ? h("span", { class: "best" }, more) : null,
+  );
 }
 
 function drawHeader() {
   const parts = [h("h1", {}, data.title)];
   if (data.runs.length === 1) {
     const [run] = data.runs;
-    const progress = run.outcome === "running" && run.steps ? `, ${Math.floor(100 * (run.facts[0]?.[1] || 0) / run.steps)} % of ${whole(run.steps)} steps` : "";
+    const progress =
+      run.outcome === "running" && run.steps
+        ? `, ${Math.floor((100 * (run.facts[0]?.[1] || 0)) / run.steps)} % of ${whole(run.steps)} steps`
+        : "";
     parts.push(h("p", { class: `outcome ${run.outcome}` }, run.state + progress));
-    parts.push(h("div", { class: "tiles" },
-      ...run.results.map((one) => tile(short(one.last), one.name, one.best === null ? "" : `best ${short(one.best)} at step ${whole(one.best_step)}`)),
-      ...run.facts.map(([name, value, unit]) => tile(short(value, unit), name))));
+    parts.push(
+      h(
+        "div",
+        { class: "tiles" },
+        ...run.results.map((one) =>
+          tile(
+            short(one.last),
+            one.name,
+            one.best === null ? "" : `best ${short(one.best)} at step ${whole(one.best_step)}`,
+          ),
+        ),
+        ...run.facts.map(([name, value, unit]) => tile(short(value, unit), name)),
+      ),
+    );
   }
-  const problems = data.runs.flatMap((run) => run.problems.map((problem) => data.runs.length === 1 ? problem : `${run.name}: ${problem}`));
-  parts.push(...problems.map((text) => h("p", { class: "failed" }, text)), ...data.notes.map((text) => h("p", { class: "note" }, text)));
-  parts.push(h("p", { class: "hint", id: "written" }, data.watched ? `live, ${data.written}` : `written ${data.written}`));
+  const problems = data.runs.flatMap((run) =>
+    run.problems.map((problem) => (data.runs.length === 1 ? problem : `${run.name}: ${problem}`)),
+  );
+  parts.push(
+    ...problems.map((text) => h("p", { class: "failed" }, text)),
+    ...data.notes.map((text) => h("p", { class: "note" }, text)),
+  );
+  parts.push(
+    h("p", { class: "hint", id: "written" }, data.watched ? `live, ${data.written}` : `written ${data.written}`),
+  );
   header.replaceChildren(...parts);
 }
 
 function drawBelow() {
   const open = below.querySelector("details[open]") !== null;
   const [plan, environment, ...others] = keyTables();
-  below.replaceChildren(...[timeBars(), h("div", { class: data.runs.length === 1 ? "pair" : "" }, ...[plan, environment].filter(Boolean)), ...others].filter(Boolean));
-  if (open) below.querySelectorAll("details").forEach((one) => { one.open = true; });
+  below.replaceChildren(
+    ...[
+      timeBars(),
+      h("div", { class: data.runs.length === 1 ? "pair" : "" }, ...[plan, environment].filter(Boolean)),
+      ...others,
+    ].filter(Boolean),
+  );
+  if (open)
+    below.querySelectorAll("details").forEach((one) => {
+      one.open = true;
+    });
 }
 
 drawnBy([], drawHeader);
@@ -43,7 +80,10 @@ async function follow() {
   let version = "";
   for (;;) {
     await new Promise((resolve) => setTimeout(resolve, 1000 * SECONDS_BETWEEN_LOOKS));
-    const answer = await fetch("data.json", { headers: version ? { "If-None-Match": version } : {}, cache: "no-store" }).catch(() => null);
+    const answer = await fetch("data.json", {
+      headers: version ? { "If-None-Match": version } : {},
+      cache: "no-store",
+    }).catch(() => null);
     document.body.classList.toggle("lost", !answer?.ok && answer?.status !== 304);
     if (!answer?.ok) continue;
     version = answer.headers.get("ETag");

@@ -2,45 +2,48 @@
 
 const BYTES = ["B", "KiB", "MiB", "GiB", "TiB"];
 const SECONDS = ["s", "ms", "µs", "ns"];
-const significant = (value, digits) => {
-  const text = Number(value).toPrecision(digits);
-  if (!text.includes("e")) return text.includes(".") ? text.replace(/\.?0+$/, "") : text;
-  const [mantissa, exponent] = text.split("e");
-  const [sign, power] = [exponent[0], exponent.slice(1).padStart(2, "0")];
-  return `${mantissa.includes(".") ? mantissa.replace(/\.?0+$/, "") : mantissa}e${sign}${power}`;
-};
+const withoutZeros = (text) => (text.includes(".") ? text.replace(/\.?0+$/, "") : text);
 
+// As Python's %g: with an exponent below 1e-4, and where the digits do not reach the point.
 function general(value, digits) {
-  // As Python's %g: fixed from 1e-4 up, otherwise with an exponent.
-  if (value !== 0 && Math.abs(value) < 1e-4) {
-    const [mantissa, power] = value.toExponential(digits - 1).split("e");
-    return `${mantissa.includes(".") ? mantissa.replace(/\.?0+$/, "") : mantissa}e-${power.slice(1).padStart(2, "0")}`;
-  }
-  return significant(value, digits);
+  const [mantissa, exponent] = value.toExponential(digits - 1).split("e");
+  const power = Number(exponent);
+  if (power >= -4 && power < digits) return withoutZeros(value.toPrecision(digits));
+  return `${withoutZeros(mantissa)}e${power < 0 ? "-" : "+"}${String(Math.abs(power)).padStart(2, "0")}`;
 }
 
 function short(value, unit = "") {
   if (value === null || value === undefined) return "–";
   if (unit === "bytes") {
     let power = 0;
-    while (Math.abs(value) >= 1024 && power < BYTES.length - 1) { value /= 1024; power++; }
+    while (Math.abs(value) >= 1024 && power < BYTES.length - 1) {
+      value /= 1024;
+      power++;
+    }
     return `${general(value, 4)} ${BYTES[power]}`;
   }
   if (unit === "seconds") {
     let power = 0;
-    while (value !== 0 && Math.abs(value) < 1 && power < SECONDS.length - 1) { value *= 1000; power++; }
+    while (value !== 0 && Math.abs(value) < 1 && power < SECONDS.length - 1) {
+      value *= 1000;
+      power++;
+    }
     return `${general(value, 3)} ${SECONDS[power]}`;
   }
   if (unit === "duration") return duration(value);
   if (unit === "share") return `${general(100 * value, 3)} %`;
-  if (Math.abs(value) >= 1000) return Math.abs(value) < 1e9 ? Math.round(value).toLocaleString("en") : general(value, 3);
+  if (Math.abs(value) >= 1000)
+    return Math.abs(value) < 1e9 ? Math.round(value).toLocaleString("en") : general(value, 3);
   return general(value, 4);
 }
 
 function duration(seconds) {
   if (seconds < 60) return short(seconds, "seconds");
-  const minutes = Math.floor(seconds / 60), hours = Math.floor(minutes / 60);
-  return hours ? `${hours} h ${String(minutes % 60).padStart(2, "0")} min` : `${minutes} min ${Math.floor(seconds % 60)} s`;
+  const minutes = Math.floor(seconds / 60),
+    hours = Math.floor(minutes / 60);
+  return hours
+    ? `${hours} h ${String(minutes % 60).padStart(2, "0")} min`
+    : `${minutes} min ${Math.floor(seconds % 60)} s`;
 }
 
 function whole(value) {

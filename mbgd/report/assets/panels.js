@@ -5,10 +5,14 @@ const panels = [];
 const panelsPlace = h("section", { "aria-label": "panels" });
 
 function drawPanels() {
-  keepingFocus(panelsPlace, () => panelsPlace.replaceChildren(...panels.flatMap((panel) => {
-    const runs = shownRuns().filter((run) => run.extras[panel.name] !== undefined);
-    const drawnPanel = runs.length ? panel.draw(runs) : null;
-    return drawnPanel ? [h("h2", {}, panel.title), drawnPanel] : [];
-  })));
+  keepingFocus(panelsPlace, () =>
+    panelsPlace.replaceChildren(
+      ...panels.flatMap((panel) => {
+        const runs = shownRuns().filter((run) => run.extras[panel.name] !== undefined);
+        const drawnPanel = runs.length ? panel.draw(runs) : null;
+        return drawnPanel ? [h("h2", {}, panel.title), drawnPanel] : [];
+      }),
+    ),
+  );
 }
 drawnBy(["hidden", "panels"], drawPanels);

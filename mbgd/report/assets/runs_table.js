@@ -2,16 +2,28 @@
 
 const runsPlace = h("section", { "aria-label": "runs" });
 const runsFilter = h("input", {
-  id: "runs-filter", type: "search", placeholder: "filter: words, or lr>0.01", "aria-label": "filter runs",
+  id: "runs-filter",
+  type: "search",
+  placeholder: "filter: words, or lr>0.01",
+  "aria-label": "filter runs",
   oninput: (event) => choose({ filter: event.target.value }),
 });
-const sortChoice = h("select", { id: "runs-sort", "aria-label": "sort runs by", onchange: (event) => sortBy(event.target.value) });
+const sortChoice = h("select", {
+  id: "runs-sort",
+  "aria-label": "sort runs by",
+  onchange: (event) => sortBy(event.target.value),
+});
 const numShown = h("span", { class: "hint" });
-const runsHead = h("thead"), runsBody = h("tbody");
-const everyRun = h("input", { type: "checkbox", "aria-label": "draw all runs of this table", onchange: (event) => {
-  for (const run of wantedRuns()) view.hidden[event.target.checked ? "delete" : "add"](run.name);
-  changed("hidden");
-} });
+const runsHead = h("thead"),
+  runsBody = h("tbody");
+const everyRun = h("input", {
+  type: "checkbox",
+  "aria-label": "draw all runs of this table",
+  onchange: (event) => {
+    for (const run of wantedRuns()) view.hidden[event.target.checked ? "delete" : "add"](run.name);
+    changed("hidden");
+  },
+});
 
 // Columns: { name, unit, value(run): number or text, best(run): text beside it, isOfConfiguration }.
 function columnsOf() {
@@ -23,23 +35,31 @@ function columnsOf() {
     { name: "run", value: (run) => run.name },
     { name: "state", value: (run) => run.state },
     ...names((run) => run.results).map((name) => ({
-      name, value: (run) => result(run, name)?.last ?? null,
-      best: (run) => { const one = result(run, name); return one && one.best !== null ? `best ${short(one.best)}` : ""; },
+      name,
+      value: (run) => result(run, name)?.last ?? null,
+      best: (run) => {
+        const one = result(run, name);
+        return one && one.best !== null ? `best ${short(one.best)}` : "";
+      },
     })),
     ...Object.keys(differing).map((key) => ({
-      name: key, isOfConfiguration: true, value: (run) => asNumber(differing[key][data.runs.indexOf(run)]),
+      name: key,
+      isOfConfiguration: true,
+      value: (run) => asNumber(differing[key][data.runs.indexOf(run)]),
     })),
     ...names((run) => run.facts).map((name) => ({
-      name, unit: data.runs.map((run) => fact(run, name)).find(Boolean)[2], value: (run) => fact(run, name)?.[1] ?? null,
+      name,
+      unit: data.runs.map((run) => fact(run, name)).find(Boolean)[2],
+      value: (run) => fact(run, name)?.[1] ?? null,
     })),
     { name: "started", value: (run) => run.started.slice(0, 16) },
   ];
 }
 
-const asNumber = (text) => text !== null && text !== "" && Number.isFinite(Number(text)) ? Number(text) : text;
+const asNumber = (text) => (text !== null && text !== "" && Number.isFinite(Number(text)) ? Number(text) : text);
 const textOf = (column, run) => {
   const value = column.value(run);
-  return typeof value === "number" ? short(value, column.unit) : value ?? "";
+  return typeof value === "number" ? short(value, column.unit) : (value ?? "");
 };
 
 // Words that must all be in a row; a word such as lr>0.01 compares a column whose name ends so.
@@ -48,14 +68,16 @@ function matches(run, columns, words) {
     const [, name, sign, limit] = /^([^<>=]+)(<=|>=|<|>|=)(.+)$/.exec(word) || [];
     const column = sign && columns.find((one) => one.name.toLowerCase().endsWith(name));
     if (!column) return columns.some((one) => textOf(one, run).toLowerCase().includes(word));
-    const value = column.value(run), other = Number(limit);
+    const value = column.value(run),
+      other = Number(limit);
     if (sign === "=" || typeof value !== "number") return sign === "=" && String(value).toLowerCase() === limit;
     return { "<": value < other, "<=": value <= other, ">": value > other, ">=": value >= other }[sign];
   });
 }
 
 function wantedRuns() {
-  const columns = columnsOf(), words = view.filter.toLowerCase().split(/\s+/).filter(Boolean);
+  const columns = columnsOf(),
+    words = view.filter.toLowerCase().split(/\s+/).filter(Boolean);
   const runs = data.runs.filter((run) => matches(run, columns, words));
   const column = view.sort && columns.find((one) => one.name === view.sort[0]);
   return column ? runs.sort((a, b) => view.sort[1] * compared(column.value(a), column.value(b), view.sort[1])) : runs;
@@ -83,8 +105,10 @@ function drawRunsTable() {
     runsHead.replaceChildren(h("tr", {}, ...columns.map((column, index) => headOf(column, index, pinned.length))));
     runsBody.replaceChildren(...runs.map((run) => rowOf(run, columns, pinned.length)));
   });
-  sortChoice.replaceChildren(h("option", { value: "" }, "sort by …"),
-    ...all.map((column) => h("option", { value: column.name, selected: view.sort?.[0] === column.name }, column.name)));
+  sortChoice.replaceChildren(
+    h("option", { value: "" }, "sort by …"),
+    ...all.map((column) => h("option", { value: column.name, selected: view.sort?.[0] === column.name }, column.name)),
+  );
   const num = runs.filter((run) => !view.hidden.has(run.name)).length;
   everyRun.checked = num === runs.length && num > 0;
   everyRun.indeterminate = num > 0 && num < runs.length;
@@ -96,11 +120,25 @@ function headOf(column, index, numPinned) {
   const [name, direction] = view.sort || [];
   const sorted = name === column.name ? (direction === 1 ? "ascending" : "descending") : "none";
   const arrow = { ascending: " ↑", descending: " ↓", none: "" }[sorted];
-  return h("th", { "aria-sort": sorted, scope: "col", class: index < numPinned ? "pinned" : "" },
+  return h(
+    "th",
+    { "aria-sort": sorted, scope: "col", class: index < numPinned ? "pinned" : "" },
     index === 0 && everyRun,
     h("button", { class: "sort", id: `sort ${column.name}`, onclick: () => sortBy(column.name) }, column.name + arrow),
-    index > 0 && h("button", { class: "pin", id: `pin ${column.name}`, "aria-pressed": String(view.pinned.has(column.name)),
-      "aria-label": `pin ${column.name}`, title: "keep this column in view", onclick: () => toggle("pinned", column.name) }, "pin"));
+    index > 0 &&
+      h(
+        "button",
+        {
+          class: "pin",
+          id: `pin ${column.name}`,
+          "aria-pressed": String(view.pinned.has(column.name)),
+          "aria-label": `pin ${column.name}`,
+          title: "keep this column in view",
+          onclick: () => toggle("pinned", column.name),
+        },
+        "pin",
+      ),
+  );
 }
 
 function rowOf(run, columns, numPinned) {
@@ -109,29 +147,52 @@ function rowOf(run, columns, numPinned) {
     const value = column.value(run);
     const kind = index < numPinned ? "pinned" : column.isOfConfiguration ? "of-configuration" : "";
     if (index === 0) return h("td", { class: kind }, runCell(run, number));
-    if (column.name === "state") return h("td", { class: `${kind} outcome ${run.outcome}`, "data-label": column.name }, value);
+    if (column.name === "state")
+      return h("td", { class: `${kind} outcome ${run.outcome}`, "data-label": column.name }, value);
     const best = column.best?.(run);
-    return h("td", { class: `${kind} ${typeof value === "number" ? "number" : ""}`, "data-label": column.name },
-      best ? h("span", {}, textOf(column, run), h("span", { class: "best" }, best)) : textOf(column, run));
+    return h(
+      "td",
+      { class: `${kind} ${typeof value === "number" ? "number" : ""}`, "data-label": column.name },
+      best ? h("span", {}, textOf(column, run), h("span", { class: "best" }, best)) : textOf(column, run),
+    );
   });
-  return h("tr", { onpointerenter: () => choose({ marked: run.name }), onpointerleave: () => choose({ marked: null }) }, ...cells);
+  return h(
+    "tr",
+    { onpointerenter: () => choose({ marked: run.name }), onpointerleave: () => choose({ marked: null }) },
+    ...cells,
+  );
 }
 
 function runCell(run, number) {
   const box = h("input", {
-    type: "checkbox", id: `run ${run.name}`, checked: !view.hidden.has(run.name),
+    type: "checkbox",
+    id: `run ${run.name}`,
+    checked: !view.hidden.has(run.name),
     onchange: () => toggle("hidden", run.name),
-    onfocus: () => choose({ marked: run.name }), onblur: () => choose({ marked: null }),
+    onfocus: () => choose({ marked: run.name }),
+    onblur: () => choose({ marked: null }),
   });
   const name = h("label", { class: "run" }, box, swatch(number, run.name));
-  return h("div", { class: "of-run" }, name, run.link ? h("a", { href: run.link, title: "this run's own report" }, "report") : null);
+  return h(
+    "div",
+    { class: "of-run" },
+    name,
+    run.link ? h("a", { href: run.link, title: "this run's own report" }, "report") : null,
+  );
 }
 
 // Each pinned column sticks where the one before it ends.
 function stickPinned(numPinned) {
   let left = 0;
-  const offsets = [...runsHead.querySelectorAll("th")].slice(0, numPinned).map((cell) => { const at = left; left += cell.offsetWidth; return at; });
-  for (const row of runsPlace.querySelectorAll("tr")) offsets.forEach((at, index) => { row.children[index].style.left = `${at}px`; });
+  const offsets = [...runsHead.querySelectorAll("th")].slice(0, numPinned).map((cell) => {
+    const at = left;
+    left += cell.offsetWidth;
+    return at;
+  });
+  for (const row of runsPlace.querySelectorAll("tr"))
+    offsets.forEach((at, index) => {
+      row.children[index].style.left = `${at}px`;
+    });
 }
 
 // Runs the change, which may replace the element that has the keyboard's focus by another with its id.
@@ -142,9 +203,13 @@ function keepingFocus(place, change) {
 }
 
 function buildRunsTable() {
-  runsPlace.replaceChildren(...(data.runs.length === 1 ? [] : [
-    h("div", { class: "toolbar of-table" }, runsFilter, sortChoice, numShown),
-    h("div", { class: "card scrolled" }, h("table", { class: "runs" }, runsHead, runsBody)),
-  ]));
+  runsPlace.replaceChildren(
+    ...(data.runs.length === 1
+      ? []
+      : [
+          h("div", { class: "toolbar of-table" }, runsFilter, sortChoice, numShown),
+          h("div", { class: "card scrolled" }, h("table", { class: "runs" }, runsHead, runsBody)),
+        ]),
+  );
 }
 drawnBy(["hidden", "sort", "filter", "pinned", "size"], drawRunsTable);
