@@ -445,3 +445,17 @@ def test_predictions_of_examples(tmp_path: Path, opened: Open) -> None:
     settle(page)
     assert "✗" in first.inner_text()
     assert NASTY in first.inner_text()
+
+
+def test_drawing_again_keeps_the_keyboard_and_the_pointer_where_they_are(one: Any) -> None:
+    button = figure(one, "loss").get_by_role("button", name="logarithmic axis")
+    button.focus()
+    button.press("Enter")
+    assert not chart(one, "loss")["isLog"]
+    assert one.evaluate("document.activeElement.id") == "log loss"
+    figure(one, "loss").locator(".u-over").hover(position={"x": 200, "y": 30})
+    before = one.locator("#tip").inner_text()
+    one.evaluate("changed('data')")
+    settle(one)
+    assert one.locator("#tip").is_visible()
+    assert one.locator("#tip").inner_text() == before

@@ -41,23 +41,31 @@ class Chart {
     Object.assign(this, { picture, lines, limits, range });
     this.describe();
     this.element.classList.toggle("wide", view.wide.has(this.title));
+    const { left = -1, top = -1 } = this.plot?.cursor || {};
     this.plot?.destroy();
-    const width = this.place.clientWidth || 400,
-      height = view.wide.has(this.title) ? 2 * HEIGHT : HEIGHT;
+    const width = this.place.clientWidth || 400;
+    const height = view.wide.has(this.title) ? 2 * HEIGHT : HEIGHT;
     this.plot = new uPlot(this.options(width, height, [from, to]), aligned(lines), this.place);
+    if (left >= 0) this.plot.setCursor({ left, top });
   }
 
   describe() {
-    const { isLog, numOutside } = this.limits,
-      { title } = this;
+    const { isLog, numOutside } = this.limits;
+    const { title } = this;
     const outside = numOutside ? `${whole(numOutside)} ${numOutside === 1 ? "value" : "values"} outside` : "";
     const button = (label, pressed, text, click) =>
       h(
         "button",
-        { "aria-pressed": String(pressed), "aria-label": `${text}: ${title}`, title: text, onclick: click },
+        {
+          id: `${label} ${title}`,
+          "aria-pressed": String(pressed),
+          "aria-label": `${text}: ${title}`,
+          title: text,
+          onclick: click,
+        },
         label,
       );
-    this.heading.replaceChildren(
+    const parts = [
       h("b", {}, title),
       this.legend(),
       outside && h("span", { class: "hint", title: "“outliers”, above, shows them" }, outside),
@@ -71,7 +79,8 @@ class Chart {
         button("wide", view.wide.has(title), "whole width", () => toggle("wide", title)),
         button("CSV", false, "these values as CSV", () => saveCsv(Object.keys(this.picture.curves), title)),
       ),
-    );
+    ];
+    keepingFocus(this.heading, () => this.heading.replaceChildren(...parts));
     this.place.setAttribute("aria-label", `${title}: arrow keys show values, plus and minus zoom, 0 shows everything`);
   }
 
@@ -93,16 +102,16 @@ class Chart {
   }
 
   options(width, height, x) {
-    const css = getComputedStyle(document.documentElement),
-      colour = (name) => css.getPropertyValue(name).trim();
+    const css = getComputedStyle(document.documentElement);
+    const colour = (name) => css.getPropertyValue(name).trim();
     const axis = {
       stroke: colour("--soft"),
       font: "12px system-ui, sans-serif",
       grid: { stroke: colour("--line"), width: 1 },
       ticks: { show: false },
     };
-    const { unit } = this.picture,
-      { low, high, isLog } = this.limits;
+    const { unit } = this.picture;
+    const { low, high, isLog } = this.limits;
     const size = (_, texts) => Math.max(44, 14 + 7 * Math.max(0, ...(texts || []).map((text) => (text || "").length)));
     return {
       width,
@@ -179,8 +188,8 @@ class Chart {
     });
     tip.replaceChildren(h("span", { class: "hint" }, xText(at)), ...rows.slice(0, 16));
     tip.style.display = "block";
-    const box = plot.over.getBoundingClientRect(),
-      x = box.left + left;
+    const box = plot.over.getBoundingClientRect();
+    const x = box.left + left;
     const beside = x + 16 + tip.offsetWidth > innerWidth ? x - 16 - tip.offsetWidth : x + 16;
     tip.style.left = `${Math.max(4, beside)}px`;
     tip.style.top = `${Math.max(4, Math.min(box.top + Math.max(top, 0) + 12, innerHeight - tip.offsetHeight - 4))}px`;
@@ -198,8 +207,8 @@ class Chart {
   }
 
   key(event) {
-    const [from, to] = view.zoom || this.range,
-      { plot } = this;
+    const [from, to] = view.zoom || this.range;
+    const { plot } = this;
     const at = plot.cursor.left >= 0 ? plot.posToVal(plot.cursor.left, "x") : (from + to) / 2;
     const move = { ArrowLeft: -0.02, ArrowRight: 0.02, Home: -1, End: 1 }[event.key];
     const factor = { "+": 0.5, "=": 0.5, "-": 2 }[event.key];
@@ -236,8 +245,8 @@ function aligned(lines) {
 }
 
 function nearest(xs, x) {
-  let low = 0,
-    high = xs.length - 1;
+  let low = 0;
+  let high = xs.length - 1;
   while (high - low > 1) {
     const middle = (low + high) >> 1;
     if (xs[middle] < x) low = middle;

@@ -16,9 +16,9 @@ function timeUnit() {
 
 // Of one run, training and evaluation have colours; of several, each run has, and evaluation is dashed.
 function linesOf(picture, range) {
-  const isOne = data.runs.length === 1,
-    lines = [],
-    divisor = view.axis === "time" ? timeUnit().seconds : 1;
+  const isOne = data.runs.length === 1;
+  const lines = [];
+  const divisor = view.axis === "time" ? timeUnit().seconds : 1;
   const labels = Object.values(picture.curves);
   for (const run of shownRuns()) {
     const number = data.runs.indexOf(run);
@@ -67,8 +67,8 @@ const colourOfLabel = (label, index) => (label === "train" ? 0 : label === "eval
 // From the first to the last point of all runs that are shown, on the chosen axis.
 function wholeRange() {
   const divisor = view.axis === "time" ? timeUnit().seconds : 1;
-  let low = Infinity,
-    high = -Infinity;
+  let low = Infinity;
+  let high = -Infinity;
   for (const run of shownRuns().filter((run) => hasAxis(run, view.axis))) {
     for (const { x } of Object.values(run.curves)) {
       low = Math.min(low, onAxis(run, view.axis, x[0]) / divisor);
@@ -79,8 +79,8 @@ function wholeRange() {
 }
 
 function drawCharts() {
-  const wanted = view.charts.toLowerCase(),
-    range = wholeRange();
+  const wanted = view.charts.toLowerCase();
+  const range = wholeRange();
   const pictures = data.pictures.filter((picture) => picture.title.toLowerCase().includes(wanted));
   placeCharts(pictures);
   for (const picture of pictures) chartOf(picture).element.classList.toggle("wide", view.wide.has(picture.title));

@@ -4,8 +4,8 @@ const AXES = ["step", "epoch", "examples", "time"];
 
 function interpolated([xs, ys], x) {
   // Linear between the points, through the origin before the first, and with the last slope after the last.
-  let low = 0,
-    high = xs.length;
+  let low = 0;
+  let high = xs.length;
   while (low < high) {
     const middle = (low + high) >> 1;
     if (xs[middle] < x) low = middle + 1;
@@ -55,11 +55,11 @@ function increasing(xs, ys) {
 // thousandths of the whole axis, so that runs that log more or less often are smoothed alike.
 function smoothed(run, name, axis, smoothing, [from, to]) {
   const curve = run.curves[name];
-  const steps = curve.mx || curve.x,
-    ys = curve.my || curve.y;
+  const steps = curve.mx || curve.x;
+  const ys = curve.my || curve.y;
   const xs = steps.map((step) => onAxis(run, axis, step));
-  let average = 0,
-    weight = 0;
+  let average = 0;
+  let weight = 0;
   return [
     xs,
     ys.map((y, index) => {

@@ -22,3 +22,10 @@ const NUM_COLOURS = 8;
 function swatch(number, label) {
   return h("span", { class: "legend" }, h("i", { style: { background: colourOf(number) } }), h("span", {}, label));
 }
+
+// Runs the change, which may replace the element that has the keyboard's focus by another with its id.
+function keepingFocus(place, change) {
+  const { id } = place.contains(document.activeElement) ? document.activeElement : {};
+  change();
+  if (id) document.getElementById(id)?.focus({ preventScroll: true });
+}

@@ -21,8 +21,8 @@ function limitsOf(curves, { unit, mayBeLog, log, allValues }) {
   const [least, greatest] = extremes(all);
   if (unit === "share") return { low: 0, high: Math.max(1, greatest), isLog: false, numOutside: 0 };
   const isLog = least > 0 && (log ?? (mayBeLog && greatest / least >= LOG_FROM));
-  const scale = isLog ? Math.log10 : (value) => value,
-    back = isLog ? (value) => 10 ** value : (value) => value;
+  const scale = isLog ? Math.log10 : (value) => value;
+  const back = isLog ? (value) => 10 ** value : (value) => value;
   const kept =
     allValues || unit === "bytes" ? all.map(scale) : curves.flatMap((values) => withoutOutliers(values.map(scale)));
   const [low, high] = extremes(kept);
@@ -48,8 +48,8 @@ function logTicks(low, high, most) {
 }
 
 function extremes(values) {
-  let low = Infinity,
-    high = -Infinity;
+  let low = Infinity;
+  let high = -Infinity;
   for (const value of values) {
     if (value < low) low = value;
     if (value > high) high = value;

@@ -1,8 +1,8 @@
 // Puts the page together, draws it, and follows a run that is watched.
 
 const SECONDS_BETWEEN_LOOKS = 2;
-const header = h("header"),
-  below = h("section", { "aria-label": "what was run" });
+const header = h("header");
+const below = h("section", { "aria-label": "what was run" });
 
 function tile(text, name, more) {
   return h(
@@ -76,6 +76,10 @@ draws.forEach(({ draw }) => draw());
 addEventListener("resize", () => changed("size"));
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => changed("theme"));
 
+let isPressed = false; // while the reader drags, what is dragged over stays
+addEventListener("pointerdown", () => (isPressed = true));
+addEventListener("pointerup", () => (isPressed = false));
+
 async function follow() {
   let version = "";
   for (;;) {
@@ -85,7 +89,7 @@ async function follow() {
       cache: "no-store",
     }).catch(() => null);
     document.body.classList.toggle("lost", !answer?.ok && answer?.status !== 304);
-    if (!answer?.ok) continue;
+    if (!answer?.ok || isPressed) continue;
     version = answer.headers.get("ETag");
     const wasOne = data.runs.length === 1;
     Object.assign(data, await answer.json());

@@ -39,8 +39,8 @@ function short(value, unit = "") {
 
 function duration(seconds) {
   if (seconds < 60) return short(seconds, "seconds");
-  const minutes = Math.floor(seconds / 60),
-    hours = Math.floor(minutes / 60);
+  const minutes = Math.floor(seconds / 60);
+  const hours = Math.floor(minutes / 60);
   return hours
     ? `${hours} h ${String(minutes % 60).padStart(2, "0")} min`
     : `${minutes} min ${Math.floor(seconds % 60)} s`;

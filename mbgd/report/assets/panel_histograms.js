@@ -11,8 +11,8 @@ function svg(tag, attributes, ...children) {
 
 // The share of the values in each bin, from the most negative power of 2 over 0 to the most positive.
 function shares(histogram, lowest, highest) {
-  const bins = Array(2 * (highest - lowest) + 1).fill(0),
-    middle = highest - lowest;
+  const bins = Array(2 * (highest - lowest) + 1).fill(0);
+  const middle = highest - lowest;
   const add = (index, count) => {
     bins[index] += count / Math.max(1, histogram.size);
   };
@@ -27,12 +27,12 @@ function ridges(steps, number) {
   const lowest = Math.min(0, ...held.map(({ histogram }) => histogram.low));
   const highest = Math.max(lowest + 1, ...held.map(({ histogram }) => histogram.low + histogram.positive.length));
   const all = steps.map(({ histogram }) => shares(histogram, lowest, highest));
-  const tallest = Math.max(...all.flat(), 1e-9),
-    { width, height, apart } = RIDGE;
+  const tallest = Math.max(...all.flat(), 1e-9);
+  const { width, height, apart } = RIDGE;
   const whole = height + apart * (steps.length - 1) + 18;
   const paths = all.map((bins, index) => {
-    const base = height + apart * index,
-      x = (bin) => ((bin / bins.length) * width).toFixed(1);
+    const base = height + apart * index;
+    const x = (bin) => ((bin / bins.length) * width).toFixed(1);
     const top = bins
       .map((share, bin) => `L${x(bin)},${(base - (share / tallest) * height).toFixed(1)}H${x(bin + 1)}`)
       .join("");

@@ -7,8 +7,8 @@ function percent(probability) {
 }
 
 function exampleCard(example, at) {
-  const guesses = example.predicted[at] || [],
-    tokens = example.tokens[at] || [];
+  const guesses = example.predicted[at] || [];
+  const tokens = example.tokens[at] || [];
   if (tokens.length) return h("div", { class: "example text" }, h("code", {}, example.text, ...tokens.map(tokenMark)));
   const right = guesses.length > 0 && guesses[0].label === example.target;
   return h(
@@ -45,8 +45,8 @@ function tokenMark({ target, predicted, probability }) {
 }
 
 function setOf(run, name, { steps, examples }) {
-  const key = `${run.name}\n${name}`,
-    at = Math.min(predictionSteps.get(key) ?? steps.length - 1, steps.length - 1);
+  const key = `${run.name}\n${name}`;
+  const at = Math.min(predictionSteps.get(key) ?? steps.length - 1, steps.length - 1);
   const choice = h(
     "select",
     {

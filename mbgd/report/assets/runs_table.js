@@ -14,8 +14,8 @@ const sortChoice = h("select", {
   onchange: (event) => sortBy(event.target.value),
 });
 const numShown = h("span", { class: "hint" });
-const runsHead = h("thead"),
-  runsBody = h("tbody");
+const runsHead = h("thead");
+const runsBody = h("tbody");
 const everyRun = h("input", {
   type: "checkbox",
   "aria-label": "draw all runs of this table",
@@ -68,16 +68,16 @@ function matches(run, columns, words) {
     const [, name, sign, limit] = /^([^<>=]+)(<=|>=|<|>|=)(.+)$/.exec(word) || [];
     const column = sign && columns.find((one) => one.name.toLowerCase().endsWith(name));
     if (!column) return columns.some((one) => textOf(one, run).toLowerCase().includes(word));
-    const value = column.value(run),
-      other = Number(limit);
+    const value = column.value(run);
+    const other = Number(limit);
     if (sign === "=" || typeof value !== "number") return sign === "=" && String(value).toLowerCase() === limit;
     return { "<": value < other, "<=": value <= other, ">": value > other, ">=": value >= other }[sign];
   });
 }
 
 function wantedRuns() {
-  const columns = columnsOf(),
-    words = view.filter.toLowerCase().split(/\s+/).filter(Boolean);
+  const columns = columnsOf();
+  const words = view.filter.toLowerCase().split(/\s+/).filter(Boolean);
   const runs = data.runs.filter((run) => matches(run, columns, words));
   const column = view.sort && columns.find((one) => one.name === view.sort[0]);
   return column ? runs.sort((a, b) => view.sort[1] * compared(column.value(a), column.value(b), view.sort[1])) : runs;
@@ -193,13 +193,6 @@ function stickPinned(numPinned) {
     offsets.forEach((at, index) => {
       row.children[index].style.left = `${at}px`;
     });
-}
-
-// Runs the change, which may replace the element that has the keyboard's focus by another with its id.
-function keepingFocus(place, change) {
-  const { id } = place.contains(document.activeElement) ? document.activeElement : {};
-  change();
-  if (id) document.getElementById(id)?.focus({ preventScroll: true });
 }
 
 function buildRunsTable() {

@@ -77,8 +77,8 @@ function keyTables() {
     .filter((table) => Object.keys(table.shared).length + Object.keys(table.differing).length)
     .map((table) => {
       if (isOne) return h("div", {}, h("h2", {}, table.title), h("div", { class: "card" }, keyTable(table.shared)));
-      const differs = Object.keys(table.differing).length > 0,
-        shares = Object.keys(table.shared).length;
+      const differs = Object.keys(table.differing).length > 0;
+      const shares = Object.keys(table.shared).length;
       return h(
         "div",
         {},
