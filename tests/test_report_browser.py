@@ -459,3 +459,16 @@ def test_drawing_again_keeps_the_keyboard_and_the_pointer_where_they_are(one: An
     settle(one)
     assert one.locator("#tip").is_visible()
     assert one.locator("#tip").inner_text() == before
+
+
+def test_of_many_runs_ten_are_drawn_at_first(tmp_path: Path, opened: Open) -> None:
+    for number in range(12):
+        make_run(tmp_path / f"runs/{number:02}", num_steps=20)
+    write_report([tmp_path / "runs"], tmp_path / "report.html")
+    page = opened(tmp_path / "report.html")
+    assert "12 of 12 runs, 10 drawn" in page.inner_text("main")
+    assert len(chart(page, "auroc")["lines"]) == 10
+    page.locator("tbody tr").nth(3).hover()
+    settle(page)
+    alphas = page.evaluate("charts.get('auroc').plot.series.slice(1).map((one) => one.alpha)")
+    assert alphas == [1 if number == 3 else 0.25 for number in range(10)]

@@ -8,7 +8,7 @@ from typing import Any
 
 from mbgd.files import folder_lock, run_files
 from mbgd.files.lines import BadLine, GrowingFile
-from mbgd.files.run_files import METRICS, read_config, read_run, read_summary
+from mbgd.files.run_files import CONFIG, METRICS, RUN, SUMMARY, read_config, read_run, read_summary
 from mbgd.report.curve import Curve
 from mbgd.text.escaping import plain
 from mbgd.tracking.json_lines import Line, describe_bad, of_run, parse
@@ -66,12 +66,22 @@ class History:
         return self.curves[name].last.value if name in self.curves else None
 
 
+@dataclass(frozen=True)
+class _Files:
+    summary: dict[str, Any]
+    record: dict[str, Any]
+    config: dict[str, Any]
+    problems: list[str]
+
+
 class Reader:
     """Reads a run's folder again and again; of metrics.jsonl only the lines that are new."""
 
     def __init__(self, folder: Path, name: str = "") -> None:
         self.folder = folder
         self.name = name or plain(folder.resolve().name)
+        self._files: _Files | None = None
+        self._stamps: list[tuple[int, ...]] = []
         self._restart()
 
     def _restart(self) -> None:
@@ -93,14 +103,29 @@ class Reader:
                     self._bad.append(line)
                 else:
                     self._add(line.value)
+        files = self._read_files()
         problems = [f"metrics.jsonl: {describe_bad(self._bad)}"] if self._bad else []
-        read = partial(run_files.read_or_tell, folder=self.folder, problems=problems)
-        summary, record, config = read(read_summary), read(read_run), read(read_config)
-        is_running = folder_lock.holder(self.folder) is not None
-        flat = _flat(config)
         return History(
-            self.folder, self.name, dict(self._curves), self._duration, summary, record, flat, problems, is_running
+            folder=self.folder,
+            name=self.name,
+            curves=dict(self._curves),
+            duration=self._duration,
+            summary=files.summary,
+            record=files.record,
+            config=files.config,
+            problems=[*problems, *files.problems],
+            is_running=folder_lock.holder(self.folder) is not None,
         )
+
+    def _read_files(self) -> _Files:
+        """The small files, read again only where one has changed."""
+        found = [_stamp(self.folder / name) for name in (SUMMARY, RUN, CONFIG)]
+        if self._files is None or found != self._stamps:
+            problems: list[str] = []
+            read = partial(run_files.read_or_tell, folder=self.folder, problems=problems)
+            self._files = _Files(read(read_summary), read(read_run), _flat(read(read_config)), problems)
+            self._stamps = found
+        return self._files
 
     def _add(self, line: Line) -> None:
         step, curves = line.step, self._curves
@@ -112,6 +137,15 @@ class Reader:
             self._passed += (epoch - self._epoch) / speed
             self._epoch = epoch
             self._duration.add(step, self._passed)
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Differs where the file has been written again; empty if there is none."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return ()
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
