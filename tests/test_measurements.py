@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ import mbgd
 from mbgd.batches.order import Order
 from mbgd.data import digits
 from mbgd.measuring.clock import PARTS, HostStopwatch
+from mbgd.measuring.load import Load
 from mbgd.tracking.slowest_worker import MUCH
 
 from processes import run_workers
@@ -279,3 +281,19 @@ def test_a_lap_costs_less_than_a_thousandth_of_a_small_step() -> None:
     assert min(microseconds(lambda: stopwatch.lap("optimizer")) for _ in range(20)) < 1.0
     assert set(stopwatch.seconds()) == {"optimizer"}
     assert stopwatch.seconds() == {}
+
+
+def test_the_load_and_memory_of_the_host_are_read_at_most_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    load = Load(torch.device("cpu"))
+    until = time.process_time() + 0.5
+    while time.process_time() < until:  # keeps a processor busy
+        pass
+    first = load.read()
+    assert first.keys() == {"cpu_load", "host_memory_bytes"}
+    assert 0.5 / os.cpu_count() / 2 < first["cpu_load"] <= 1  # type: ignore[operator]
+    assert 2**26 < first["host_memory_bytes"] < 2**50
+    assert load.read() == {}
+    monkeypatch.setattr(load, "_last_read", -10.0)
+    monkeypatch.setattr("mbgd.measuring.load.STAT", Path("/nowhere"))
+    monkeypatch.setattr("mbgd.measuring.load.MEMINFO", Path("/nowhere"))
+    assert load.read() == {}  # a system that does not tell

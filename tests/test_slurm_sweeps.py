@@ -17,7 +17,8 @@ from hydra_plugins.mbgd_slurm.launcher import is_complete
 from hydra_plugins.mbgd_slurm.waiting import EXIT_CODE, SECONDS_TO_BE_SURE, Queue, Task
 from hydra_plugins.mbgd_torchrun.jobs import End, Job, first_error
 from mbgd.cli.slurm import GONE, State, without_a_job
-from mbgd.runs.sweeps import Record, read_jobs
+from mbgd.files.job_file import JobRecord
+from mbgd.runs.sweeps import read_jobs
 
 from hosts import ROOT, SLOW_LOADING, weights_sha256
 from slurm import Slurm, cluster
@@ -215,7 +216,7 @@ def test_a_task_has_failed_only_once_slurm_says_so_for_a_while(tmp_path: Path) -
 
 
 def test_a_job_that_ended_while_no_process_waited_for_it_is_complete(tmp_path: Path) -> None:
-    job = Job(Record(0, {}, ["seed=1"], slurm_job="12_0"), None, tmp_path)  # type: ignore[arg-type]
+    job = Job(JobRecord(0, {}, ["seed=1"], slurm_job="12_0"), None, tmp_path)  # type: ignore[arg-type]
     job.record.write(tmp_path)
     (tmp_path / EXIT_CODE).write_text("12_0 0\n")
     assert not is_complete(job), "there is no result"

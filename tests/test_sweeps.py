@@ -24,7 +24,8 @@ from mbgd.cli.tools.sweep import _header, show
 from mbgd.cli.tools.sweep_plot import is_geometric, plot
 from mbgd.config import Direction
 from mbgd.errors import UsageError
-from mbgd.runs.sweeps import Record, read_jobs, read_ranking
+from mbgd.files.job_file import JobRecord
+from mbgd.runs.sweeps import read_jobs, read_ranking
 from mbgd.text.numbers import short
 
 ROOT = Path(__file__).parent.parent
@@ -129,7 +130,7 @@ def test_examples_are_counted_with_short_last_minibatches(sweep: tuple[Path, int
 def write_jobs(folder: Path, swept: list[dict[str, str]], losses: list[float]) -> None:
     """What sweeps leave of jobs that are complete."""
     for number, (values, loss) in enumerate(zip(swept, losses, strict=True)):
-        Record(number, values, [], 0).write(folder / str(number))
+        JobRecord(number, values, [], 0).write(folder / str(number))
         (folder / str(number) / "summary.json").write_text(json.dumps({"metrics": {"eval/loss": loss}, "steps": 1}))
 
 
@@ -277,10 +278,10 @@ def test_mistakes_are_told_before_any_job_starts(tmp_path: Path, overrides: list
 
 
 def test_a_folder_of_another_sweeps_job_is_refused(tmp_path: Path) -> None:
-    Record(0, {"seed": "1"}, ["seed=1"]).write(tmp_path)
-    refuse_another_sweeps(Job(Record(0, {"seed": "1"}, ["seed=1"]), None, tmp_path))  # type: ignore[arg-type]
+    JobRecord(0, {"seed": "1"}, ["seed=1"]).write(tmp_path)
+    refuse_another_sweeps(Job(JobRecord(0, {"seed": "1"}, ["seed=1"]), None, tmp_path))  # type: ignore[arg-type]
     with pytest.raises(SystemExit, match="holds the job seed=1, not seed=2"):
-        refuse_another_sweeps(Job(Record(0, {"seed": "2"}, ["seed=2"]), None, tmp_path))  # type: ignore[arg-type]
+        refuse_another_sweeps(Job(JobRecord(0, {"seed": "2"}, ["seed=2"]), None, tmp_path))  # type: ignore[arg-type]
 
 
 def shell(folder: Path, script: str) -> Command:

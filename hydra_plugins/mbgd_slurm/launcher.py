@@ -13,6 +13,7 @@ from hydra_plugins.mbgd_torchrun.processes import signals
 from mbgd.cli import launching, slurm
 from mbgd.errors import UsageError
 from mbgd.files.atomic import write_atomically
+from mbgd.files.job_file import JobRecord
 from mbgd.runs import sweeps
 
 
@@ -64,7 +65,7 @@ class SlurmLauncher(JobsLauncher):
 
     def _in_the_queue(self, jobs: Sequence[Job]) -> dict[int, Task]:
         """Tasks of an earlier array for these jobs, by the job's index: the sweep's process ended before them."""
-        records = {index: sweeps.Record.read(job.folder) for index, job in enumerate(jobs)}
+        records = {index: JobRecord.read(job.folder) for index, job in enumerate(jobs)}
         names = {index: one.slurm_job for index, one in records.items() if one is not None and one.slurm_job}
         known = slurm.states(sorted({name.split("_")[0] for name in names.values()})) if names else {}
         if known is None:

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from mbgd.building import configuration
 from mbgd.cli.launching import quoted
 from mbgd.errors import FAILED, UsageError
+from mbgd.files.job_file import JobRecord
 from mbgd.runs import sweeps
 from mbgd.text.escaping import plain
 
@@ -42,7 +43,7 @@ class JobFailed(CompactHydraException):
 class Job:
     """A job to run."""
 
-    record: sweeps.Record
+    record: JobRecord
     config: DictConfig
     folder: Path
 
@@ -111,7 +112,7 @@ class JobsLauncher(Launcher):
 
         def ended(index: int, end: End) -> None:
             job = jobs[index]
-            before = sweeps.Record.read(job.folder) or job.record
+            before = JobRecord.read(job.folder) or job.record
             dataclasses.replace(before, exit_code=end.exit_code).write(job.folder)
             results[index], text = self._result(job, end)
             print(f"job {job} · {text} · {end.note}", flush=True)
@@ -147,7 +148,7 @@ class JobsLauncher(Launcher):
         constant = {one.key_or_group for one in given if not one.is_sweep_override()}
         values = dict(one.lstrip("+").split("=", 1) for one in overrides if one[0] != "~")
         swept = {key: value for key, value in values.items() if key not in constant}
-        record = sweeps.Record(number, swept, list(overrides))
+        record = JobRecord(number, swept, list(overrides))
         return Job(record, config, self.folder / str(config.hydra.sweep.subdir))
 
     def _result(self, job: Job, end: End) -> tuple[JobReturn, str]:
@@ -190,7 +191,7 @@ def refuse_folders(overrides: Sequence[str]) -> None:
 def refuse_another_sweeps(job: Job) -> None:
     """Exit if a job's folder holds anything but the same job, which would go on there."""
     try:
-        before = sweeps.Record.read(job.folder)
+        before = JobRecord.read(job.folder)
     except UsageError as error:
         sys.exit(f"error: {error}")
     is_other = before is not None and before.overrides != job.record.overrides

@@ -1,6 +1,7 @@
 """Files of one JSON object a line, read as far as they can be: one line that is wrong does not hide the others."""
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,18 +41,46 @@ def lines_of(path: Path, parse: Callable[[bytes], T]) -> Iterator[GoodLine[T] | 
 
     FileNotFoundError, or Unreadable if the file cannot be read.
     """
-    with open_regular(path) as file:
-        number, begins = 1, True
-        try:
-            while content := file.readline(MOST_LINE_BYTES):
-                ends = content.endswith(b"\n")
-                if begins and (ends or len(content) < MOST_LINE_BYTES):
-                    yield _read(number, content, parse)
-                else:
-                    yield BadLine(number, f"it is longer than {MOST_LINE_BYTES:,} bytes", content)
-                number, begins = number + ends, ends
-        except OSError as error:
-            raise Unreadable(path, error.strerror or plain(error)) from error
+    return GrowingFile(path, parse).lines()
+
+
+class GrowingFile(Generic[T]):
+    """A file that another process may be writing, read a part after the other."""
+
+    def __init__(self, path: Path, parse: Callable[[bytes], T]) -> None:
+        self._path, self._parse = path, parse
+        self._position, self._number, self._inode = 0, 1, -1
+
+    def was_replaced(self) -> bool:
+        """Whether what has been read is no longer in the file, as where a resumed run takes back its last steps.
+
+        Raises as `lines`.
+        """
+        with open_regular(self._path) as file:
+            found = os.fstat(file.fileno())
+            return self._inode not in (-1, found.st_ino) or found.st_size < self._position
+
+    def lines(self, *, whole: bool = False) -> Iterator[GoodLine[T] | BadLine]:
+        """The lines after those already read; FileNotFoundError, or Unreadable if the file cannot be read.
+
+        whole: a last line without its end is still being written, and is left for the next call.
+        """
+        with open_regular(self._path) as file:
+            self._inode, begins = os.fstat(file.fileno()).st_ino, True
+            try:
+                file.seek(self._position)
+                while content := file.readline(MOST_LINE_BYTES):
+                    ends = content.endswith(b"\n")
+                    if whole and not ends and len(content) < MOST_LINE_BYTES:
+                        return
+                    self._position += len(content)
+                    if begins and (ends or len(content) < MOST_LINE_BYTES):
+                        yield _read(self._number, content, self._parse)
+                    else:
+                        yield BadLine(self._number, f"it is longer than {MOST_LINE_BYTES:,} bytes", content)
+                    self._number, begins = self._number + ends, ends
+            except OSError as error:
+                raise Unreadable(self._path, error.strerror or plain(error)) from error
 
 
 def _read(number: int, content: bytes, parse: Callable[[bytes], T]) -> GoodLine[T] | BadLine:

@@ -92,6 +92,7 @@ class Run(msgspec.Struct):
     """run.json."""
 
     plan: dict[str, Any] = {}
+    numbers: dict[str, Annotated[int, msgspec.Meta(ge=1, le=2**53)]] = {}
     environment: dict[str, Any] = {}
     code: Code | None = None
     script: str = ""

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def dumps(value: Any, *, indent: int | None = None) -> str:
-    """The value as JSON; numbers that are not finite become null."""
-    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+def dumps(value: Any, *, indent: int | None = None, is_compact: bool = False) -> str:
+    """The value as JSON; numbers that are not finite become null. is_compact: without spaces."""
+    return json.dumps(_finite(value), indent=indent, separators=(",", ":") if is_compact else None, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:

@@ -1,5 +1,5 @@
 """A page about one run, or several side by side, made from what is in the runs' folders alone."""
 
-from mbgd.report.page import write_report
+from mbgd.report.writing import write_report
 
 __all__ = ["write_report"]

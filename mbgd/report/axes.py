@@ -25,8 +25,6 @@ class Axis:
     first_pixel: float
     last_pixel: float
     is_log: bool = False
-    unit: float = 1.0
-    """Ticks are round in multiples of it."""
 
     def __call__(self, value: float) -> float:
         low, high, value = (self._scale(each) for each in (self.low, self.high, value))
@@ -45,10 +43,9 @@ class Axis:
                 return powers[:: max(1, len(powers) // number)]
             if len(between) > 1:
                 return between
-        rough = (self.high - self.low) / number / self.unit
+        rough = (self.high - self.low) / number
         magnitude = 10.0 ** math.floor(math.log10(rough))
-        rounded = next(factor * magnitude for factor in (1, 2, 2.5, 5, 10) if factor * magnitude >= rough * 0.999)
-        distance = rounded * self.unit
+        distance = next(factor * magnitude for factor in (1, 2, 2.5, 5, 10) if factor * magnitude >= rough * 0.999)
         first, last = math.ceil(self.low / distance - 1e-9), math.floor(self.high / distance + 1e-9)
         return [number * distance for number in range(first, last + 1)]
 

@@ -13,7 +13,7 @@ from mbgd.files import strict_json
 from mbgd.files.atomic import write_atomically
 from mbgd.files.run_files import REPORT
 from mbgd.runs.conditions import conditions
-from mbgd.runs.wording import plan_lines
+from mbgd.runs.wording import numbers, plan_lines
 from mbgd.tracking.base import Ending, Metrics
 from mbgd.tracking.code_version import code_version
 from mbgd.trainer import Trainer
@@ -26,6 +26,7 @@ class Record:
         self._folder, self._report = folder, report
         self._record: dict[str, Any] = {
             "plan": plan_lines(trainer),
+            "numbers": numbers(trainer),
             "environment": {
                 "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
                 "host": platform.node(),

@@ -1,11 +1,10 @@
 """A sweep on disk: one folder for each job, the job's run folder, which also holds a record of the job."""
 
-import json
 import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,12 @@ from typing import Any
 from mbgd.config import Direction
 from mbgd.errors import UsageError
 from mbgd.files import run_files
-from mbgd.files.atomic import write_atomically
-from mbgd.files.reading import convert, read_json
+from mbgd.files.job_file import JOB, JobRecord
 from mbgd.files.run_files import METRICS, read_config, read_summary
 from mbgd.text.escaping import plain
 from mbgd.text.suggestions import did_you_mean
 from mbgd.tracking.json_lines import Line, describe_bad, read_history
 
-RECORD = "job.json"
 LOG = "job.log"
 START = re.compile(r"^--- \d{4}-\d\d-\d\d \d\d:\d\d:\d\d job ")
 """The line that each start of a job adds to its log first."""
@@ -30,37 +27,11 @@ to_show: list[Path] = []
 
 
 @dataclass(frozen=True)
-class Record:
-    """The launcher's record of a job."""
-
-    number: int
-    swept: dict[str, str]
-    """The values that the sweep gave this job, by key."""
-    overrides: list[str]
-    exit_code: int | None = None
-    """None: it has not ended, or was stopped."""
-    slurm_job: str = ""
-    """The SLURM job that trains it, such as 12_3; empty: none."""
-
-    def write(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / RECORD, (json.dumps(asdict(self), indent=2) + "\n").encode())
-
-    @staticmethod
-    def read(folder: Path) -> "Record | None":
-        """The record of the job that was started there; None if none was."""
-        try:
-            return convert(read_json(folder / RECORD, Record), Record)
-        except FileNotFoundError:
-            return None
-
-
-@dataclass(frozen=True)
 class Job:
     """The result of a job, read from its folder."""
 
     folder: Path
-    record: Record
+    record: JobRecord
     config: Mapping[str, Any]
     """Empty if the job ended before it wrote its configuration."""
     summary: Mapping[str, Any]
@@ -105,7 +76,7 @@ class Job:
 
 def read_job(folder: Path) -> Job | None:
     """The job that was started in this folder; None if none was. Files that cannot be read are named in `problem`."""
-    record = Record.read(folder)
+    record = JobRecord.read(folder)
     if record is None:
         return None
     problems: list[str] = []
@@ -124,7 +95,7 @@ def read_job(folder: Path) -> Job | None:
 
 def read_jobs(sweep: Path) -> list[Job]:
     """The jobs of a sweep, by number; UsageError if there are none."""
-    found = [read_job(path.parent) for path in sweep.glob(f"**/{RECORD}")]
+    found = [read_job(path.parent) for path in sweep.glob(f"**/{JOB}")]
     jobs = sorted((job for job in found if job is not None), key=lambda job: job.record.number)
     if not jobs:
         raise UsageError(f"{sweep} holds no jobs of a sweep. Name the folder that `mbgd train -m …` printed.")

@@ -41,6 +41,17 @@ def plan_lines(trainer: Trainer) -> dict[str, str]:
     }
 
 
+def numbers(trainer: Trainer) -> dict[str, int]:
+    """The plan's numbers, for programs."""
+    plan = trainer.setup.plan
+    return {
+        "steps": trainer.setup.num_steps,
+        "steps_per_epoch": plan.steps_per_epoch,
+        "examples_per_epoch": plan.examples_per_epoch,
+        "minibatch_size": min(plan.minibatch_size, plan.num_examples),
+    }
+
+
 def _describe_optimizer(trainer: Trainer) -> str:
     settings, rates = trainer.setup.settings, trainer.train_step.update.base_rates
     node = settings.optimizer if isinstance(settings, Config) and isinstance(settings.optimizer, dict) else {}

@@ -25,10 +25,3 @@ def size_of_unit(num_bytes: float) -> int:
     while abs(num_bytes) >= 1024 * size and size < 1024 ** (len(BYTES) - 1):
         size *= 1024
     return size
-
-
-def whole(value: float) -> str:
-    """A step's number: 1,500 as it is, 20,000 as 20k."""
-    if abs(value) >= 10_000 and value % 100 == 0:
-        return f"{value / 1000:g}k" if abs(value) < 1_000_000 else f"{value / 1_000_000:g}M"
-    return f"{value:,.0f}"

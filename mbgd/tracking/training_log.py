@@ -10,6 +10,7 @@ from mbgd.checks.setup import Setup
 from mbgd.config import AveragingName, CompileName
 from mbgd.config.duration import whole
 from mbgd.measuring.clock import Clock
+from mbgd.measuring.load import Load
 from mbgd.step.done import Done
 from mbgd.task.compiling import num_graphs
 from mbgd.tracking.slowest_worker import SlowestWorker
@@ -26,6 +27,7 @@ class TrainingLog:
         self._num_tokens = torch.zeros((), dtype=torch.float64, device=setup.workers.device)
         self.last_logged = 0
         self.clock = Clock(setup.workers.device)
+        self._load = Load(setup.workers.device)
         self._slowest = SlowestWorker(setup.workers)
 
     def logs(self, step: int) -> bool:
@@ -62,7 +64,7 @@ class TrainingLog:
         self._num_tokens.zero_()
         self.last_logged = step
         graphs = {} if self._setup.settings.compile is CompileName.none else {"compiled_graphs": num_graphs()}
-        return {**times, "num_workers": self._setup.workers.num_workers, **graphs}
+        return {**times, **self._load.read(), "num_workers": self._setup.workers.num_workers, **graphs}
 
     def fingerprints(self, metrics: Mapping[str, float], step: int) -> dict[str, Any]:
         """Values that are texts: the slowest worker's host; hashes that let two runs be compared line by line."""
