@@ -189,7 +189,8 @@ class Trial:
             return  # the larger scale overflows
         for name in gradients.keys() & others.keys():
             large = others[name]
-            error = torch.linalg.vector_norm(gradients[name] * (SCALES[1] / SCALES[0]) - large)
+            # In its own memory: at the start every worker has a whole model and two gradients, which may be the peak.
+            error = torch.linalg.vector_norm(gradients[name].mul_(SCALES[1] / SCALES[0]).sub_(large))
             if error.isfinite() and error > 0.01 * torch.linalg.vector_norm(large):
                 raise UsageError(
                     f"the gradient of parameter {name} does not grow in proportion to the losses: a hook on an "
