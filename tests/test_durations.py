@@ -14,7 +14,7 @@ from test_configuration import composed
 import mbgd
 from mbgd.batches.plan import Plan
 from mbgd.building.build import build_trainer, typed
-from mbgd.config import Checkpoint, Config, must_match, resolved, validate
+from mbgd.config import Checkpoint, Config, HistogramSettings, must_match, resolved, validate
 from mbgd.config.duration import PREFIXES, in_steps
 
 from small_runs import PLAIN
@@ -119,6 +119,7 @@ def test_every_setting_that_is_a_number_of_steps_is_a_duration() -> None:
         noise_scale=mbgd.NoiseScale(every_steps="2 epochs"),
         check=mbgd.Check(replicas_every_steps="3 epochs", recompute_every_steps="4 epochs"),
         checkpoint=Checkpoint(every_steps="5 epochs", memory_every_steps="128 examples"),
+        histograms=HistogramSettings(steps=4),  # this counts steps, wherever they are
     )
     found = resolved(config, PLAN)
     assert (found.steps, found.log_every_steps, found.evaluation.every_steps) == (23, 1, 12)
