@@ -115,6 +115,8 @@ class Trainer:
                 self._log(tracker, self.log.metrics(done, self.train_step.metrics()))
             is_time = is_time_for_checkpoint(state.step, checkpoints.due_by_time())
             evaluates = self.evaluations.are_due(state.step)
+            if state.step == first_step + 1:
+                checkpoints.check(self.train_step.update.problems() + self.observers.problems())
             if is_time or evaluates or setup.compares_after(state.step) or state.step == first_step + 1:
                 self.check()
             evaluation = {}
@@ -122,8 +124,6 @@ class Trainer:
                 with self.log.clock.paused():
                     self._log(tracker, evaluation := self.evaluate())
                 self.observers.after_evaluation(state.step, evaluation)
-            if state.step == first_step + 1:
-                checkpoints.check(self.train_step.update.problems() + self.observers.problems())
             checkpoints.after_step(state.step, evaluation, self.snapshot, is_time=is_time)
             if stop.agreed(state.step):
                 self._stop(checkpoints, evaluation)

@@ -266,6 +266,45 @@ def test_sharding_changes_no_bit(case: Case, num_workers: int, averaging: str) -
         assert state == wanted[0]
 
 
+class Tiny(nn.Module):
+    """One parameter, so that all workers but one have nothing to update."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(61, 3, bias=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = self.layer(inputs)
+        return outputs
+
+
+def train_tiny(workers: mbgd.Workers, sharding: str) -> list[str]:
+    results = []
+    for name, settings in (
+        ("AdamW", {}),
+        ("SGD", {"max_grad_norm": 0.01}),
+        ("SGD", {"max_grad_value": 1e-3, "max_grad_norm": 0.01}),
+        ("AdamW", {"precision": "fp16"}),
+        ("Adafactor", {}),
+    ):
+        torch.manual_seed(0)
+        model = Tiny()
+        optimizer = getattr(torch.optim, name)(model.parameters(), lr=0.01)
+        every: Any = {"log_every_steps": 1, "averaging": mbgd.Averaging("reproducible"), "sharding": sharding}  # type: ignore[arg-type]
+        settings = mbgd.Settings(steps=NUM_STEPS, batch=mbgd.Batch(16), **every, **settings)  # type: ignore[arg-type]
+        data = mbgd.Data(train=InMemory(*examples()), evaluation=InMemory(*examples()))
+        observers = [mbgd.Histograms(3)]
+        trainer = mbgd.Trainer(model, mbgd.CrossEntropy(), optimizer, data, settings, workers, observers)
+        trainer.fit()
+        results.append(digest(trainer.snapshot()))
+    return results
+
+
+def test_workers_may_have_nothing_to_update() -> None:
+    (wanted,) = run_workers(train_tiny, 1, "none")
+    assert run_workers(train_tiny, 3, "optimizer") == [wanted] * 3
+
+
 # Checkpoints
 
 

@@ -63,12 +63,12 @@ class Histograms:
         layers = by_layer(list(trained.by_name), self.layers)
         layer_of = {name: layer for layer, names in layers.items() for name in names}
         self._layers, self._is_main = list(layers), workers.is_main
-        if trained.pieces:
+        if trained.pieces is not None:
             self._gather = workers.gather_values
         elif not workers.is_main:
             return
         self._at = spread(self.steps, trainer.setup.num_steps)
-        self._held = [(layer_of[name], one) for name, one in trained.pieces or trained.by_name.items()]
+        self._held = [(layer_of[name], one) for name, one in trained.updated()]
         trainer.train_step.update.before_step.append(self._before_step)
 
     def with_writer(self, write: Callable[[int, Mapping[str, Any]], None]) -> None:

@@ -245,7 +245,9 @@ class Update:
         if not want_norm and not self._clips and self._scaler is None:
             return None
         norm = self._norm_of_gradients()  # also to clip by value: infinity is noticed before it is cut
-        if self._clip_value is not None:  # first, so that one huge element does not shrink all others
+        if (
+            self._clip_value is not None and self._gradients()
+        ):  # first, so that one huge element does not shrink all others
             torch.nn.utils.clip_grad_value_(self._held, self._clip_value)
         if self._clip_norm is not None:
             clipped = norm if self._clip_value is None else self._norm_of_gradients()

@@ -24,6 +24,11 @@ Predictions = tuple[Tensor, Tensor]
 """Outputs and targets."""
 
 
+def reads_at_once(device: torch.device) -> bool:
+    """Whether reading a value there does not wait for anything."""
+    return device.type == "cpu"
+
+
 @dataclass(frozen=True, slots=True)
 class PerExample:
     """What an objective returns: unreduced losses, with their weights and metrics."""
@@ -116,8 +121,8 @@ class PerExample:
 
     def sums_of_weights(self) -> Tensor:
         """`sums` without metrics, at less cost: 0 in the place of a finite Σ w L."""
-        if self.weights is not None and self.losses.device.type == "cpu":
-            # Here reading a value does not wait, and in small steps every call counts.
+        if self.weights is not None and reads_at_once(self.losses.device):
+            # In small steps every call counts.
             weights = self.weights.detach().double()
             weight, loss = weights.sum().item(), self.losses.detach().sum().item()
             if math.isfinite(weight) and math.isfinite(loss):

@@ -39,8 +39,8 @@ class Trained:
         self.parameters = list(self.by_name.values())
         self.not_held = [name for name, p in of_task.items() if p.requires_grad and p not in held]
         """Names of parameters that require a gradient but are not in the optimizer: they are not trained."""
-        self.pieces: list[tuple[str, Tensor]] = []
-        """Where this worker updates pieces of the parameters only: these, each with the parameter's name."""
+        self.pieces: list[tuple[str, Tensor]] | None = None
+        """Where each worker updates pieces of the parameters only: this worker's, each with the parameter's name."""
         self._versions: list[int] = []
         self._flags: list[bool] = []
         self._requires_grad = list(map(_requires_grad, self.parameters))
@@ -51,7 +51,11 @@ class Trained:
 
     def gradients(self) -> dict[str, Tensor]:
         """The gradients that this worker updates parameters with, by the parameters' names."""
-        return {name: one.grad for name, one in self.pieces or self.by_name.items() if one.grad is not None}
+        return {name: one.grad for name, one in self.updated() if one.grad is not None}
+
+    def updated(self) -> list[tuple[str, Tensor]]:
+        """What this worker updates, with the parameters' names: all parameters, or its pieces of them."""
+        return list(self.by_name.items()) if self.pieces is None else self.pieces
 
     def start_step(self) -> None:
         """Remember each parameter's `_version`, and clear the gradients."""
