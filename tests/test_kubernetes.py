@@ -173,13 +173,15 @@ def test_the_number_of_pods_is_said_alike_and_the_main_pod_has_the_services_name
 CONTAINER = """
 set -e
 mount -t tmpfs tmpfs /mnt
-mkdir /mnt/runs /mnt/own
+mkdir /mnt/runs /mnt/own /mnt/clone
 mount --bind "$1/runs" /mnt/runs
 mount --bind "$1" /mnt/own
+mount --bind "$2" /mnt/clone
 mount -t tmpfs tmpfs /tmp
+[ -e "$2" ] || { mkdir -p "$2" && mount --bind /mnt/clone "$2"; }  # a clone in /tmp
 mount -t tmpfs tmpfs /dev/shm
 mount -o remount,bind,ro /
-shift
+shift 2
 exec setpriv --bounding-set=-all --inh-caps=-all --no-new-privs "$@"
 """
 """A container's file systems and rights: everything but its volumes is read-only, and there are no capabilities.
@@ -204,7 +206,7 @@ class Pods:
             environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
             environment |= {"PYTHONPATH": "/mnt/own", "HOME": "/tmp", "PYTHONDONTWRITEBYTECODE": "1"}
             apart = ["ip", "netns", "exec", host, "unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
-            apart += ["bash", "-c", CONTAINER, "container", str(self.folder)]
+            apart += ["bash", "-c", CONTAINER, "container", str(self.folder), str(ROOT)]
             command = [one.replace("/runs/", "/mnt/runs/") for one in [*command, *arguments]]
             with (self.folder / f"pod-{index}.log").open("ab") as log:
                 process = subprocess.Popen(
