@@ -45,8 +45,8 @@ class Work:
 
 WORKS = (
     Work("digits MLP 64-128-10, minibatch 64", partial(MLP, (64,), 10, hidden=(128,)), (64,), 64, 1437, 400, 15),
-    Work("6.4 M MLP, minibatch 128", partial(MLP, (784,), 10, hidden=(2160, 2160)), (784,), 128, 4096, 48, 5),
-    Work("cnn on 28 × 28, minibatch 128", partial(CNN, (1, 28, 28), 10), (1, 28, 28), 128, 2048, 48, 5),
+    Work("6.4 M MLP, minibatch 128", partial(MLP, (784,), 10, hidden=(2160, 2160)), (784,), 128, 4096, 48, 3),
+    Work("cnn on 28 × 28, minibatch 128", partial(CNN, (1, 28, 28), 10), (1, 28, 28), 128, 2048, 48, 3),
 )
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -103,7 +104,10 @@ def test_a_new_run_under_the_folder_is_found(tmp_path: Path, run: Path) -> None:
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_the_command_ends_cleanly(run: Path, stop: signal.Signals) -> None:
     command = [sys.executable, "-m", "mbgd", "report", str(run), "--watch"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
+    # A shell starts what runs in the background with SIGINT ignored, and that is inherited.
+    listens = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, preexec_fn=listens) as started:
         assert started.stdout
         first = started.stdout.readline()
         assert re.fullmatch(r"watching    http://127\.0\.0\.1:\d+/[\w-]+/\n", first)
