@@ -121,7 +121,7 @@ def schedule(seed: int) -> list[Round]:
         damage = chance.choice([None, None, *Damage])
         memory_every_steps = chance.choice([None, 1, 3]) if damage is None else None
         transport = chance.choice(["shared memory", "shared memory", "gloo"])
-        sharding = chance.choice(["auto", "auto", "none"])
+        sharding = chance.choice(["optimizer", "optimizer", "none"]) if transport == "shared memory" else "none"
         rounds.append(Round(num_workers, memory_every_steps, transport, sharding, blow, damage))
     return [*rounds, Round(chance.randint(1, 4))]
 

@@ -259,7 +259,7 @@ def test_sharding_changes_no_bit(case: Case, num_workers: int, averaging: str) -
     """The state with every stride, and every logged number, against the same workers without sharding."""
     of_one = 1 if averaging == "reproducible" else num_workers  # whose bits do not depend on the number of workers
     wanted = all_trained(of_one, averaging, "none")[0][case.name]
-    for got in all_trained(num_workers, averaging, "auto"):
+    for got in all_trained(num_workers, averaging, "optimizer"):
         state, logged, plan = got[case.name]
         assert plan.startswith("optimizer: each worker updates at most ")
         assert logged == wanted[1]
@@ -378,7 +378,7 @@ def test_state_dict_is_whole_during_training(name: str) -> None:
     case = next(case for case in CASES if case.name == name)
     (wanted,) = run_workers(ask_for_state, 1, "none", case)
     assert len(set(wanted)) == NUM_STEPS
-    assert run_workers(ask_for_state, 3, "auto", case) == [wanted] * 3
+    assert run_workers(ask_for_state, 3, "optimizer", case) == [wanted] * 3
 
 
 # Changes by others
@@ -415,7 +415,7 @@ def train_changed(workers: mbgd.Workers, kind: type[Net], sharding: str) -> str:
 
 @pytest.mark.parametrize("kind", [Clamps, Replaces])
 def test_parameters_that_others_write_are_named(kind: type[Net]) -> None:
-    for message in run_workers(train_changed, 2, kind, "auto"):
+    for message in run_workers(train_changed, 2, kind, "optimizer"):
         assert "by step 1 something other than the optimizer has written to parameters" in message
         assert "head.weight" in message
         assert "sharding=none" in message
@@ -528,6 +528,26 @@ def test_optimizers_of_the_users_are_tried(kind: type[torch.optim.Optimizer]) ->
     assert sharded.split()[-1] == unsharded.split()[-1]
 
 
+class Wide(nn.Linear):
+    """Of a size from which on auto shards."""
+
+    def __init__(self) -> None:
+        super().__init__(61, 5000)
+
+
+def plan_of_wide(workers: mbgd.Workers) -> str:
+    model = Wide()
+    settings = mbgd.Settings(steps=1, batch=mbgd.Batch(16))
+    data = mbgd.Data(train=InMemory(*examples()))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return mbgd.Trainer(model, mbgd.CrossEntropy(), optimizer, data, settings, workers).train_step.describe_sharding
+
+
+def test_auto_shards_from_a_size_on() -> None:
+    assert all(plan.startswith("optimizer: ") for plan in run_workers(plan_of_wide, 2))
+    assert all(plan.startswith("none: for parameters of") for plan in run_workers(plan_of, 2, ADAMW, "auto", "auto"))
+
+
 def with_little_memory(workers: mbgd.Workers) -> str:
     make_file, sizes = host_memory._make_file, []
 
@@ -538,7 +558,7 @@ def with_little_memory(workers: mbgd.Workers) -> str:
         return make_file(num_bytes)
 
     host_memory._make_file = limited
-    return plan_of(workers, of_torch("SGD"), "auto", "auto")
+    return plan_of(workers, of_torch("SGD"), "auto", "optimizer")
 
 
 def test_too_little_memory_is_told() -> None:

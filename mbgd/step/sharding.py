@@ -29,6 +29,10 @@ BY_PARAMETERS = ("Adafactor", "Muon")
 """Optimizers of torch that update each parameter by itself, but as a whole."""
 
 
+LEAST_BYTES = 2**20
+"""auto does not shard smaller parameters: their updates take microseconds, fewer than telling the others takes."""
+
+
 @dataclass(frozen=True)
 class Sharded:
     """The optimizer's work in pieces, of which this worker has its own."""
@@ -98,6 +102,9 @@ def shard(setup: Setup, averaging: Averager, users_observers: Sequence[str]) -> 
     if not reason and of_workers is None:
         kind = type(setup.optimizer).__name__
         reason = f"{kind} in pieces computes something else" if asked else f"{kind} is not known"
+    num_bytes = sum(p.nbytes for p in setup.trained.parameters)
+    if of_workers is not None and num_bytes < LEAST_BYTES and not asked:
+        of_workers, reason = None, f"for parameters of {num_bytes:,} bytes there is nothing to gain"
     if of_workers is not None:
         try:
             if (shared := averaging.own(setup.trained.by_name, of_workers)) is not None:
