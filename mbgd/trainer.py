@@ -116,7 +116,7 @@ class Trainer:
             is_time = is_time_for_checkpoint(state.step, checkpoints.due_by_time())
             evaluates = self.evaluations.are_due(state.step)
             if state.step == first_step + 1:
-                checkpoints.check(self.train_step.update.problems() + self.observers.problems())
+                checkpoints.check(self.train_step.update.optimizer_state.problems() + self.observers.problems())
             if is_time or evaluates or setup.compares_after(state.step) or state.step == first_step + 1:
                 self.check()
             evaluation = {}

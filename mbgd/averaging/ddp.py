@@ -79,6 +79,14 @@ def used_anywhere(parameters: Sequence[Tensor], workers: Workers) -> list[bool]:
     return [bool(flag) for flag in workers.max_(flags).tolist()] if parameters else []
 
 
+def sum_here(leaves: Sequence[tuple[int, Tensor]], num_values: int, device: torch.device) -> Tensor:
+    """The sum of this worker's vectors, in order: float64, shape (num_values,)."""
+    total = torch.zeros(num_values, dtype=torch.float64, device=device)
+    for _, values in leaves:
+        total += values
+    return total
+
+
 class DDP:
     """DDP's all-reduce sums gradients while the last backward still runs.
 
@@ -191,21 +199,15 @@ class DDP:
                 self._workers.sum_(parameter.grad)
 
     def sum(self, leaves: Sequence[tuple[int, Tensor]], *, num_leaves: int, num_values: int) -> Tensor:
-        return self._workers.sum_(self._sum_here(leaves, num_values))
+        return self._workers.sum_(sum_here(leaves, num_values, self._workers.device))
 
     def start_sum(
         self, leaves: Sequence[tuple[int, Tensor]], *, num_leaves: int, num_values: int
     ) -> Callable[[], Tensor]:
-        total = self._sum_here(leaves, num_values)
+        total = sum_here(leaves, num_values, self._workers.device)
         if self._ddp is not None:
             self._works.append(dist.all_reduce(total, async_op=True))
         return lambda: total
-
-    def _sum_here(self, leaves: Sequence[tuple[int, Tensor]], num_values: int) -> Tensor:
-        total = torch.zeros(num_values, dtype=torch.float64, device=self._workers.device)
-        for _, values in leaves:
-            total += values
-        return total
 
     def gather(self, values: Tensor) -> Sequence[Tensor]:
         return self._workers.all_gather(values)

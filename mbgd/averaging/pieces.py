@@ -7,7 +7,6 @@ it, so that each keeps the optimizer's state of its own pieces alone.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 BLOCK = 2**14
@@ -84,9 +83,7 @@ class Owned:
         for piece, tensor in zip(self.pieces, self.tensors, strict=True):
             parameter = self.parameters[piece.parameter]
             gradient = parameter.grad
-            if gradient is not None and gradient.stride() != parameter.stride():
-                gradient = torch.empty_like(parameter, requires_grad=False).copy_(gradient)
-            tensor.grad = None if gradient is None else cut_out(gradient, piece)
+            tensor.grad = None if gradient is None else cut_out(with_strides(gradient, parameter.stride()), piece)
 
 
 def cut_out(tensor: Tensor, piece: Piece) -> Tensor:
@@ -94,6 +91,11 @@ def cut_out(tensor: Tensor, piece: Piece) -> Tensor:
     if piece.stop - piece.start == tensor.numel():
         return tensor
     return in_memory_order(tensor)[piece.start : piece.stop]
+
+
+def with_strides(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """The tensor, or a copy of it that lies in memory in another order."""
+    return tensor if tensor.stride() == strides else tensor.new_empty_strided(tensor.shape, strides).copy_(tensor)
 
 
 def in_memory_order(tensor: Tensor) -> Tensor:

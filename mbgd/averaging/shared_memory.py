@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from mbgd.averaging.ddp import sum_here
 from mbgd.averaging.host_memory.exchange import MOVED_ON, NO_NOTE, Exchange, check_moved_on
 from mbgd.averaging.host_memory.memory import HostMemory
 from mbgd.averaging.host_memory.parameters import SharedParameters
@@ -95,12 +96,12 @@ class SharedMemory:
         return self.finish(note, whole=whole)
 
     def sum(self, leaves: Sequence[tuple[int, Tensor]], *, num_leaves: int, num_values: int) -> Tensor:
-        return reduce(torch.add, self._memory.all_gather(_sum_here(leaves, num_values)))
+        return reduce(torch.add, self._memory.all_gather(sum_here(leaves, num_values, self._workers.device)))
 
     def start_sum(
         self, leaves: Sequence[tuple[int, Tensor]], *, num_leaves: int, num_values: int
     ) -> Callable[[], Tensor]:
-        of_workers = self._memory.put(_sum_here(leaves, num_values))
+        of_workers = self._memory.put(sum_here(leaves, num_values, self._workers.device))
         return lambda: reduce(torch.add, of_workers)
 
     def gather(self, values: Tensor) -> Sequence[Tensor]:
@@ -127,13 +128,6 @@ class _Place:
     def __call__(self, parameter: Tensor) -> None:
         if self._step.runs and parameter.grad is not None and parameter.grad is not self._place:
             parameter.grad = self._place.copy_(parameter.grad)
-
-
-def _sum_here(leaves: Sequence[tuple[int, Tensor]], num_values: int) -> Tensor:
-    total = torch.zeros(num_values, dtype=torch.float64)
-    for _, values in leaves:
-        total += values
-    return total
 
 
 def _remove(hooks: list[RemovableHandle]) -> None:

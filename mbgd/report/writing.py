@@ -6,12 +6,11 @@ from pathlib import Path
 from urllib.parse import quote
 
 from mbgd.files.atomic import write_atomically
+from mbgd.files.run_files import REPORT
 from mbgd.report.data import page_data
 from mbgd.report.finding import Runs
 from mbgd.report.history import History
 from mbgd.report.page import render
-
-FILE = "report.html"
 
 
 def write_report(folders: Sequence[Path], path: Path) -> None:
@@ -20,7 +19,7 @@ def write_report(folders: Sequence[Path], path: Path) -> None:
     found = runs.read()
 
     def link(run: History) -> str:
-        page = run.folder / FILE
+        page = run.folder / REPORT
         own = page.is_file() and len(found) > 1 and page.resolve() != path.resolve()
         return "./" + quote(os.fsencode(os.path.relpath(page, path.parent))) if own else ""
 

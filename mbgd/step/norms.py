@@ -6,7 +6,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from mbgd.averaging.pieces import BLOCK, Piece, in_memory_order
+from mbgd.averaging.pieces import BLOCK, Piece, in_memory_order, with_strides
 
 Gather = Callable[[Tensor], Sequence[Tensor]]
 """This worker's values → every worker's, by rank."""
@@ -38,9 +38,7 @@ class TotalNorm:
         return total
 
     def _blocks(self, tensor: Tensor, strides: tuple[int, ...]) -> Sequence[Tensor]:
-        if tensor.stride() != strides:
-            tensor = tensor.new_empty_strided(tensor.shape, strides).copy_(tensor)
-        return torch.split(in_memory_order(tensor), self._block)
+        return torch.split(in_memory_order(with_strides(tensor, strides)), self._block)
 
 
 class NormOfPieces:

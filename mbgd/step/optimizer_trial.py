@@ -11,6 +11,8 @@ from torch.optim import Optimizer
 
 from mbgd.files.state_tree import Flattening
 
+METHODS = ("step", "state_dict")
+"""Those that an object may have replaced by bound methods of others; a copy has its class's."""
 STEP_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 
@@ -36,7 +38,7 @@ def try_out(optimizer: Optimizer) -> dict[str, Kind]:
         for parameter in copies:
             if parameter.is_floating_point() or parameter.is_complex():
                 parameter.grad = torch.randn_like(parameter)
-        type(tried).step(tried)  # not tried.step: an attribute of the object may be the original's bound method
+        type(tried).step(tried)
     flattening = Flattening()
     for key, value in tried.state_dict()["state"].items():
         flattening(value, str(key))
@@ -56,7 +58,7 @@ def _copy(optimizer: Optimizer, copies: dict[int, Any]) -> Optimizer:
     """
     twin: Optimizer = object.__new__(type(optimizer))
     copies[id(optimizer)] = twin
-    attributes = {name: value for name, value in vars(optimizer).items() if name != "step"}
+    attributes = {name: value for name, value in vars(optimizer).items() if name not in METHODS}
     for value in attributes.values():
         for inner in value if isinstance(value, list | tuple) else [value]:
             if isinstance(inner, Optimizer) and id(inner) not in copies:

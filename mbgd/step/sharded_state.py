@@ -70,8 +70,9 @@ class ShardedState:
         self._optimizer, self._owned, self._allocate, self._workers = optimizer, owned, allocate, workers
         self._stays_in_place = stays_in_place
         self.whole: Optimizer = object.__new__(type(optimizer))
-        """As if the optimizer held the parameters; `read` gives it the state of now."""
+        """As if the optimizer held the parameters; its `state_dict()` is that of now."""
         vars(self.whole).update(vars(optimizer))
+        self.whole.state_dict = self._whole_state_dict  # type: ignore[method-assign]
         self._holds_pieces = False
         self._places: dict[tuple[int, str], tuple[_Kind, Tensor]] = {}
         """(number of the parameter, path) → where that tensor of its state lies."""
@@ -96,7 +97,7 @@ class ShardedState:
 
     def release(self) -> None:
         """Give the optimizer the parameters and the whole state back."""
-        self.read()
+        self._read()
         self._holds_pieces = False
         del self._optimizer.state_dict
         for group, whole in zip(self._optimizer.param_groups, self.whole.param_groups, strict=True):
@@ -118,7 +119,7 @@ class ShardedState:
         if self._has_moved.any():
             self._place()
 
-    def read(self) -> None:
+    def _read(self) -> None:
         """Put together the state of `whole`; its tensors are shared with the pieces."""
         if not self._holds_pieces:
             self.whole.state = defaultdict(dict, self._optimizer.state)
@@ -156,8 +157,8 @@ class ShardedState:
             other.update({name: value for name, value in group.items() if name not in NOT_COPIED})
 
     def _whole_state_dict(self) -> dict[str, Any]:
-        self.read()
-        return self.whole.state_dict()
+        self._read()
+        return type(self.whole).state_dict(self.whole)
 
     def _place(self) -> None:
         """Let all workers' state lie in shared memory."""

@@ -107,25 +107,14 @@ class Update:
 
     def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
         """The optimizer's state by <parameter's number>.<path>, not copied."""
-        self._read_pieces()
         return {"optimizer": self.optimizer_state.tensors()}
 
     def values(self) -> Mapping[str, Any]:
         """The rest of the state, as JSON can hold it."""
-        self._read_pieces()
         values = {**self.optimizer_state.values(), "skipped_steps": self.num_skipped}
         if self._scaler is not None:
             values["scaler"] = self._scaler.state_dict()
         return {"optimizer": values}
-
-    def problems(self) -> list[str]:
-        """State that a checkpoint cannot hold; call this after the first step, when there is state."""
-        self._read_pieces()
-        return self.optimizer_state.problems()
-
-    def _read_pieces(self) -> None:
-        if self._sharded is not None:
-            self._sharded.state.read()
 
     def mismatches(self, snapshot: Snapshot) -> list[str]:
         """What in the snapshot cannot be state of this optimizer."""
@@ -245,9 +234,8 @@ class Update:
         if not want_norm and not self._clips and self._scaler is None:
             return None
         norm = self._norm_of_gradients()  # also to clip by value: infinity is noticed before it is cut
-        if (
-            self._clip_value is not None and self._gradients()
-        ):  # first, so that one huge element does not shrink all others
+        # First by value, so that one huge element does not shrink all others.
+        if self._clip_value is not None and self._gradients():
             torch.nn.utils.clip_grad_value_(self._held, self._clip_value)
         if self._clip_norm is not None:
             clipped = norm if self._clip_value is None else self._norm_of_gradients()

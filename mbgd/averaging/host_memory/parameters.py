@@ -6,21 +6,22 @@ process, where `written_by_others` finds it. In memory mapped in common each wor
 """
 
 import ctypes
+import sys
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from mbgd.averaging.host_memory.layout import Layout
 from mbgd.averaging.host_memory.memory import HostMemory
-from mbgd.averaging.pieces import Owned, Piece, cut_out
+from mbgd.averaging.pieces import Owned, Piece, cut_out, with_strides
 
 _DONTNEED = 4
 """MADV_DONTNEED: forget this process's own copies of pages."""
 
-_libc = ctypes.CDLL(None)
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-_libc.memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+if sys.platform == "linux":  # elsewhere there is no `HostMemory`
+    _libc = ctypes.CDLL(None)
+    _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    _libc.memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
 
 class SharedParameters:
@@ -40,11 +41,9 @@ class SharedParameters:
     def adopt(self) -> None:
         """Make the values that the parameters have now, alike on all workers, those of the shared memory."""
         for piece in self.owned.pieces:
-            into = cut_out(self._shared[piece.parameter], piece)
-            value, like = self._parameters[piece.parameter].detach(), self._shared[piece.parameter]
-            if value.stride() != like.stride():
-                value = torch.empty_like(like).copy_(value)
-            into.copy_(cut_out(value, piece))
+            shared = self._shared[piece.parameter]
+            value = with_strides(self._parameters[piece.parameter].detach(), shared.stride())
+            cut_out(shared, piece).copy_(cut_out(value, piece))
         self._memory.barrier()  # all have written
         _libc.madvise(self._own_pages.data_ptr(), self._own_pages.nbytes, _DONTNEED)
         for parameter, seen in zip(self._parameters, self._seen, strict=True):

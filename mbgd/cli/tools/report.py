@@ -35,9 +35,10 @@ def main(parsed: argparse.Namespace) -> int:
         write(parsed.csv, partial(write_csv, parsed.runs))
         print(f"curves      {parsed.csv}")
     else:
-        from mbgd.report.writing import FILE, write_report
+        from mbgd.files.run_files import REPORT
+        from mbgd.report.writing import write_report
 
-        path = parsed.output or (parsed.runs[0] / FILE if len(parsed.runs) == 1 else Path(FILE))
+        path = parsed.output or (parsed.runs[0] / REPORT if len(parsed.runs) == 1 else Path(REPORT))
         write(path, partial(write_report, parsed.runs))
         print(f"report      {path}")
     return 0

@@ -23,6 +23,11 @@ function swatch(number, label) {
   return h("span", { class: "legend" }, h("i", { style: { background: colourOf(number) } }), h("span", {}, label));
 }
 
+function searchField(id, placeholder, label, onText) {
+  const oninput = (event) => onText(event.target.value);
+  return h("input", { id, type: "search", placeholder, "aria-label": label, oninput });
+}
+
 // Runs the change, which may replace the element that has the keyboard's focus by another with its id.
 function keepingFocus(place, change) {
   const { id } = place.contains(document.activeElement) ? document.activeElement : {};

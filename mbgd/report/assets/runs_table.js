@@ -1,13 +1,7 @@
 // The table of runs: which are drawn, sorted by any column, filtered, with columns pinned at the left.
 
 const runsPlace = h("section", { "aria-label": "runs" });
-const runsFilter = h("input", {
-  id: "runs-filter",
-  type: "search",
-  placeholder: "filter: words, or lr>0.01",
-  "aria-label": "filter runs",
-  oninput: (event) => choose({ filter: event.target.value }),
-});
+const runsFilter = searchField("runs-filter", "filter: words, or lr>0.01", "filter runs", (filter) => choose({ filter }));
 const sortChoice = h("select", {
   id: "runs-sort",
   "aria-label": "sort runs by",

@@ -25,13 +25,7 @@ const outliersChoice = h("input", {
   type: "checkbox",
   onchange: (event) => choose({ allValues: event.target.checked }),
 });
-const chartsFilter = h("input", {
-  id: "charts-filter",
-  type: "search",
-  placeholder: "find charts",
-  "aria-label": "find charts",
-  oninput: (event) => choose({ charts: event.target.value }),
-});
+const chartsFilter = searchField("charts-filter", "find charts", "find charts", (charts) => choose({ charts }));
 const zoomReset = h("button", { id: "zoom-reset", onclick: () => choose({ zoom: null }) }, "reset zoom");
 
 const toolbar = h(
