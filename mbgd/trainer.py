@@ -8,9 +8,10 @@ from torch.optim import Optimizer
 
 from mbgd.batches.loader import Data, Shard
 from mbgd.checkpoints.fingerprint import weights_sha256
+from mbgd.checkpoints.keeper import Keeper
 from mbgd.checkpoints.parts import Parts
 from mbgd.checkpoints.run_state import RunState
-from mbgd.checkpoints.saving import Keeper, NoCheckpoints, save_last
+from mbgd.checkpoints.saving import save_last
 from mbgd.checkpoints.snapshot import Snapshot
 from mbgd.checkpoints.task_state import TaskState
 from mbgd.checks.replicas import Replicas
@@ -60,8 +61,8 @@ class Trainer:
         self.state = RunState(setup)
         self._replicas = Replicas(setup.workers)
         state_of_task = TaskState(setup.task, setup.buffers)
-        self._compared = (state_of_task, self.train_step.update)
-        parts = (self.state, state_of_task, self.train_step.update, self.train_step.noise_scale, self.observers)
+        self._compared = (state_of_task, self.train_step.update.state.copied)
+        parts = (self.state, state_of_task, self.train_step.update.state, self.train_step.noise_scale, self.observers)
         self._parts = Parts(parts, setup.trained.by_name, setup.workers.device)
         self.observers.before_training(self)
 
@@ -78,7 +79,7 @@ class Trainer:
         NotSaved if it could not be, the same on every worker. An observer that raises ends the run as ObserverFailed,
         with the state after its step saved.
         """
-        tracker, checkpoints, stop = tracker or NoTracker(), checkpoints or NoCheckpoints(), stop or NoStop()
+        tracker, stop, checkpoints = tracker or NoTracker(), stop or NoStop(), self.train_step.together(checkpoints)
         state, setup, first_step = self.state, self.setup, self.state.step
         setup.tell(*setup.warnings)
         self.observers.at_start(first_step, writer(tracker))
@@ -90,15 +91,15 @@ class Trainer:
         try:
             evaluation = self._train(tracker, checkpoints, stop, profiler or NoProfiler())
         except ObserverFailed:
-            checkpoints.at_end(state.step, {}, self.snapshot)  # without a collective: it may be this worker's alone
+            checkpoints.alone(state.step, self.snapshot)
             raise
         if not evaluation and not any(name.startswith("eval/") for name in state.metrics):
             self._log(tracker, evaluation := self.evaluate())
-        self.train_step.end()
         if state.step > 0 and (problem := save_last(checkpoints, setup.workers, state.step, evaluation, self.snapshot)):
             setup.tell(f"warning: {problem}. The run's results are written all the same.")
         if weights_step := self.observers.at_end():
             state.metrics.update(self.evaluate())
+        self.train_step.end()
         return self._result(first_step, weights_step)
 
     def _train(self, tracker: Tracker, checkpoints: Keeper, stop: Stop, profiler: Profiler) -> dict[str, float]:
@@ -116,7 +117,7 @@ class Trainer:
             is_time = is_time_for_checkpoint(state.step, checkpoints.due_by_time())
             evaluates = self.evaluations.are_due(state.step)
             if state.step == first_step + 1:
-                checkpoints.check(self.train_step.update.optimizer_state.problems() + self.observers.problems())
+                checkpoints.check(self.train_step.update.state.problems() + self.observers.problems())
             if is_time or evaluates or setup.compares_after(state.step) or state.step == first_step + 1:
                 self.check()
             evaluation = {}

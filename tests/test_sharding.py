@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import mbgd
+from mbgd import averaging as averagings
 from mbgd.averaging.host_memory import memory as host_memory
+from mbgd.averaging.host_memory.memory import CannotShareError, HostMemory
 from mbgd.averaging.pieces import BLOCK, Owned, Piece, cut_by_parameters, cut_in_blocks
 from mbgd.checkpoints.snapshot import Snapshot
 from mbgd.data import InMemory
@@ -179,10 +181,22 @@ OTHERS = (
 )
 CASES = (*OPTIMIZERS, *OTHERS)
 ON_MANY = [case for case in CASES if case.name in ("AdamW, fused", "Muon and AdamW", "fp16", "clipped")]
-AVERAGINGS = ("shared_memory", "reproducible")
+SHARING = ("shared_memory", "reproducible")
+SENDING = ("ddp", "reproducible over gloo")
 
 
-def make_trainer(workers: mbgd.Workers, case: Case, averaging: str, sharding: str, steps: int) -> mbgd.Trainer:
+def no_memory(workers: mbgd.Workers) -> None:
+    raise CannotShareError("this test sends messages")
+
+
+def averaging_of(name: str, **options: Any) -> mbgd.Averaging:
+    """For the trainers that this process makes next; over gloo: without shared memory, as on several hosts."""
+    name, over, _ = name.partition(" over ")
+    averagings.HostMemory = no_memory if over else HostMemory  # type: ignore[assignment, misc]
+    return mbgd.Averaging(name, **options)  # type: ignore[arg-type]
+
+
+def make_trainer(workers: mbgd.Workers, case: Case, transport: str, sharding: str, steps: int) -> mbgd.Trainer:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = Net()
@@ -193,7 +207,7 @@ def make_trainer(workers: mbgd.Workers, case: Case, averaging: str, sharding: st
     settings = mbgd.Settings(
         steps=steps,
         batch=mbgd.Batch(16),
-        averaging=mbgd.Averaging(averaging, find_unused_parameters=True),  # type: ignore[arg-type]
+        averaging=averaging_of(transport, find_unused_parameters=True),
         sharding=sharding,  # type: ignore[arg-type]
         log_every_steps=2,
         evaluation=mbgd.Evaluation(every_steps=2),
@@ -230,36 +244,41 @@ def digest(snapshot: Snapshot) -> str:
     return whole.hexdigest() + repr(sorted(values.items(), key=str))
 
 
-def train(workers: mbgd.Workers, case: Case, averaging: str, sharding: str) -> tuple[str, Any, str]:
+def train(workers: mbgd.Workers, case: Case, transport: str, sharding: str) -> tuple[str, Any, str]:
     """What the state and the log are at the end, and the plan's words."""
-    trainer = make_trainer(workers, case, averaging, sharding, NUM_STEPS)
+    trainer = make_trainer(workers, case, transport, sharding, NUM_STEPS)
     logged = Logged()
     trainer.fit(logged)
     return digest(trainer.snapshot()), logged.lines, trainer.train_step.describe_sharding
 
 
-def train_all(workers: mbgd.Workers, cases: list[Case], averaging: str, sharding: str) -> list[Any]:
-    return [train(workers, case, averaging, sharding) for case in cases]
+def train_all(workers: mbgd.Workers, cases: list[Case], transport: str, sharding: str) -> list[Any]:
+    return [train(workers, case, transport, sharding) for case in cases]
 
 
 @cache
-def all_trained(num_workers: int, averaging: str, sharding: str) -> list[dict[str, Any]]:
+def all_trained(num_workers: int, transport: str, sharding: str) -> list[dict[str, Any]]:
     """Of each worker, by the case's name."""
     cases = list(CASES) if num_workers <= 3 else ON_MANY
-    results = run_workers(train_all, num_workers, cases, averaging, sharding, timeout_seconds=600)
+    results = run_workers(train_all, num_workers, cases, transport, sharding, timeout_seconds=600)
     return [{case.name: one for case, one in zip(cases, of_worker, strict=True)} for of_worker in results]
 
 
-SETUPS = [(case, n) for n in (2, 3) for case in CASES] + [(case, n) for n in (4, 5, 8) for case in ON_MANY]
+SETUPS = [
+    *((case, n, transport) for transport in (*SHARING, *SENDING) for n in (2, 3) for case in CASES),
+    *((case, n, transport) for transport in SHARING for n in (4, 5, 8) for case in ON_MANY),
+    *((case, n, transport) for n, transport in zip((4, 5), SENDING, strict=True) for case in ON_MANY),
+]
 
 
-@pytest.mark.parametrize("averaging", AVERAGINGS)
-@pytest.mark.parametrize(("case", "num_workers"), SETUPS, ids=lambda one: getattr(one, "name", one))
-def test_sharding_changes_no_bit(case: Case, num_workers: int, averaging: str) -> None:
+@pytest.mark.parametrize(("case", "num_workers", "transport"), SETUPS, ids=lambda one: getattr(one, "name", one))
+def test_sharding_changes_no_bit(case: Case, num_workers: int, transport: str) -> None:
     """The state with every stride, and every logged number, against the same workers without sharding."""
-    of_one = 1 if averaging == "reproducible" else num_workers  # whose bits do not depend on the number of workers
-    wanted = all_trained(of_one, averaging, "none")[0][case.name]
-    for got in all_trained(num_workers, averaging, "optimizer"):
+    if transport.startswith("reproducible"):  # whose bits do not depend on the number of workers
+        wanted = all_trained(1, "reproducible", "none")[0][case.name]
+    else:
+        wanted = all_trained(num_workers, transport, "none")[0][case.name]
+    for got in all_trained(num_workers, transport, "optimizer"):
         state, logged, plan = got[case.name]
         assert plan.startswith("optimizer: each worker updates at most ")
         assert logged == wanted[1]

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from mbgd.averaging.ddp import DDP
 from mbgd.averaging.host_memory.memory import CannotShareError, HostMemory
-from mbgd.averaging.host_memory.parameters import SharedParameters
 from mbgd.averaging.norms import MicroBatchNorms
-from mbgd.averaging.pieces import Piece
+from mbgd.averaging.pieces import OwnedParameters, Piece
 from mbgd.averaging.reproducible import Reproducible
 from mbgd.averaging.shared_memory import SharedMemory
 from mbgd.averaging.start import start_alike
@@ -39,11 +38,15 @@ class Averager(Protocol):
     def start(self, norms: MicroBatchNorms | None = None) -> None:
         """Begin a step; norms: measures each micro-batch's gradients before they are summed."""
 
-    def own(self, parameters: Mapping[str, nn.Parameter], of_workers: list[list[Piece]]) -> SharedParameters | None:
-        """Let each worker update its pieces alone; the parameters, alike on all workers, move to memory of all.
+    def own(self, parameters: Mapping[str, nn.Parameter], of_workers: list[list[Piece]]) -> OwnedParameters:
+        """Let each worker update its pieces alone; the parameters, alike on all workers, move to other memory.
 
-        None, with nothing changed, where gradients do not go through shared memory. Raises CannotShareError.
+        For several workers. Raises CannotShareError, with nothing changed.
         """
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether gradients go through memory that all workers share, and parameters lie there once they are owned."""
 
     def finish(self, note: int = 0, *, whole: bool = True) -> list[int] | None:
         """Wait until every parameter's `.grad` is the sum over all workers' micro-batches (None if none used it).

@@ -12,9 +12,9 @@ from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 from mbgd.averaging.host_memory.exchange import NO_NOTE
-from mbgd.averaging.host_memory.parameters import SharedParameters
 from mbgd.averaging.norms import MicroBatchNorms
-from mbgd.averaging.pieces import Piece
+from mbgd.averaging.pieces import Owned, Piece
+from mbgd.averaging.sent_parameters import SentParameters
 from mbgd.batches.plan import MicroBatch
 from mbgd.errors import UsageError
 from mbgd.task.trained import Trained
@@ -117,6 +117,7 @@ class DDP:
         self._works: list[dist.Work] = []
         """Exchanges under way, started by all workers in the same order: the sum of the weights, then the buckets."""
         self._late: list[Tensor] = []
+        self._owned: Owned | None = None
         trained.moved_on()
         self._wrap()
 
@@ -174,8 +175,14 @@ class DDP:
         if self._ddp is not None and self._trained.moved_on():
             self._wrap()
 
-    def own(self, parameters: Mapping[str, nn.Parameter], of_workers: list[list[Piece]]) -> SharedParameters | None:
-        return None
+    def own(self, parameters: Mapping[str, nn.Parameter], of_workers: list[list[Piece]]) -> SentParameters:
+        sent = SentParameters(parameters, of_workers, self._workers)
+        self._owned = sent.owned
+        return sent
+
+    @property
+    def shares_memory(self) -> bool:
+        return False
 
     def finish(self, note: int = NO_NOTE, *, whole: bool = True) -> list[int] | None:
         if self._ddp is None:
@@ -189,6 +196,8 @@ class DDP:
         if self._trained.moved_on():
             self._sum_late([p for p in self._trained.with_gradient() if p not in self._wrapped])
             self._wrap()
+        if self._owned is not None:
+            self._owned.take_gradients(whole=whole)
         return None
 
     def _sum_late(self, parameters: Sequence[Tensor]) -> None:

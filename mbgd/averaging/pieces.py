@@ -4,14 +4,23 @@ Every averaging leaves each worker with the sum of a slice of the gradient. The 
 it, so that each keeps the optimizer's state of its own pieces alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
 BLOCK = 2**14
 """Parameters are cut between blocks of this many elements alone, which are whole cache lines and vectors: kernels then
 compute each element as they do on whole parameters. Norms are summed block by block."""
+BLOCK_ON_GPU = 2**20
+"""There, one call for each small block would take longer than its elements."""
+
+
+def block_on(device: torch.device) -> int:
+    """Number of elements of a block on such a device."""
+    return BLOCK_ON_GPU if device.type == "cuda" else BLOCK
 
 
 @dataclass(frozen=True)
@@ -26,10 +35,11 @@ class Piece:
 
 def cut_in_blocks(parameters: Sequence[Tensor], num_workers: int) -> list[list[Piece]]:
     """Each worker's pieces by rank: blocks in order, cut so that all workers have about as many bytes."""
+    length = block_on(parameters[0].device)
     blocks = [
-        (Piece(number, start, min(start + BLOCK, p.numel())), p.element_size())
+        (Piece(number, start, min(start + length, p.numel())), p.element_size())
         for number, p in enumerate(parameters)
-        for start in range(0, max(p.numel(), 1), BLOCK)
+        for start in range(0, max(p.numel(), 1), length)
     ]
     total = max(sum((block.stop - block.start) * size for block, size in blocks), 1)
     of_workers: list[list[Piece]] = [[] for _ in range(num_workers)]
@@ -76,14 +86,39 @@ class Owned:
     def follow_flags(self) -> None:
         """Let each piece require a gradient as its parameter does now."""
         for piece, tensor in zip(self.pieces, self.tensors, strict=True):
-            tensor.requires_grad_(self.parameters[piece.parameter].requires_grad)
+            requires_grad = self.parameters[piece.parameter].requires_grad
+            if tensor.requires_grad != requires_grad:
+                tensor.requires_grad_(requires_grad)
 
-    def take_gradients(self) -> None:
-        """Give each piece its part of the parameter's gradient."""
+    def take_gradients(self, *, whole: bool = True) -> None:
+        """Give each piece its part of the parameter's gradient. whole=False: the parameters then have none."""
+        self.follow_flags()
         for piece, tensor in zip(self.pieces, self.tensors, strict=True):
             parameter = self.parameters[piece.parameter]
             gradient = parameter.grad
             tensor.grad = None if gradient is None else cut_out(with_strides(gradient, parameter.stride()), piece)
+        for parameter in () if whole else self.parameters:
+            parameter.grad = None
+
+
+class OwnedParameters(Protocol):
+    """The parameters where each worker updates its own pieces of them, and how it gets the others'."""
+
+    owned: Owned
+
+    @property
+    def allocate(self) -> Callable[[int], Tensor] | None:
+        """Gives N bytes of zeroed memory that all workers share, uint8; None where they share none."""
+
+    def adopt(self) -> None:
+        """Take over the values that the parameters have now, alike on all workers."""
+
+    def spread(self) -> None:
+        """Let all workers have all pieces, each of which its owner has updated."""
+
+    def written_by_others(self) -> list[str]:
+        """Names of parameters that something other than their owners' optimizers has written in this process, as far
+        as it would be lost."""
 
 
 def cut_out(tensor: Tensor, piece: Piece) -> Tensor:

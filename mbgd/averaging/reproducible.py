@@ -16,7 +16,8 @@ from mbgd.averaging.host_memory.exchange import MOVED_ON, NO_NOTE, Exchange, che
 from mbgd.averaging.host_memory.memory import HostMemory
 from mbgd.averaging.host_memory.parameters import SharedParameters
 from mbgd.averaging.norms import MicroBatchNorms
-from mbgd.averaging.pieces import Owned, Piece
+from mbgd.averaging.pieces import Owned, OwnedParameters, Piece
+from mbgd.averaging.sent_parameters import SentParameters
 from mbgd.averaging.tree import Counter, fold
 from mbgd.batches.plan import MicroBatch, Plan
 from mbgd.errors import UsageError
@@ -167,13 +168,19 @@ class Reproducible:
         exchange.start(buffer, nodes)
         self._sent.append(exchange)
 
-    def own(self, parameters: Mapping[str, nn.Parameter], of_workers: list[list[Piece]]) -> SharedParameters | None:
+    def own(self, parameters: Mapping[str, nn.Parameter], of_workers: list[list[Piece]]) -> OwnedParameters:
         if self._memory is None or self._in_memory is None:
-            return None
+            sent = SentParameters(parameters, of_workers, self._workers)
+            self._owned = sent.owned
+            return sent
         shared = SharedParameters(parameters, of_workers, self._memory, self._workers.rank)
         self._owned = shared.owned
         self._in_memory.own(shared.owned)
         return shared
+
+    @property
+    def shares_memory(self) -> bool:
+        return self._memory is not None
 
     def finish(self, note: int = NO_NOTE, *, whole: bool = True) -> list[int] | None:
         notes: list[int] | None = None
@@ -191,6 +198,8 @@ class Reproducible:
         if self._has_moved_on:
             self._has_moved_on = False
             self._prepare()
+        if self._ddp is not None and self._owned is not None:
+            self._owned.take_gradients(whole=whole)
         return notes
 
     def _add_up(self, in_memory: Exchange, note: int, *, whole: bool) -> list[int]:

@@ -78,7 +78,7 @@ class SharedMemory:
     def start(self, norms: MicroBatchNorms | None = None) -> None:
         self._norms = norms
 
-    def own(self, parameters: Mapping[str, nn.Parameter], of_workers: list[list[Piece]]) -> SharedParameters | None:
+    def own(self, parameters: Mapping[str, nn.Parameter], of_workers: list[list[Piece]]) -> SharedParameters:
         shared = SharedParameters(parameters, of_workers, self._memory, self._workers.rank)
         self._owned = shared.owned
         self._exchange.own(shared.owned)
@@ -106,6 +106,10 @@ class SharedMemory:
 
     def gather(self, values: Tensor) -> Sequence[Tensor]:
         return self._memory.all_gather(values)
+
+    @property
+    def shares_memory(self) -> bool:
+        return True
 
     def describe(self) -> str:
         return "shared_memory"

@@ -4,16 +4,17 @@ import shutil
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from safetensors import SafetensorError
 
 from mbgd.checkpoints import format as checkpoint
 from mbgd.checkpoints import memory_tier
+from mbgd.checkpoints.keeper import CheckpointsElsewhere, Keeper, Take, refuse
 from mbgd.checkpoints.memory_tier import memory_path
 from mbgd.checkpoints.snapshot import Snapshot
 from mbgd.config import Checkpoint, Direction
@@ -21,63 +22,6 @@ from mbgd.config.duration import whole
 from mbgd.errors import UsageError
 from mbgd.workers.group import Workers
 from mbgd.workers.log import write_to_log
-
-Take = Callable[[], Snapshot]
-
-
-class Keeper(Protocol):
-    """Takes snapshots of a run when they are due."""
-
-    def check(self, problems: Sequence[str]) -> None:
-        """UsageError if there are problems: state that a checkpoint cannot hold, known after the first step."""
-
-    def after_step(self, step: int, evaluation: Mapping[str, float], take: Take, *, is_time: bool = True) -> None:
-        """Take one if one is due after `step` steps.
-
-        evaluation: metrics of an evaluation at this step; empty if there was none. is_time: a checkpoint that is due
-        by time may be taken now.
-        """
-
-    def due_by_time(self) -> bool:
-        """Whether `checkpoint.every_seconds` have passed since the last one."""
-
-    def at_end(self, step: int, evaluation: Mapping[str, float], take: Take) -> bool:
-        """Take one and wait until everything is written; returns whether that succeeded."""
-
-    def newest_step(self) -> int | None:
-        """Step of the newest whole checkpoint on disk; None if there is none."""
-
-    def settle(self, step: int, evaluation: Mapping[str, float], take: Take, *, is_on_disk: bool) -> None:
-        """Once it is known whether the disk has the last state: remove the snapshots in memory, or save it there."""
-
-
-class NoCheckpoints:
-    """Takes none."""
-
-    def check(self, problems: Sequence[str]) -> None:
-        pass
-
-    def after_step(self, step: int, evaluation: Mapping[str, float], take: Take, *, is_time: bool = True) -> None:
-        pass
-
-    def due_by_time(self) -> bool:
-        return False
-
-    def at_end(self, step: int, evaluation: Mapping[str, float], take: Take) -> bool:
-        return True
-
-    def newest_step(self) -> int | None:
-        return None
-
-    def settle(self, step: int, evaluation: Mapping[str, float], take: Take, *, is_on_disk: bool) -> None:
-        pass
-
-
-class CheckpointsElsewhere(NoCheckpoints):
-    """The main worker takes them; state that cannot be saved is refused on every worker."""
-
-    def check(self, problems: Sequence[str]) -> None:
-        _check(problems)
 
 
 class CheckpointFolder:
@@ -94,9 +38,14 @@ class CheckpointFolder:
         self._last_step, self._last_time, self._last_is_written = -1, time.monotonic(), False
         found = self._find_best()
         self._best = None if found is None else found[1]
+        self._consequence = " Training goes on."
 
     def check(self, problems: Sequence[str]) -> None:
-        _check(problems)
+        refuse(problems)
+
+    def every_steps(self) -> list[int]:
+        every_steps = self._settings.every_steps
+        return [] if every_steps is None else [whole(every_steps)]
 
     def after_step(self, step: int, evaluation: Mapping[str, float], take: Take, *, is_time: bool = True) -> None:
         """UsageError where an earlier checkpoint could not be written and `checkpoint.required` is set."""
@@ -112,6 +61,13 @@ class CheckpointFolder:
             self._save(step, evaluation, take)
         return self.wait()
 
+    def alone(self, step: int, take: Take) -> None:
+        self._consequence = ""
+        try:
+            self.at_end(step, {}, take)
+        except UsageError as error:  # of checkpoint.required; the run ends with the other error
+            print(f"warning: {error}", flush=True)
+
     def newest_step(self) -> int | None:
         whole = (path for path in checkpoint.complete(self._path) if checkpoint.verify(path) is None)
         newest = next(whole, None)
@@ -121,8 +77,7 @@ class CheckpointFolder:
         pass
 
     def _is_due(self, step: int) -> bool:
-        every_steps = self._settings.every_steps
-        return every_steps is not None and step % whole(every_steps) == 0
+        return any(step % every == 0 for every in self.every_steps())
 
     def due_by_time(self) -> bool:
         every_seconds = self._settings.every_seconds
@@ -173,7 +128,7 @@ class CheckpointFolder:
         )
         if self._settings.required:
             raise UsageError(f"{message} Training stops because of checkpoint.required=true.")
-        print(f"warning: {message} Training goes on.", flush=True)
+        print(f"warning: {message}{self._consequence}", flush=True)
         return False
 
     def _write(self, snapshot: Snapshot, evaluation: Mapping[str, float]) -> None:
@@ -211,6 +166,9 @@ class MemoryFolder:
     def at_end(self, step: int, evaluation: Mapping[str, float], take: Take) -> bool:
         return self._folder.at_end(step, evaluation, take)
 
+    def every_steps(self) -> list[int]:
+        return self._folder.every_steps()
+
     def remove(self) -> None:
         self._folder.wait()  # or the writer would make the folder again
         shutil.rmtree(self._path, ignore_errors=True)
@@ -233,8 +191,14 @@ class DiskAndMemory:
     def at_end(self, step: int, evaluation: Mapping[str, float], take: Take) -> bool:
         return self._disk.at_end(step, evaluation, take)
 
+    def every_steps(self) -> list[int]:
+        return [*self._memory.every_steps(), *self._disk.every_steps()]
+
     def due_by_time(self) -> bool:
         return self._disk.due_by_time()
+
+    def alone(self, step: int, take: Take) -> None:
+        self._disk.alone(step, take)
 
     def newest_step(self) -> int | None:
         return self._disk.newest_step()
@@ -287,11 +251,6 @@ def create(settings: Checkpoint, run: Path, disk: Path, identity: Mapping[str, A
         else:
             kept = DiskAndMemory(kept, MemoryFolder(path, whole(settings.memory_every_steps), identity))
     return kept
-
-
-def _check(problems: Sequence[str]) -> None:
-    if problems:
-        raise UsageError("this run could not be saved:\n" + "\n".join(f"  - {one}" for one in problems))
 
 
 def _in_words(error: BaseException) -> str:

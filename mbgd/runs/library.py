@@ -7,7 +7,7 @@ from typing import Any
 
 from mbgd.checkpoints import format as checkpoint
 from mbgd.checkpoints import saving
-from mbgd.checkpoints.saving import Take
+from mbgd.checkpoints.keeper import Take
 from mbgd.config import Batch, Checkpoint, Run, Settings, resolved
 from mbgd.config.must_match import marked
 from mbgd.errors import UsageError
@@ -50,6 +50,9 @@ class Checkpoints:
     def check(self, problems: Sequence[str]) -> None:
         self._kept.check(problems)
 
+    def every_steps(self) -> list[int]:
+        return self._kept.every_steps()
+
     def after_step(self, step: int, evaluation: Mapping[str, float], take: Take, *, is_time: bool = True) -> None:
         self._kept.after_step(step, evaluation, take, is_time=is_time)
 
@@ -58,6 +61,9 @@ class Checkpoints:
 
     def at_end(self, step: int, evaluation: Mapping[str, float], take: Take) -> bool:
         return self._kept.at_end(step, evaluation, take)
+
+    def alone(self, step: int, take: Take) -> None:
+        self._kept.alone(step, take)
 
     def newest_step(self) -> int | None:
         return self._kept.newest_step()

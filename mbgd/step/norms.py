@@ -6,25 +6,23 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from mbgd.averaging.pieces import BLOCK, Piece, in_memory_order, with_strides
+from mbgd.averaging.pieces import Piece, block_on, in_memory_order, with_strides
 
 Gather = Callable[[Tensor], Sequence[Tensor]]
 """This worker's values → every worker's, by rank."""
 
-BLOCK_ON_GPU = 2**20
-"""There, one call for each small block would take longer than its elements."""
 ABSENT = -1.0
 """In place of the norm of a block that has no gradient."""
 
 
 class TotalNorm:
-    """The norm of tensors like the parameters: of each block of `BLOCK` elements, and then of these norms, in order.
+    """The norm of tensors like the parameters: of each block of elements, and then of these norms, in order.
 
     For parameters of one block each that is torch's `get_total_norm`.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._block = BLOCK if parameters[0].device.type == "cpu" else BLOCK_ON_GPU
+        self._block = block_on(parameters[0].device)
         self._dtype = reduce(torch.promote_types, (p.dtype.to_real() for p in parameters))
         self._nothing = torch.zeros((), device=parameters[0].device)
         self._strides = [torch.empty_like(p, device="meta").stride() for p in parameters]
@@ -48,9 +46,10 @@ class NormOfPieces:
         self, parameters: Sequence[Tensor], of_workers: Sequence[Sequence[Piece]], rank: int, gather: Gather
     ) -> None:
         """of_workers: every worker's pieces."""
-        self._gather = gather
+        self._gather, self._device = gather, parameters[0].device
+        self._block = block_on(self._device)
         self._dtype = reduce(torch.promote_types, (p.dtype.to_real() for p in parameters))
-        counts = [[len(range(one.start, max(one.stop, 1), BLOCK)) for one in pieces] for pieces in of_workers]
+        counts = [[len(range(one.start, max(one.stop, 1), self._block)) for one in pieces] for pieces in of_workers]
         self._counts = counts[rank]
         self._most = max(map(sum, counts))
         order = []
@@ -59,16 +58,20 @@ class NormOfPieces:
             for piece, count in zip(pieces, of_worker, strict=True):
                 order += [(piece.parameter, piece.start, first + at) for at in range(count)]
                 first += count
-        self._order = torch.tensor([at for *_, at in sorted(order)])
+        self._order = torch.tensor([at for *_, at in sorted(order)], device=self._device)
 
     def __call__(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """Shape (); tensors: one for each of this worker's pieces. Every worker calls this."""
-        blocks = [block for one in tensors if one is not None for block in torch.split(in_memory_order(one), BLOCK)]
-        mine = torch.full((self._most,), ABSENT, dtype=torch.float64)
+        blocks = [block for one in tensors if one is not None for block in self._blocks(one)]
+        mine = torch.full((self._most,), ABSENT, dtype=torch.float64, device=self._device)
         if blocks:
             counts = zip(tensors, self._counts, strict=True)
-            is_there = torch.tensor([one is not None for one, count in counts for _ in range(count)])
-            mine[: len(is_there)][is_there] = torch.stack([norm.double() for norm in torch._foreach_norm(blocks)])
+            is_there = [one is not None for one, count in counts for _ in range(count)]
+            there = torch.tensor(is_there, device=self._device)
+            mine[: len(there)][there] = torch.stack([norm.double() for norm in torch._foreach_norm(blocks)])
         norms = torch.cat(list(self._gather(mine)))[self._order]
         total: Tensor = torch.linalg.vector_norm(norms[norms != ABSENT].to(self._dtype))
         return total
+
+    def _blocks(self, piece: Tensor) -> Sequence[Tensor]:
+        return torch.split(in_memory_order(piece), self._block)

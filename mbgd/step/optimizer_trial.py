@@ -48,7 +48,12 @@ def try_out(optimizer: Optimizer) -> dict[str, Kind]:
 def copy_with(optimizer: Optimizer, parameters: Sequence[Tensor]) -> tuple[Optimizer, list[Tensor]]:
     """A copy of the optimizer that holds copies of the parameters, and these copies, in order."""
     copies = [nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad) for p in parameters]
-    return _copy(optimizer, {id(p): copy for p, copy in zip(parameters, copies, strict=True)}), list(copies)
+    return copy_holding(optimizer, parameters, copies), list(copies)
+
+
+def copy_holding(optimizer: Optimizer, parameters: Sequence[Tensor], copies: Sequence[nn.Parameter]) -> Optimizer:
+    """A copy of the optimizer that holds `copies` in place of the parameters."""
+    return _copy(optimizer, {id(p): copy for p, copy in zip(parameters, copies, strict=True)})
 
 
 def _copy(optimizer: Optimizer, copies: dict[int, Any]) -> Optimizer:

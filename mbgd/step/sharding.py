@@ -1,7 +1,7 @@
 """The owner of a piece of the parameters updates it: `sharding=optimizer`, and where it works."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +10,7 @@ from torch.optim import Optimizer
 
 from mbgd.averaging import Averager
 from mbgd.averaging.host_memory.memory import CannotShareError
-from mbgd.averaging.host_memory.parameters import SharedParameters
-from mbgd.averaging.pieces import Piece, cut_by_parameters, cut_in_blocks
+from mbgd.averaging.pieces import OwnedParameters, Piece, cut_by_parameters, cut_in_blocks
 from mbgd.checks.replicas import Replicas
 from mbgd.checks.setup import Setup
 from mbgd.config import ShardingName
@@ -19,8 +18,10 @@ from mbgd.errors import UsageError
 from mbgd.optimizers import Lamb, Lars, MuonAdamW
 from mbgd.step.norms import NormOfPieces
 from mbgd.step.optimizer_trial import STEP_HOOKS
-from mbgd.step.sharded_state import ShardedState
-from mbgd.step.sharding_trial import works_in_pieces
+from mbgd.step.pieces_state import PiecesState
+from mbgd.step.scattered_state import ScatteredState
+from mbgd.step.sharding_trial import state_bytes, works_in_pieces
+from mbgd.step.shared_state import SharedState
 from mbgd.text.listing import shown
 
 ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "ASGD")
@@ -28,22 +29,25 @@ ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adagrad", "Adadelta", "Adamax", "NAdam",
 BY_PARAMETERS = ("Adafactor", "Muon")
 """Optimizers of torch that update each parameter by itself, but as a whole."""
 
-
 LEAST_BYTES = 2**20
 """auto does not shard smaller parameters: their updates take microseconds, fewer than telling the others takes."""
+LEAST_STATE_BYTES = 2**26
+"""auto does not shard smaller state where the others' pieces are sent: that takes longer than updating them."""
 
 
 @dataclass(frozen=True)
 class Sharded:
     """The optimizer's work in pieces, of which this worker has its own."""
 
-    parameters: SharedParameters
-    state: ShardedState
+    parameters: OwnedParameters
+    state: PiecesState
     norm: NormOfPieces
     replicas: Replicas
     averaging: Averager
     names: list[str]
     """Of the trained parameters."""
+    compares_before: Callable[[int], bool]
+    """compares_before(n): whether the parameters are compared before step number n is made."""
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -53,13 +57,21 @@ class Sharded:
     def begin(self, step: int) -> None:
         """Share the parameters' values of now, which may have been restored or set; ReplicasDiffer if they differ."""
         self.state.hold()
-        self.replicas.compare(step, dict(zip(self.names, self.parameters.owned.parameters, strict=True)), {})
+        self._compare(step)
         self.parameters.adopt()
 
+    def before_update(self, step: int) -> None:
+        """Call before step number `step`; ReplicasDiffer where workers have copies that something else has changed."""
+        if self.compares_before(step):
+            self._compare(step)
+
+    def _compare(self, step: int) -> None:
+        self.replicas.compare(step, dict(zip(self.names, self.parameters.owned.parameters, strict=True)), {})
+
     def share(self) -> None:
-        """Wait until all pieces are updated; every worker calls this after its own."""
+        """Let all workers have all pieces; every worker calls this after it has updated its own."""
         self.state.after_update()
-        self.parameters.wait_for_updates()
+        self.parameters.spread()
         try:
             self.state.settle()
         except CannotShareError as error:
@@ -102,35 +114,71 @@ def shard(setup: Setup, averaging: Averager, users_observers: Sequence[str]) -> 
     if not reason and of_workers is None:
         kind = type(setup.optimizer).__name__
         reason = f"{kind} in pieces computes something else" if asked else f"{kind} is not known"
-    num_bytes = sum(p.nbytes for p in setup.trained.parameters)
-    if of_workers is not None and num_bytes < LEAST_BYTES and not asked:
-        of_workers, reason = None, f"for parameters of {num_bytes:,} bytes there is nothing to gain"
-    if of_workers is not None:
+    if of_workers is not None and not asked:
+        reason = _no_gain(setup, averaging)
+    if of_workers is not None and not reason:
         try:
-            if (shared := averaging.own(setup.trained.by_name, of_workers)) is not None:
-                return _sharded(setup, averaging, shared), f"optimizer: {_shares(of_workers)}"
+            return _sharded(setup, averaging, of_workers), f"optimizer: {_shares(of_workers)}"
         except CannotShareError as error:
             return None, f"none: {error}"
-        reason = f"the gradients go through {setup.workers.backend}, not through memory that all workers share"
     if asked:
-        raise UsageError(
-            f"sharding=optimizer, but {reason}. Use sharding=none; CPU workers of one host, with averaging=auto or "
-            "reproducible and one of torch's optimizers, can shard."
-        )
+        raise UsageError(f"sharding=optimizer, but {reason}. Use sharding=none, or one of torch's optimizers.")
     return None, f"none: {reason}"
 
 
-def _sharded(setup: Setup, averaging: Averager, shared: SharedParameters) -> Sharded:
-    names, owned, workers = list(setup.trained.by_name), shared.owned, setup.workers
+def _no_gain(setup: Setup, averaging: Averager) -> str:
+    """Why auto does not shard, although it could; empty if it does."""
+    workers = setup.workers
+    if averaging.shares_memory:
+        num_bytes = sum(p.nbytes for p in setup.trained.parameters)
+        return f"for parameters of {num_bytes:,} bytes there is nothing to gain" if num_bytes < LEAST_BYTES else ""
+    if workers.device.type == "cuda":
+        return "it has not run on GPUs yet; sharding=optimizer asks for it"
+    num_bytes_of_state = state_bytes(setup.optimizer)
+    if num_bytes_of_state is None:
+        return f"how much state {type(setup.optimizer).__name__} makes is not known; sharding=optimizer works"
+    if num_bytes_of_state <= LEAST_STATE_BYTES:
+        return (
+            f"over {workers.backend} the optimizer's state must take more than {LEAST_STATE_BYTES:,} bytes, and it "
+            f"takes {num_bytes_of_state:,}"
+        )
+    return ""
+
+
+def _sharded(setup: Setup, averaging: Averager, of_workers: list[list[Piece]]) -> Sharded:
+    """Raises CannotShareError."""
+    parameters, workers, optimizer = averaging.own(setup.trained.by_name, of_workers), setup.workers, setup.optimizer
+    names, owned = list(setup.trained.by_name), parameters.owned
     setup.trained.pieces = [(names[p.parameter], t) for p, t in zip(owned.pieces, owned.tensors, strict=True)]
+    state: PiecesState
+    if parameters.allocate is None:
+        state = ScatteredState(optimizer, owned, workers)
+    else:
+        stays_in_place = _stays_in_place(optimizer)
+        state = SharedState(optimizer, owned, parameters.allocate, workers, stays_in_place=stays_in_place)
     return Sharded(
-        shared,
-        ShardedState(setup.optimizer, owned, shared.allocate, workers, stays_in_place=_stays_in_place(setup.optimizer)),
-        NormOfPieces(setup.trained.parameters, owned.of_workers, workers.rank, averaging.gather),
+        parameters,
+        state,
+        NormOfPieces(setup.trained.parameters, of_workers, workers.rank, averaging.gather),
         Replicas(workers),
         averaging,
         names,
+        compares_before=(lambda step: False) if averaging.shares_memory else _Compares(setup),
     )
+
+
+class _Compares:
+    """Before the first step that is made, and those after which the state is compared.
+
+    Afterwards all workers have the owners' pieces, and would not see what something else has written to their own.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        self._compares_after, self._is_first = setup.compares_after, True
+
+    def __call__(self, step: int) -> bool:
+        is_first, self._is_first = self._is_first, False
+        return is_first or self._compares_after(step + 1)
 
 
 def _shares(of_workers: Sequence[Sequence[Piece]]) -> str:

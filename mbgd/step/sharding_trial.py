@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mbgd.averaging.pieces import Owned, Piece
-from mbgd.step.optimizer_trial import copy_with
-from mbgd.step.sharded_state import hold_pieces
+from mbgd.step.optimizer_trial import copy_holding, copy_with, parameters_of
+from mbgd.step.pieces_state import hold_pieces
 
 NUM_STEPS = 2
 
@@ -37,6 +37,26 @@ def works_in_pieces(optimizer: Optimizer, parameters: Sequence[Tensor], of_worke
         except Exception:  # it needs something of the parameters that pieces do not have
             return False
     return True
+
+
+def state_bytes(optimizer: Optimizer) -> int | None:
+    """Bytes of the state that the optimizer has, or makes in its first step, alone; None if that is not known.
+
+    The step is made with tensors that have shapes and no memory, by the slowest kernels, which compute on these, too.
+    """
+    if not optimizer.state:
+        parameters = parameters_of(optimizer)
+        copies = [nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad) for p in parameters]
+        optimizer = copy_holding(optimizer, parameters, copies)
+        for group in optimizer.param_groups:
+            group.update({kernel: False for kernel in ("foreach", "fused") if kernel in group})
+        for copy in copies:
+            copy.grad = torch.empty_like(copy) if copy.requires_grad else None
+        try:
+            type(optimizer).step(optimizer)
+        except Exception:  # it looks at values
+            return None
+    return sum(one.nbytes for state in optimizer.state.values() for one in state.values() if isinstance(one, Tensor))
 
 
 def _step(

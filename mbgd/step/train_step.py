@@ -7,6 +7,7 @@ from torch import Tensor
 from mbgd import averaging as averagings
 from mbgd.averaging import batch_norm
 from mbgd.batches.loader import Shard
+from mbgd.checkpoints.keeper import Keeper, NoCheckpoints
 from mbgd.checks.alarm import Alarm
 from mbgd.checks.recomputing import Recomputing
 from mbgd.checks.setup import Setup
@@ -100,6 +101,11 @@ class TrainStep:
         if self.sharded is not None:
             self.sharded.begin(step)
 
+    def together(self, checkpoints: Keeper | None) -> Keeper:
+        """The checkpoints, taken by all workers together where each has a part of the state. Every worker calls it."""
+        checkpoints = checkpoints or NoCheckpoints()
+        return checkpoints if self.sharded is None else self.sharded.state.together(checkpoints)
+
     def check_state(self, num_steps: int) -> None:
         """Stop where the state after `num_steps` steps is wrong; every worker calls this."""
         self.alarm.check_state(num_steps)
@@ -107,7 +113,7 @@ class TrainStep:
             self.sharded.check(num_steps)
 
     def end(self) -> None:
-        """Leave the optimizer as it was given, some steps further."""
+        """Leave the optimizer as it was given, some steps further; every worker calls this."""
         if self.sharded is not None:
             self.sharded.state.release()
 

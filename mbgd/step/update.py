@@ -1,22 +1,20 @@
 """The sum of gradients → the optimizer's step. The one division of the program is here."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim import optimizer as of_torch
 
-from mbgd.checkpoints.snapshot import Snapshot
 from mbgd.checks.finite import Watch, Wrong
 from mbgd.checks.setup import Setup
 from mbgd.config import Precision
 from mbgd.errors import UsageError
 from mbgd.step.done import Norms
 from mbgd.step.norms import TotalNorm
-from mbgd.step.optimizer_state import OptimizerState
 from mbgd.step.sharding import Sharded
+from mbgd.step.update_state import UpdateState
 from mbgd.task.objective import PerExample
 from mbgd.task.trained import GradientHooks
 
@@ -50,9 +48,6 @@ class Update:
         self._clips = self._clip_norm is not None or self._clip_value is not None
         self._schedule = settings.schedule
         self._base_rates = [group["lr"] for group in optimizer.param_groups]
-        names: dict[Tensor, str] = {parameter: name for name, parameter in setup.trained.by_name.items()}
-        whole = optimizer if sharded is None else sharded.state.whole
-        self.optimizer_state = OptimizerState(whole, has_schedule=settings.schedule is not None, names=names)
         self._scaler: torch.amp.GradScaler | None = None
         if settings.precision is Precision.fp16:
             # torch's default first scale, 2^16, is for a mean loss; ours is a sum over up to the whole minibatch.
@@ -74,6 +69,7 @@ class Update:
         self._device = device
         self._num_skipped = torch.zeros((), dtype=torch.int64, device=device)
         self._skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
+        self.state = UpdateState(setup, sharded, self._scaler, self._num_skipped)
 
     @property
     def base_rates(self) -> list[float]:
@@ -105,32 +101,6 @@ class Update:
                 "each halved the loss scale. Use precision=bf16 or fp32, or a smaller optimizer.lr."
             )
 
-    def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
-        """The optimizer's state by <parameter's number>.<path>, not copied."""
-        return {"optimizer": self.optimizer_state.tensors()}
-
-    def values(self) -> Mapping[str, Any]:
-        """The rest of the state, as JSON can hold it."""
-        values = {**self.optimizer_state.values(), "skipped_steps": self.num_skipped}
-        if self._scaler is not None:
-            values["scaler"] = self._scaler.state_dict()
-        return {"optimizer": values}
-
-    def mismatches(self, snapshot: Snapshot) -> list[str]:
-        """What in the snapshot cannot be state of this optimizer."""
-        return self.optimizer_state.mismatches(snapshot.tensors["optimizer"], snapshot.values["optimizer"])
-
-    def restore(self, snapshot: Snapshot) -> None:
-        """Restore the snapshot's state; no memory is shared with it afterwards."""
-        values = snapshot.values["optimizer"]
-        self.optimizer_state.restore(snapshot.tensors["optimizer"], values)
-        if self._sharded is not None:
-            self._sharded.state.distribute()
-            self._sharded.begin(snapshot.step)
-        self._num_skipped.fill_(values["skipped_steps"])
-        if self._scaler is not None and "scaler" in values:
-            self._scaler.load_state_dict(values["scaler"])
-
     def backward_weights(self, terms: PerExample, *, is_stand_in: bool) -> Tensor:
         """The gradient of each loss for the backward: its weight times the loss scale; 0 for a stand-in."""
         weights = terms.weights.to(terms.losses.dtype) if terms.weights is not None else self._ones_like(terms.losses)
@@ -156,6 +126,8 @@ class Update:
         weight: an int where the plan knows it, otherwise a tensor of shape () on the device.
         Returns the norms that are wanted or needed anyway; the change's norm needs a copy of the parameters.
         """
+        if self._sharded is not None:
+            self._sharded.before_update(step)
         updated = [p.detach() if p.requires_grad else None for p in self._held] if want_change else []
         before = [None if p is None else p.clone() for p in updated]
         gradient_norm = self._step(step, weight, want_norm=want_norm or want_change)

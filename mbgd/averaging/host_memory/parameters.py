@@ -53,8 +53,8 @@ class SharedParameters:
         """`num_bytes` of zeroed memory that all workers share: uint8; raises CannotShareError, on all alike."""
         return self._memory.allocate_once(num_bytes)[0]
 
-    def wait_for_updates(self) -> None:
-        """Wait until all owners have updated their pieces."""
+    def spread(self) -> None:
+        """Wait until all owners have updated their pieces, which then are there."""
         self._memory.barrier()
 
     def written_by_others(self) -> list[str]:

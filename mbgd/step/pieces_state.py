@@ -1,0 +1,191 @@
+"""The optimizer's state where each worker has that of its own pieces: together the state of one whole optimizer."""
+
+import math
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from mbgd.averaging.pieces import Owned, cut_out
+from mbgd.checkpoints.keeper import Keeper
+from mbgd.files.state_tree import Flattening, unflatten
+from mbgd.workers.group import Workers
+
+NOT_COPIED = ("params", "param_names")
+"""Entries of a group that differ between the whole optimizer and that of the pieces."""
+
+
+@dataclass(frozen=True)
+class StateKind:
+    """One tensor of a parameter's state."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    """Without gaps."""
+    is_cut: bool
+    """Whether each piece has its part of it; otherwise the first piece's counts."""
+    device: str
+    """Its type: torch keeps some state of parameters on a GPU on the host."""
+
+    @classmethod
+    def of(cls, values: Any) -> "StateKind":
+        """From JSON values, as in `PiecesState.described`."""
+        name, shape, strides, is_cut, device = values
+        dtype = getattr(torch, name)
+        assert isinstance(dtype, torch.dtype)
+        return cls(dtype, tuple(shape), tuple(strides), is_cut, device)
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class PiecesState(ABC):
+    """Gives the optimizer this worker's pieces to hold, and puts all workers' state together where that is asked for.
+
+    Of state that is not cut, that of a parameter's first piece counts.
+    """
+
+    def __init__(self, optimizer: Optimizer, owned: Owned, workers: Workers) -> None:
+        self._optimizer, self._owned, self._workers = optimizer, owned, workers
+        self.whole: Optimizer = object.__new__(type(optimizer))
+        """As if the optimizer held the parameters; its `state_dict()` is that of now."""
+        vars(self.whole).update(vars(optimizer))
+        self.whole.state_dict = self._whole_state_dict  # type: ignore[method-assign]
+        self._holds_pieces = False
+
+    def hold(self) -> None:
+        """Give the optimizer this worker's pieces in place of the parameters, until `release`."""
+        if self._holds_pieces:
+            return
+        self._holds_pieces = True
+        self.whole.param_groups = [dict(group) for group in self._optimizer.param_groups]
+        self.whole.state = defaultdict(dict, self._optimizer.state)
+        hold_pieces(self._optimizer, self._owned)
+        self._optimizer.state_dict = self._whole_state_dict  # type: ignore[method-assign]
+        self._distribute()
+
+    def release(self) -> None:
+        """Give the optimizer the parameters and the whole state back; every worker calls this."""
+        self._read()
+        self._holds_pieces = False
+        del self._optimizer.state_dict
+        for group, whole in zip(self._optimizer.param_groups, self.whole.param_groups, strict=True):
+            group.update(whole)
+        self._optimizer.state = defaultdict(dict, self.whole.state)
+
+    def replace(self, restore: Callable[[], None]) -> None:
+        """Let `restore` give `whole` another state, and keep the pieces' parts of it."""
+        self.hold()
+        restore()
+        self._distribute()
+
+    @property
+    @abstractmethod
+    def is_everywhere(self) -> bool:
+        """Whether each worker can read the whole state now, without the others."""
+
+    @abstractmethod
+    def problems(self, find: Callable[[], list[str]]) -> list[str]:
+        """What `find` finds wrong with the state of `whole`, the same on every worker; every worker calls this."""
+
+    @abstractmethod
+    def together(self, checkpoints: Keeper) -> Keeper:
+        """The checkpoints, taken while the whole state is there."""
+
+    @abstractmethod
+    def after_update(self) -> None:
+        """Called when this worker has updated its pieces, before all wait for each other."""
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Called once all workers have called `after_update`. Raises CannotShareError, on every worker alike."""
+
+    @abstractmethod
+    def _read_pieces(self) -> None:
+        """Put together the state of `whole` while the optimizer holds pieces."""
+
+    @abstractmethod
+    def _place(self) -> None:
+        """Called by every worker once the pieces have another state."""
+
+    def _read(self) -> None:
+        if self._holds_pieces:
+            self._read_pieces()
+        else:
+            self.whole.state = defaultdict(dict, self._optimizer.state)
+        self._copy_options(self._optimizer, self.whole)
+
+    def _distribute(self) -> None:
+        """Take the pieces' state and the groups' options from `whole`, whose state may be given away."""
+        self._optimizer.state.clear()
+        for piece, tensor in zip(self._owned.pieces, self._owned.tensors, strict=True):
+            parameter = self._owned.parameters[piece.parameter]
+            if of_parameter := self.whole.state.get(parameter):
+                flattening = Flattening()
+                tree = flattening(of_parameter, "state")
+                parts = {
+                    name: (cut_out(one, piece) if one.shape == parameter.shape else one).clone()
+                    for name, one in flattening.tensors.items()
+                }
+                self._optimizer.state[tensor] = nested(tree, parts)
+        self._copy_options(self.whole, self._optimizer)
+        self.whole.state.clear()
+        self._place()
+
+    @staticmethod
+    def _copy_options(optimizer: Optimizer, to: Optimizer) -> None:
+        for group, other in zip(optimizer.param_groups, to.param_groups, strict=True):
+            other.update({name: value for name, value in group.items() if name not in NOT_COPIED})
+
+    def _whole_state_dict(self) -> dict[str, Any]:
+        self._read()
+        return type(self.whole).state_dict(self.whole)
+
+    def _described(self) -> tuple[list[Any], list[dict[str, Tensor]]]:
+        """Each piece with state, as JSON values, and its tensors by path."""
+        entries, tensors = [], []
+        for piece, tensor in zip(self._owned.pieces, self._owned.tensors, strict=True):
+            if not (state := self._optimizer.state.get(tensor)):
+                continue
+            parameter, flattening = self._owned.parameters[piece.parameter], Flattening()
+            tree = flattening(state, str(piece.parameter))
+            kinds = {}
+            for path, one in flattening.tensors.items():
+                is_cut = tensor.shape != parameter.shape and one.shape == tensor.shape
+                like = parameter if is_cut else one
+                strides = torch.empty_like(like, device="meta").stride()
+                dtype = str(one.dtype).removeprefix("torch.")
+                kinds[path] = [dtype, list(like.shape), list(strides), is_cut, one.device.type]
+            entries.append([piece.parameter, piece.start, tree, kinds])
+            tensors.append(flattening.tensors)
+        return entries, tensors
+
+
+def nested(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The state of a piece or parameter, from its nesting and its tensors by path."""
+    return unflatten(tree, lambda path, _: tensors[path])
+
+
+def order(entry: Any) -> tuple[int, int]:
+    """Of a described piece: its parameter's number, and where it starts."""
+    return entry[0], entry[1]
+
+
+def hold_pieces(optimizer: Optimizer, owned: Owned) -> None:
+    """Give the optimizer the pieces in place of the parameters."""
+    pieces: dict[Tensor, list[Tensor]] = defaultdict(list)
+    for piece, tensor in zip(owned.pieces, owned.tensors, strict=True):
+        pieces[owned.parameters[piece.parameter]].append(tensor)
+    for group in optimizer.param_groups:
+        names = group.get("param_names", [""] * len(group["params"]))
+        named = [(name, one) for name, p in zip(names, group["params"], strict=True) for one in pieces.get(p, ())]
+        group["params"] = [one for _, one in named]
+        if "param_names" in group:
+            group["param_names"] = [name for name, _ in named]

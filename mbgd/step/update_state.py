@@ -1,0 +1,95 @@
+"""The state of the update in checkpoints: the optimizer's, the loss scale, and the number of skipped steps."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mbgd.checkpoints.snapshot import Snapshot
+from mbgd.checks.setup import Setup
+from mbgd.step.optimizer_state import OptimizerState
+from mbgd.step.sharding import Sharded
+
+_PLAIN = (bool, int, float, str, tuple)
+
+
+class UpdateState:
+    """One part of a checkpoint. With sharding the optimizer's state may have to be gathered to be read."""
+
+    def __init__(
+        self, setup: Setup, sharded: Sharded | None, scaler: torch.amp.GradScaler | None, num_skipped: Tensor
+    ) -> None:
+        """num_skipped: number of steps skipped so far, shape (); what is restored is written into it."""
+        names: dict[Tensor, str] = {parameter: name for name, parameter in setup.trained.by_name.items()}
+        whole = setup.optimizer if sharded is None else sharded.state.whole
+        self._optimizer = OptimizerState(whole, has_schedule=setup.settings.schedule is not None, names=names)
+        self._groups = setup.optimizer.param_groups
+        self._sharded, self._scaler, self._num_skipped = sharded, scaler, num_skipped
+
+    def problems(self) -> list[str]:
+        """State that a checkpoint cannot hold, the same on every worker; every worker calls this after a step."""
+        find = self._optimizer.problems
+        return find() if self._sharded is None else self._sharded.state.problems(find)
+
+    def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """The optimizer's state by <parameter's number>.<path>, not copied."""
+        return {"optimizer": self._optimizer.tensors()}
+
+    def values(self) -> Mapping[str, Any]:
+        """The rest of the state, as JSON can hold it."""
+        return {"optimizer": {**self._optimizer.values(), **self._beside()}}
+
+    def mismatches(self, snapshot: Snapshot) -> list[str]:
+        """What in the snapshot cannot be state of this optimizer."""
+        return self._optimizer.mismatches(snapshot.tensors["optimizer"], snapshot.values["optimizer"])
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Restore the snapshot's state; no memory is shared with it afterwards."""
+        values = snapshot.values["optimizer"]
+
+        def restore() -> None:
+            self._optimizer.restore(snapshot.tensors["optimizer"], values)
+
+        if self._sharded is None:
+            restore()
+        else:
+            self._sharded.state.replace(restore)
+            self._sharded.begin(snapshot.step)
+        self._num_skipped.fill_(values["skipped_steps"])
+        if self._scaler is not None and "scaler" in values:
+            self._scaler.load_state_dict(values["scaler"])
+
+    @property
+    def copied(self) -> "Copied":
+        return Copied(self)
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether every worker has a copy of all of it, instead of its own pieces."""
+        return self._sharded is None or self._sharded.state.is_everywhere
+
+    def beside_pieces(self) -> dict[str, Any]:
+        """What every worker has a copy of in any case."""
+        groups = [{k: v for k, v in group.items() if isinstance(v, _PLAIN)} for group in self._groups]
+        return {"groups": groups, **self._beside()}
+
+    def _beside(self) -> dict[str, Any]:
+        values: dict[str, Any] = {"skipped_steps": int(self._num_skipped.item())}
+        if self._scaler is not None:
+            values["scaler"] = self._scaler.state_dict()
+        return values
+
+
+@dataclass(frozen=True)
+class Copied:
+    """The part of the state that every worker has a copy of, to be compared."""
+
+    state: UpdateState
+
+    def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
+        return self.state.tensors() if self.state.is_copied else {}
+
+    def values(self) -> Mapping[str, Any]:
+        return self.state.values() if self.state.is_copied else {"optimizer": self.state.beside_pieces()}
