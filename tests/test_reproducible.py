@@ -115,6 +115,21 @@ class SometimesUsed(nn.Module):
         return logits + self.rare(inputs) if (inputs[:, 2] > 0.9).any() else logits
 
 
+class Transposed(nn.Module):
+    """A matrix that does not lie row by row in memory, and filters that lie channel by channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        filters = (nn.Conv2d(1, 3, 3), nn.Conv2d(3, 4, 3))
+        self.filters = nn.Sequential(*filters).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.linear = nn.Linear(4 * 16, 10)
+        self.linear.weight = nn.Parameter(self.linear.weight.detach().t().contiguous().t())
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = self.linear(torch.tanh(self.filters(inputs)).flatten(1))
+        return outputs
+
+
 class Tokens:
     """Sequences of uneven length: each token's target is the next one, weight 0 behind the end."""
 
@@ -175,6 +190,7 @@ CASES = [
     Case("transformer with dropout and tied embeddings", Transformer, ADAMW, tokens=True),
     Case("lstm with a frozen embedding", LSTM, SGD, tokens=True, max_grad_norm=1.0),
     Case("parameters used sometimes or never", SometimesUsed, ADAMW),
+    Case("parameters with other strides", Transposed, ADAMW),
     Case("micro-batches of 1", partial(MLP, *IMAGE), size=11, micro_batch_size=1),
 ]
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
+from mbgd.averaging.gradients import of_bucket
 from mbgd.averaging.host_memory.exchange import NO_NOTE
 from mbgd.averaging.norms import MicroBatchNorms
 from mbgd.averaging.pieces import Owned, Piece
@@ -130,8 +131,7 @@ class DDP:
     def _sum_bucket(self, state: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         self._exchanged = bucket.is_last()
         if self._norms is not None:
-            gradients: dict[Tensor, Tensor] = dict(zip(bucket.parameters(), bucket.gradients(), strict=True))
-            self._norms.take(self._number, gradients, self._before)
+            self._norms.take(self._number, of_bucket(bucket), self._before)
         self._late.append(bucket.buffer())
         if not self._sums_late:
             self._start_sums()
@@ -178,6 +178,7 @@ class DDP:
     def own(self, parameters: Mapping[str, nn.Parameter], of_workers: list[list[Piece]]) -> SentParameters:
         sent = SentParameters(parameters, of_workers, self._workers)
         self._owned = sent.owned
+        self._wrap()  # strides may have changed
         return sent
 
     @property

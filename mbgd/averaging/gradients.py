@@ -1,17 +1,39 @@
 """Gradients by parameter, and their addition where some parameters have none."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
+from torch._C._distributed_c10d import GradBucket
+
+from mbgd.averaging.pieces import in_memory_order, with_strides
 
 Gradients = dict[Tensor, Tensor]
 """Parameter → gradient."""
 
 
-def flat(gradients: Gradients, parameters: Sequence[Tensor]) -> Tensor:
-    """The gradients as one vector in a bucket's layout; zeros for a parameter without a gradient."""
-    return torch.cat([(gradients[p] if p in gradients else torch.zeros_like(p)).flatten() for p in parameters])
+def flat(gradients: Gradients, places: Gradients) -> Tensor:
+    """The gradients as one vector in the layout of a bucket, whose views, in order, are `places`.
+
+    Zeros for a parameter without a gradient.
+    """
+    vectors = []
+    for parameter, place in places.items():
+        gradient = gradients[parameter] if parameter in gradients else torch.zeros_like(place)
+        vectors.append(in_memory_order(with_strides(gradient, place.stride())))
+    return torch.cat(vectors)
+
+
+def of_bucket(bucket: GradBucket) -> Gradients:
+    """The gradients of one of DDP's buckets, as views of it.
+
+    A gradient lies there with its parameter's strides, unless these leave gaps; `bucket.gradients()` takes each for
+    contiguous.
+    """
+    gradients: Gradients = {}
+    for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
+        strides = parameter.stride()
+        has_strides = not parameter.is_contiguous() and torch.empty_like(parameter, device="meta").stride() == strides
+        gradients[parameter] = gradient.as_strided(gradient.shape, strides) if has_strides else gradient
+    return gradients
 
 
 def add_into_right(left: Gradients, right: Gradients) -> Gradients:

@@ -11,12 +11,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mbgd.averaging.bucket_exchange import BucketExchange, nodes_of_workers
 from mbgd.averaging.ddp import check_exchanged, completed, used_anywhere, wrap
-from mbgd.averaging.gradients import Gradients, add_gradients, add_into_right, flat
+from mbgd.averaging.gradients import Gradients, add_gradients, add_into_right, flat, of_bucket
 from mbgd.averaging.host_memory.exchange import MOVED_ON, NO_NOTE, Exchange, check_moved_on
 from mbgd.averaging.host_memory.memory import HostMemory
 from mbgd.averaging.host_memory.parameters import SharedParameters
 from mbgd.averaging.norms import MicroBatchNorms
-from mbgd.averaging.pieces import Owned, OwnedParameters, Piece
+from mbgd.averaging.pieces import Owned, OwnedParameters, Piece, in_memory_order
 from mbgd.averaging.sent_parameters import SentParameters
 from mbgd.averaging.tree import Counter, fold
 from mbgd.batches.plan import MicroBatch, Plan
@@ -136,8 +136,7 @@ class Reproducible:
         buffer = bucket.buffer()
         if self._parameters_vary:
             buffer += 0.0
-        gradients: Gradients = dict(zip(bucket.parameters(), bucket.gradients(), strict=True))
-        self._send(bucket.index(), buffer, bucket.parameters(), gradients)
+        self._send(bucket.index(), buffer, of_bucket(bucket))
         self._exchanged = bucket.is_last()
         return completed(buffer)
 
@@ -148,10 +147,10 @@ class Reproducible:
         for index, parameter in enumerate(late):
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             parameter.grad = gradient
-            self._send(-1 - index, gradient.view(-1), [parameter], {parameter: gradient})
+            self._send(-1 - index, in_memory_order(gradient), {parameter: gradient})
 
-    def _send(self, index: int, buffer: Tensor, parameters: Sequence[Tensor], gradients: Gradients) -> None:
-        """Start sending these parameters' nodes; their gradients of the last micro-batch are views of `buffer`."""
+    def _send(self, index: int, buffer: Tensor, gradients: Gradients) -> None:
+        """Start sending the nodes of these gradients, those of the last micro-batch, which are views of `buffer`."""
         if self._norms is not None:
             self._norms.take(self._last.number, gradients)
         counter = Counter[Gradients](add_into_right)
@@ -159,7 +158,7 @@ class Reproducible:
         if not self._last.is_stand_in:
             # Folded into the bucket itself: the gradients are its views.
             counter.push(self._last.number, gradients)
-        nodes: list[Tensor] = [flat(of_node, parameters) for _, of_node in counter.nodes[:-1]]
+        nodes: list[Tensor] = [flat(of_node, gradients) for _, of_node in counter.nodes[:-1]]
         if counter.nodes:
             nodes.append(buffer)
         exchange = self._exchanges.get(index)
@@ -172,6 +171,7 @@ class Reproducible:
         if self._memory is None or self._in_memory is None:
             sent = SentParameters(parameters, of_workers, self._workers)
             self._owned = sent.owned
+            self._prepare()  # strides may have changed
             return sent
         shared = SharedParameters(parameters, of_workers, self._memory, self._workers.rank)
         self._owned = shared.owned
