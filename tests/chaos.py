@@ -121,7 +121,7 @@ def schedule(seed: int) -> list[Round]:
         damage = chance.choice([None, None, *Damage])
         memory_every_steps = chance.choice([None, 1, 3]) if damage is None else None
         transport = chance.choice(["shared memory", "shared memory", "gloo"])
-        sharding = chance.choice(["optimizer", "optimizer", "none"]) if transport == "shared memory" else "none"
+        sharding = chance.choice(["optimizer", "optimizer", "none"])
         rounds.append(Round(num_workers, memory_every_steps, transport, sharding, blow, damage))
     return [*rounds, Round(chance.randint(1, 4))]
 
@@ -222,9 +222,7 @@ def arm(trainer: mbgd.Trainer, folder: Path, blow: Blow) -> None:
         "averaging": (step.averaging, "finish"),
         "optimizer": (trainer.setup.optimizer, "step"),
         # With its own pieces updated, before those of the others are known to be; without pieces, after the update.
-        "sharing": (step.noise_scale, "after_update")
-        if step.sharded is None
-        else (step.sharded.parameters, "wait_for_updates"),
+        "sharing": (step.noise_scale, "after_update") if step.sharded is None else (step.sharded.parameters, "spread"),
         "save": (checkpoint, "save_file"),
         "rename": (Path, "rename"),
     }

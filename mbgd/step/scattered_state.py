@@ -157,7 +157,7 @@ class ScatteredState(PiecesState):
         on_host = sum(kind.num_bytes for kind in kinds.values() if to_host or kind.device == "cpu")
         available = available_bytes()
         if available is not None and on_host * num_takers > available:  # the takers may be on one host
-            return f"{on_host:,} bytes on each of {num_takers} workers, but {available:,} bytes are available"
+            return f"the whole takes {on_host * num_takers:,} bytes, and {available:,} bytes are available"
         try:
             for key, kind in kinds.items():
                 device = "cpu" if to_host or kind.device == "cpu" else self._workers.device
