@@ -35,7 +35,7 @@ class AveragingName(Enum):
 class ShardingName(Enum):
     """Whether each worker updates its own pieces of the parameters."""
 
-    auto = "auto"  # optimizer for CPU workers that share memory, with an optimizer that is known to work in pieces
+    auto = "auto"  # optimizer where it gains something, for CPU workers whose optimizer is known to work in pieces
     none = "none"
     optimizer = "optimizer"
 
