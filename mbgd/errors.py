@@ -31,7 +31,8 @@ class Preempted(Exception):  # noqa: N818  (nothing went wrong)
 
 
 class ObserverFailed(RuntimeError):  # noqa: N818  (as above)
-    """An observer of the user's raised; names it and the method. The state of the last step is saved."""
+    """An observer of the user's raised; names it and the method. The state of the last step is saved where one
+    worker has all of it."""
 
     def __init__(self, name: str, method: str, error: Exception) -> None:
         super().__init__(f"observers.{name} raised {type(error).__name__} in {method}: {error}")

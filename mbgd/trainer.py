@@ -77,7 +77,7 @@ class Trainer:
 
         checkpoints: those that this worker keeps. When `stop` says so, raises Preempted if the state is saved, and
         NotSaved if it could not be, the same on every worker. An observer that raises ends the run as ObserverFailed,
-        with the state after its step saved.
+        with the state after its step saved where one worker has all of it.
         """
         tracker, stop, checkpoints = tracker or NoTracker(), stop or NoStop(), self.train_step.together(checkpoints)
         state, setup, first_step = self.state, self.setup, self.state.step

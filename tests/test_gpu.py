@@ -5,6 +5,7 @@ Several workers share one GPU over gloo; nccl needs one GPU for each worker.
 """
 
 import hashlib
+import itertools
 import math
 import os
 import time
@@ -27,7 +28,7 @@ from mbgd.checkpoints import saving
 from mbgd.checkpoints.fingerprint import weights_sha256
 from mbgd.checks.finite import Watch
 from mbgd.checks.replicas import Replicas
-from mbgd.config import AveragingName, Checkpoint, NoiseScale
+from mbgd.config import AveragingName, Checkpoint, NoiseScale, ShardingName
 from mbgd.data import digits
 from mbgd.measuring.clock import MOST_EVENTS, PARTS, StreamStopwatch
 from mbgd.models import CNN, GPT, MLP
@@ -175,6 +176,28 @@ def test_reproducible_gives_the_same_bits_on_any_number_of_workers_of_one_device
     for num_workers in (2, 3):
         for got in run_workers(train_reproducibly, num_workers, precisions, device=device):
             assert got == wanted
+
+
+def train_in_pieces(workers: mbgd.Workers, sharding: str) -> dict[str, tuple[str, str]]:
+    found = {}
+    for name, precision in itertools.product(MODELS, ("fp32", "fp16")):
+        trainer = make_trainer(workers, name, "ddp", precision, sharding=ShardingName(sharding))
+        metrics = {k: v for k, v in trainer.fit().metrics.items() if not k.startswith("time/")}
+        bits, snapshot = hashlib.sha256(), trainer.snapshot()
+        for of_file in snapshot.tensors.values():
+            for tensor in of_file.values():
+                bits.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        found[f"{name}, {precision}"] = (bits.hexdigest(), repr(sorted(metrics.items())))
+    return found
+
+
+@on_devices
+@pytest.mark.parametrize("backend", ["gloo", pytest.param("nccl", marks=needs_two_gpus)])
+def test_workers_that_update_their_own_pieces_get_the_same_bits(device: str, backend: str) -> None:
+    if (device, backend) == ("cpu", "nccl"):
+        pytest.skip("nccl is for GPUs")
+    wanted = run_workers(train_in_pieces, 2, "none", backend=backend, device=device)
+    assert run_workers(train_in_pieces, 2, "optimizer", backend=backend, device=device) == wanted
 
 
 def train_coupled(workers: mbgd.Workers) -> list[tuple[str, float]]:

@@ -117,7 +117,7 @@ class FromElsewhere(mbgd.Workers):
         return torch.device("cpu", 0)
 
 
-def train_by_messages(workers: mbgd.Workers) -> tuple[str, list[int]]:
+def train_by_messages(workers: mbgd.Workers, sharding: str) -> tuple[str, str, list[int]]:
     def refuse(workers: mbgd.Workers) -> None:
         raise CannotShareError("this test sends messages")
 
@@ -126,29 +126,33 @@ def train_by_messages(workers: mbgd.Workers) -> tuple[str, list[int]]:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(5, 9), torch.nn.Tanh(), torch.nn.Linear(9, 1))
     inputs = torch.randn(24, 5, generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     trainer = mbgd.Trainer(
         model,
         mbgd.MeanSquaredError(),
-        torch.optim.SGD(model.parameters(), lr=0.1),
+        optimizer,
         mbgd.Data(train=mbgd.InMemory(inputs, inputs[:, :1].sin())),
         mbgd.Settings(
             epochs=2,
             batch=mbgd.Batch(12, 2),
             averaging=mbgd.Averaging(mbgd.AveragingName.reproducible),
+            sharding=sharding,  # type: ignore[arg-type]
             max_grad_norm=0.1,
         ),
         staged,
     )
     trainer.fit()
     collected = staged.collect([torch.full((2,), workers.rank, dtype=torch.int16)])
-    return trainer.weights_sha256(), [int(tensor[0]) for tensor in collected]
+    state = repr(optimizer.state_dict()["state"])
+    return trainer.weights_sha256(), state, [int(tensor[0]) for tensor in collected]
 
 
-def test_messages_that_are_staged_give_the_same_bits() -> None:
-    ((wanted, _),) = run_workers(train_by_messages, 1)
-    results = run_workers(train_by_messages, 3)
-    assert [bits for bits, _ in results] == [wanted] * 3
-    assert [collected for _, collected in results] == [[0, 1, 2], [], []]
+@pytest.mark.parametrize("sharding", ["none", "optimizer"])
+def test_messages_that_are_staged_give_the_same_bits(sharding: str) -> None:
+    ((*wanted, _),) = run_workers(train_by_messages, 1, "none")
+    results = run_workers(train_by_messages, 3, sharding)
+    assert [bits for *bits, _ in results] == [wanted] * 3
+    assert [collected for *_, collected in results] == [[0, 1, 2], [], []]
 
 
 # What is read
