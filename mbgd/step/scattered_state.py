@@ -90,7 +90,7 @@ class ScatteredState(PiecesState):
             self._why_not = self._allocate(wanted, of_workers, len(takers), to_host=to_host)
         reasons = [why for why in self._workers.gather_values(self._why_not) if why]
         if reasons:
-            self._why_not = reasons[0]
+            self._why_not = reasons[0] if is_taker else ""
             return
         firsts = _first_starts(of_workers)
         outgoing = list(self._vectors(mine, tensors, firsts))

@@ -84,8 +84,8 @@ class Sharded:
         if names := [name for name in self.names if name in found]:
             raise UsageError(
                 f"by step {num_steps} something other than the optimizer has written to parameters, which are among "
-                f"{shown(names)}. With sharding=optimizer each worker updates its own pieces, in memory that all "
-                "share, and does not see such a change. Use sharding=none."
+                f"{shown(names)}. With sharding=optimizer the owner of a piece alone updates it, in memory that "
+                "the trainer has made, and such a change is lost. Use sharding=none."
             )
 
     def found_inf(self, scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:
