@@ -45,6 +45,11 @@ class RunFolder:
         self.path, self._lock = path, lock
 
     @property
+    def is_held(self) -> bool:
+        """Whether this worker holds the folder's lock."""
+        return self._lock is not None
+
+    @property
     def metrics_path(self) -> Path:
         return self.path / METRICS
 

@@ -16,6 +16,7 @@ import msgspec
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from mbgd.errors import GroupChanged, UsageError, WorkersLost
+from mbgd.workers.store import join_store
 
 LAUNCHER = "MBGD_LAUNCHER_GOES_ON"
 """Environment variable, set by a launcher that keeps the other workers running when one is lost."""
@@ -39,9 +40,9 @@ class Generation(msgspec.Struct, frozen=True):
     """By rank."""
 
 
-def common_store(store: Store) -> Store:
-    """The part of the launcher's store that serves the workers of one start."""
-    return PrefixStore(f"members-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+def common_store(store: Store, num_restarts: int) -> Store:
+    """The part of the launcher's store for the workers of one start."""
+    return PrefixStore(f"members-{num_restarts}", store)
 
 
 class Roster:
@@ -98,8 +99,13 @@ class Membership:
         """The part of the store that this generation uses."""
         return PrefixStore(f"generation-{self.generation.number}", self._store)
 
-    def begin(self) -> None:
-        """Tell the launcher that from now on the others go on where a worker is lost."""
+    def begin(self, backend: str) -> None:
+        """Tell the launcher that from now on the others go on where a worker is lost; UsageError over nccl."""
+        if backend == "nccl":
+            raise UsageError(
+                "recovery=continue over nccl, whose watchdog ends a process whose exchange fails. Use backend=gloo "
+                "backend.device=cuda, or recovery=restart."
+            )
         self._store.set(ON, "")
 
     def join(self, timeout_seconds: float) -> None:
@@ -159,10 +165,19 @@ class Membership:
         return msgspec.json.decode(self._store.get(NOW), type=Generation)
 
 
-def check_launcher(num_workers: int) -> None:
-    """UsageError where the launcher ends all workers when one is lost."""
-    if num_workers > 1 and LAUNCHER not in os.environ:
+def join_members(timeout_seconds: float) -> Membership:
+    """This worker's membership, once it trains; UsageError where the launcher ends all workers when one is lost."""
+    environment = os.environ
+    num_workers = int(environment["WORLD_SIZE"])
+    if LAUNCHER not in environment:
         raise UsageError(
             "recovery=continue, but the launcher of these workers ends all when one is lost. Start them with "
             "`mbgd train workers=N …` on one host, or use recovery=restart."
         )
+    seat = int(environment.get(SEAT, environment["LOCAL_RANK"]))
+    of_run = PrefixStore(environment["TORCHELASTIC_RUN_ID"], join_store(timeout_seconds))
+    store = common_store(of_run, int(environment["TORCHELASTIC_RESTART_COUNT"]))
+    membership = Membership(store, seat, num_workers)
+    if membership.is_newcomer:
+        membership.join(timeout_seconds)
+    return membership
