@@ -36,19 +36,22 @@ class Rest:
     def look(self, num_spare: int) -> int:
         """Take out lost workers, and let new ones in; returns how many were started in place of lost ones.
 
-        num_spare: how many may be. The last worker is not taken out: with it the run is lost.
+        num_spare: how many may be. The last that train are not taken out: with them the run is lost.
         """
         for seat in self._roster.silent():
             self._end(seat)
-        lost = {
-            seat: code for seat, rank in self._places.items() if (code := self._poll(rank)) is not None and code < 0
-        }
-        if len(lost) == len(self._places):
+        codes = {seat: self._poll(rank) for seat, rank in self._places.items()}
+        if 0 in codes.values():
+            self._roster.complete()
+        members = self._roster.generation.seats
+        # A worker that has not joined yet harms nobody, whatever it ends with.
+        lost = {seat: code for seat, code in codes.items() if code and (code < 0 or seat not in members)}
+        seats = [seat for seat in members if seat not in lost]
+        if not seats:
             return 0
-        seats = [seat for seat in self._roster.generation.seats if seat not in lost]
         come = [seat for seat in self._places if seat not in (*seats, *lost) and self._roster.has_come(seat)]
         free = [self._take_out(seat, code) for seat, code in lost.items()]
-        if [*seats, *come] != self._roster.generation.seats:
+        if [*seats, *come] != members:
             self._roster.publish([*seats, *come])
         started = free[:num_spare]
         for rank in started:
@@ -76,9 +79,9 @@ class Rest:
         process = self._processes.subprocess_handlers.pop(rank).proc
         self._processes._running_local_ranks.discard(rank)
         left = len(self._places)
+        how = f"exit code {code}" if code > 0 else signal.Signals(-code).name
         print(
-            f"lost        process {process.pid} ended by {signal.Signals(-code).name}; {left} worker"
-            f"{'s go' if left > 1 else ' goes'} on",
+            f"lost        process {process.pid} ended by {how}; {left} worker{'s go' if left > 1 else ' goes'} on",
             file=sys.stderr,
             flush=True,
         )

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from mbgd.checkpoints.saving import Keeper
 from mbgd.checks.same_program import check_same_config
 from mbgd.cli import failing, launching
 from mbgd.config import Config, Recovery, must_match, resolved
-from mbgd.errors import FAILED, GroupChanged, Preempted, UsageError, WorkersLost
+from mbgd.errors import FAILED, GroupChanged, Preempted, RunComplete, UsageError, WorkersLost
 from mbgd.files.run_files import REPORT
 from mbgd.measuring import profiling
 from mbgd.runs import wording
@@ -38,7 +39,7 @@ from mbgd.tracking.recent import Recent
 from mbgd.trainer import Trainer
 from mbgd.workers.group import Workers, num_workers_from_environment, start_workers
 from mbgd.workers.log import start_log
-from mbgd.workers.membership import Membership, join_members
+from mbgd.workers.membership import Membership, members_of_launcher
 from mbgd.workers.preemption import EXIT_CODE, StopOnSignal
 
 
@@ -62,18 +63,22 @@ def _train(
     backend, membership = config.backend, None
     launched_rank = int(os.environ.get("RANK", "0"))
     if config.recovery is Recovery.continue_ and num_workers_from_environment() > 1:
-        membership = join_members(backend.timeout_seconds)
+        membership = members_of_launcher(backend.timeout_seconds)
     training = Training(composed, config, choices, trackers, membership, launched_rank)
-    while True:
-        try:
-            with start_workers(
-                backend.name.value, backend.timeout_seconds, device=backend.device.value, membership=membership
-            ) as workers:
-                return training.on(workers)
-        except GroupChanged:
-            assert membership is not None
-        training.leave_group()
-        membership.move_on()
+    with suppress(RunComplete):
+        if membership is not None and membership.is_newcomer:
+            membership.join(backend.timeout_seconds)
+        while True:
+            try:
+                with start_workers(
+                    backend.name.value, backend.timeout_seconds, device=backend.device.value, membership=membership
+                ) as workers:
+                    return training.on(workers)
+            except GroupChanged:
+                assert membership is not None
+            training.leave_group()
+            membership.move_on()
+    return None
 
 
 class Training:
@@ -177,6 +182,7 @@ class Training:
             self._checkpoints = saving.create(checkpoint, folder.path, folder.checkpoints_path, identity, workers)
         if begins_to_write:
             self._writes = True
+            self._tracker.told.clear()  # until here it went to no file
             tell_of_another_version(folder.path)
             folder.write_config(self._text)
             open_trackers(self._trackers, self._config, folder, trainer)

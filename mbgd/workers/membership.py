@@ -15,7 +15,7 @@ from datetime import timedelta
 import msgspec
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from mbgd.errors import GroupChanged, UsageError, WorkersLost
+from mbgd.errors import GroupChanged, RunComplete, UsageError, WorkersLost
 from mbgd.workers.store import join_store
 
 LAUNCHER = "MBGD_LAUNCHER_GOES_ON"
@@ -29,7 +29,7 @@ SECONDS_BETWEEN_LOOKS = 0.02
 SECONDS_BETWEEN_QUESTIONS = 0.2
 """Between steps, a worker asks the store this often."""
 
-ON, NOW, SILENT = "goes_on", "now", "silent"
+ON, NOW, SILENT, COMPLETE = "goes_on", "now", "silent", "complete"
 
 
 class Generation(msgspec.Struct, frozen=True):
@@ -67,6 +67,10 @@ class Roster:
     def publish(self, seats: Sequence[int]) -> None:
         self.generation = Generation(self.generation.number + 1, list(seats))
         self._store.set(NOW, msgspec.json.encode(self.generation).decode())
+
+    def complete(self) -> None:
+        """Tell workers that wait for the others that the run is complete."""
+        self._store.set(COMPLETE, "")
 
     def _read(self, key: str) -> list[int]:
         found: list[int] = json.loads(self._store.get(key))
@@ -109,10 +113,11 @@ class Membership:
         self._store.set(ON, "")
 
     def join(self, timeout_seconds: float) -> None:
-        """As a newcomer: wait until the others take this worker in."""
+        """As a newcomer: wait until the others take this worker in; RunComplete where they are done."""
         self._store.set(f"come/{self._seat}", "")
         deadline = time.monotonic() + timeout_seconds
         while self.is_newcomer:
+            self._check_complete()
             if time.monotonic() > deadline:
                 raise WorkersLost("the other workers did not take this one in; they may have ended.")
             time.sleep(SECONDS_BETWEEN_LOOKS)
@@ -146,17 +151,25 @@ class Membership:
         self._store.set(SILENT, json.dumps([self.generation.seats[rank] for rank in ranks]))
 
     def meet(self, timeout_seconds: float) -> None:
-        """Wait until all workers of this generation are here; GroupChanged where one is lost on the way."""
+        """Wait until all workers of this generation are here; GroupChanged where one is lost on the way.
+
+        RunComplete where the others have ended with the run's results.
+        """
         store, deadline = self.store, time.monotonic() + timeout_seconds
         store.set(f"here/{self._seat}", "")
         missing = list(self.generation.seats)
         while missing := [seat for seat in missing if not store.check([f"here/{seat}"])]:
             if self._is_over():
                 raise GroupChanged
+            self._check_complete()
             if time.monotonic() > deadline:
                 raise WorkersLost(f"{len(missing)} of the workers that go on did not come.")
             time.sleep(SECONDS_BETWEEN_LOOKS)
         store.set_timeout(timedelta(seconds=timeout_seconds))
+
+    def _check_complete(self) -> None:
+        if self._store.check([COMPLETE]):
+            raise RunComplete
 
     def _is_over(self) -> bool:
         return bool(self._store.check([NOW])) and self._newest().number > self.generation.number
@@ -165,8 +178,8 @@ class Membership:
         return msgspec.json.decode(self._store.get(NOW), type=Generation)
 
 
-def join_members(timeout_seconds: float) -> Membership:
-    """This worker's membership, once it trains; UsageError where the launcher ends all workers when one is lost."""
+def members_of_launcher(timeout_seconds: float) -> Membership:
+    """This worker's membership; UsageError where the launcher ends all workers when one is lost."""
     environment = os.environ
     num_workers = int(environment["WORLD_SIZE"])
     if LAUNCHER not in environment:
@@ -177,7 +190,4 @@ def join_members(timeout_seconds: float) -> Membership:
     seat = int(environment.get(SEAT, environment["LOCAL_RANK"]))
     of_run = PrefixStore(environment["TORCHELASTIC_RUN_ID"], join_store(timeout_seconds))
     store = common_store(of_run, int(environment["TORCHELASTIC_RESTART_COUNT"]))
-    membership = Membership(store, seat, num_workers)
-    if membership.is_newcomer:
-        membership.join(timeout_seconds)
-    return membership
+    return Membership(store, seat, num_workers)
