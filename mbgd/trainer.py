@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from mbgd.after_step import AfterStep
 from mbgd.batches.loader import Data
 from mbgd.checkpoints.fingerprint import weights_sha256
 from mbgd.checkpoints.handover import Carried, Progress, Told
@@ -17,18 +18,17 @@ from mbgd.checkpoints.task_state import TaskState
 from mbgd.checks.replicas import Replicas
 from mbgd.checks.setup import set_up
 from mbgd.config import Settings
-from mbgd.errors import NotSaved, ObserverFailed, Preempted
+from mbgd.errors import ObserverFailed
 from mbgd.evaluation.evaluator import Evaluations
 from mbgd.measuring.garbage import collected_at_steps
 from mbgd.measuring.profiling import NoProfiler, Profiler
-from mbgd.step.done import Done, Result
+from mbgd.step.done import Result
 from mbgd.step.observers import Observers
 from mbgd.step.train_step import TrainStep
 from mbgd.task.objective import Objective
 from mbgd.tracking import NoTracker, Tracker
 from mbgd.tracking.base import writer
 from mbgd.tracking.training_log import TrainingLog
-from mbgd.workers.agreement import Agreement
 from mbgd.workers.group import Workers
 from mbgd.workers.preemption import NoStop, Stop
 
@@ -82,7 +82,7 @@ class Trainer:
         """
         state, setup, first_step = self.state, self.setup, self.state.step
         tracker, checkpoints = tracker or NoTracker(), checkpoints or NoCheckpoints()
-        after_step = _AfterStep(self, tracker, checkpoints, stop or NoStop())
+        after_step = AfterStep(self, tracker, checkpoints, stop or NoStop())
         setup.tell(*setup.warnings)
         self.observers.at_start(first_step, writer(tracker))
         self.train_step.begin(first_step)
@@ -114,7 +114,7 @@ class Trainer:
             weights_step=weights_step,
         )
 
-    def _train(self, after_step: "_AfterStep", profiler: Profiler) -> None:
+    def _train(self, after_step: AfterStep, profiler: Profiler) -> None:
         """Make the steps, and after each what follows it."""
         first_step = self.state.step
         if not self.progress.is_over:
@@ -165,58 +165,3 @@ class Trainer:
     def weights_sha256(self) -> str:
         """Hash of the parameters of model and objective: equal if and only if the parameters are equal, bit for bit."""
         return weights_sha256(self.setup.task)
-
-
-class _AfterStep:
-    """What follows a step: it is logged, compared, evaluated and saved, and training may stop there.
-
-    The trainer's `progress` notes what is done, so that another group of workers can go on in the middle of it.
-    """
-
-    def __init__(self, trainer: Trainer, tracker: Tracker, checkpoints: Keeper, stop: Stop) -> None:
-        self._trainer, self._tracker, self._checkpoints, self._stop = trainer, tracker, checkpoints, stop
-        self._is_time_for_checkpoint = Agreement(trainer.setup.workers)
-
-    def __call__(self, done: Done | None = None, *, is_first: bool = False) -> None:
-        """done: None where another group made the step, and logged it. is_first: of the steps that this one makes."""
-        trainer, checkpoints = self._trainer, self._checkpoints
-        step, progress = trainer.state.step, trainer.progress
-        self._tracker.progress(step)
-        if done is not None and trainer.log.logs(done.step):
-            self.log(trainer.log.metrics(done, trainer.train_step.metrics()))
-        is_time = self._is_time_for_checkpoint(step, checkpoints.due_by_time())
-        evaluates = trainer.evaluations.are_due(step)
-        if is_first:
-            checkpoints.check(trainer.train_step.update.optimizer_state.problems() + trainer.observers.problems())
-        if is_time or evaluates or is_first or trainer.setup.compares_after(step):
-            trainer.check()
-        if evaluates and progress.evaluation is None:
-            self.evaluate()
-        evaluation = progress.evaluation or {}
-        if evaluation:
-            if progress.stops is None:
-                progress.stops = trainer.observers.after_evaluation(step, evaluation)
-            trainer.observers.stop(step, progress.stops)
-        checkpoints.after_step(step, evaluation, trainer.snapshot, is_time=is_time)
-        if self._stop.agreed(step):
-            self._save_and_stop(evaluation)
-        progress.is_over = True
-
-    def log(self, metrics: dict[str, float]) -> None:
-        trainer = self._trainer
-        trainer.state.metrics.update(metrics)
-        self._tracker.log(trainer.state.step, {**metrics, **trainer.log.fingerprints(metrics, trainer.state.step)})
-
-    def evaluate(self) -> None:
-        with self._trainer.log.clock.paused():
-            evaluation = self._trainer.evaluate()
-            self.log(evaluation)
-        self._trainer.progress.evaluation = evaluation
-
-    def _save_and_stop(self, evaluation: dict[str, float]) -> None:
-        trainer = self._trainer
-        trainer.check()
-        step, workers = trainer.state.step, trainer.setup.workers
-        problem = save_last(self._checkpoints, workers, step, evaluation, trainer.snapshot)
-        workers.barrier()  # torchrun ends the others as soon as one leaves, and they may still write
-        raise NotSaved(step, problem) if problem else Preempted(step)

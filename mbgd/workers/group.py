@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 
-from mbgd.errors import GroupChanged, UsageError, WorkersLost
-from mbgd.workers import cuda, flight_recorder
+from mbgd.errors import GroupChanged, WorkersLost
+from mbgd.workers import flight_recorder
+from mbgd.workers.devices import own_device
 from mbgd.workers.membership import Membership
 from mbgd.workers.messages import bytes_of, empty, message, value_of
 from mbgd.workers.parent import end_with_parent
@@ -169,58 +170,64 @@ def start_workers(
     end_with_parent()
     environment = os.environ
     if membership is not None:
-        environment["RANK"] = environment["LOCAL_RANK"] = str(membership.rank)
-        environment["WORLD_SIZE"] = environment["LOCAL_WORLD_SIZE"] = str(membership.num_workers)
+        environment |= membership.environment()
     rank, num_workers = int(environment.get("RANK", "0")), num_workers_from_environment()
     local_rank = int(environment.get("LOCAL_RANK", "0"))
     local_num_workers = int(environment.get("LOCAL_WORLD_SIZE", str(num_workers)))
-    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     put_back = remembered()
-    backend, device = choose_backend(backend, device, num_gpus=num_gpus, local_num_workers=local_num_workers)
-    own_device = torch.device("cuda", local_rank % num_gpus) if device == "cuda" else torch.device("cpu")
-    if own_device.type == "cuda":
-        cuda.set_up()
-        torch.cuda.set_device(own_device)
+    backend, worker_device = own_device(backend, device, local_rank, local_num_workers)
     roll_call = None
-    if num_workers > 1:
-        roll_call = _form_group(rank, num_workers, backend, own_device, timeout_seconds, membership)
     try:
+        if num_workers > 1:
+            roll_call = _form_group(rank, num_workers, backend, worker_device, timeout_seconds, membership)
         yield Workers(
             rank=rank,
             num_workers=num_workers,
             local_rank=local_rank,
-            device=own_device,
+            device=worker_device,
             backend=backend,
             timeout_seconds=timeout_seconds,
         )
         if num_workers > 1:
             dist.barrier()
     except RuntimeError as error:
-        if roll_call is None or not _is_of_exchange(error):
-            raise
-        if membership is not None and _others_go_on(membership, roll_call):
-            raise GroupChanged from error
-        if isinstance(error, WorkersLost):
-            raise
-        raise WorkersLost(describe(roll_call.missing(), timeout_seconds, str(error))) from error
+        if num_workers > 1 and _is_of_exchange(error):
+            _explain(error, membership, roll_call, timeout_seconds)
+        raise
     finally:
         put_back()
-        if membership is not None and dist.is_initialized():
-            dist.destroy_process_group()  # wakes the others that wait for this worker, and makes room for a new group
-        if roll_call is not None:
-            roll_call.end()
-            # The group's threads still release tensors, for which they need the GIL. If the interpreter is shutting
-            # down by then, they abort the process.
-            time.sleep(SECONDS_FOR_THREADS_TO_END)
+        _leave(membership, roll_call)
     # Only after success: destroying nccl's group could wait for a failed peer.
     if num_workers > 1 and dist.is_initialized():
         dist.destroy_process_group()
 
 
-def _others_go_on(membership: Membership, roll_call: RollCall) -> bool:
+def _leave(membership: Membership | None, roll_call: RollCall | None) -> None:
+    if membership is not None and dist.is_initialized():
+        dist.destroy_process_group()  # wakes the others that wait for this worker, and makes room for a new group
+    if roll_call is not None:
+        roll_call.end()
+        # The group's threads still release tensors, for which they need the GIL. If the interpreter is shutting down by
+        # then, they abort the process.
+        time.sleep(SECONDS_FOR_THREADS_TO_END)
+
+
+def _explain(
+    error: RuntimeError, membership: Membership | None, roll_call: RollCall | None, timeout_seconds: float
+) -> None:
+    """Raise what a failed exchange means: others go on, or workers are missing. Returns if nothing more is known."""
+    if membership is not None and _others_go_on(membership, roll_call):
+        raise GroupChanged from error
+    if roll_call is not None and not isinstance(error, WorkersLost):
+        raise WorkersLost(describe(roll_call.missing(), timeout_seconds, str(error))) from error
+
+
+def _others_go_on(membership: Membership, roll_call: RollCall | None) -> bool:
     """After a failed exchange: whether the launcher says that a worker is lost, or one is that does not answer."""
     if membership.wait_for_change():
         return True
+    if roll_call is None:
+        return False
     if lost := roll_call.missing().lost:
         membership.tell_silent(lost)
     return bool(lost) and membership.wait_for_change()
@@ -265,27 +272,3 @@ def _form_group(
 def _is_of_exchange(error: RuntimeError) -> bool:
     """Whether the error comes from an exchange between workers, not from a worker's own computation."""
     return isinstance(error, dist.DistError | WorkersLost) or "gloo" in str(error)
-
-
-def choose_backend(backend: str, device: str, *, num_gpus: int, local_num_workers: int) -> tuple[str, str]:
-    """(gloo or nccl, cpu or cuda); UsageError if the choice cannot work on this host.
-
-    num_gpus, local_num_workers: on this host.
-    """
-    if backend == "nccl" and device == "cpu":
-        raise UsageError("backend=nccl with backend.device=cpu; nccl is for GPUs. Use backend=gloo for CPU workers.")
-    if num_gpus == 0 and (backend == "nccl" or device == "cuda"):
-        asked = "backend=nccl" if backend == "nccl" else "backend.device=cuda"
-        remedy = "Use backend=gloo" if device == "auto" else "Use backend=gloo backend.device=cpu"
-        raise UsageError(f"{asked}, but torch sees no GPU on this host. {remedy} for CPU workers.")
-    if backend == "nccl" and local_num_workers > num_gpus:
-        raise UsageError(
-            f"{local_num_workers} workers on this host, but only {num_gpus} GPUs; each worker needs its own GPU. "
-            f"Use --nproc-per-node {num_gpus}, backend=gloo for CPU workers, or backend=gloo backend.device=cuda for "
-            "workers that share a GPU."
-        )
-    if backend == "auto":
-        backend = "nccl" if num_gpus >= local_num_workers and device != "cpu" else "gloo"
-    if device == "auto":
-        device = "cuda" if backend == "nccl" else "cpu"
-    return backend, device

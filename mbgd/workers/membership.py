@@ -98,6 +98,11 @@ class Membership:
     def num_workers(self) -> int:
         return len(self.generation.seats)
 
+    def environment(self) -> dict[str, str]:
+        """This generation in the variables by which launchers tell a worker its place, all on this host."""
+        rank, size = str(self.rank), str(self.num_workers)
+        return {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+
     @property
     def store(self) -> Store:
         """The part of the store that this generation uses."""
