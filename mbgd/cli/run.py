@@ -23,7 +23,7 @@ from mbgd.checkpoints.handover import Carried, hand_over
 from mbgd.checkpoints.saving import Keeper
 from mbgd.checks.same_program import check_same_config
 from mbgd.cli import failing, launching
-from mbgd.config import Config, Recovery, must_match, resolved
+from mbgd.config import Config, DeviceName, Recovery, must_match, resolved
 from mbgd.errors import FAILED, GroupChanged, Preempted, RunComplete, UsageError, WorkersLost
 from mbgd.files.run_files import REPORT
 from mbgd.measuring import profiling
@@ -67,6 +67,7 @@ def _train(
     training = Training(composed, config, choices, trackers, membership, launched_rank)
     with suppress(RunComplete):
         if membership is not None and membership.is_newcomer:
+            training.prepare(alone=backend.device is not DeviceName.cuda)
             membership.join(backend.timeout_seconds)
         while True:
             try:
@@ -111,7 +112,7 @@ class Training:
         check_same_config(workers, self._plain)
         if self._membership is not None:
             self._membership.begin(workers.backend)
-        self._seeded = self._seeded or SeededData(self._config)
+        self.prepare()
         trainer = build_trainer(self._config, workers, self._seeded)
         carried = None if self._membership is None else hand_over(workers, self._carried)
         if carried is None and self._has_begun:
@@ -128,6 +129,15 @@ class Training:
         self._open(trainer, folder)
         self._tracker.catch_up(carried.told if carried is not None else ())
         return self._fit(trainer, folder)
+
+    def prepare(self, *, alone: bool = False) -> None:
+        """Build the datasets, if that has not been done.
+
+        alone: and a trainer of one worker, which does all slow imports: the others should not wait for these.
+        """
+        self._seeded = self._seeded or SeededData(self._config)
+        if alone:
+            build_trainer(self._config, Workers(), self._seeded)
 
     def leave_group(self) -> None:
         """Take the state along, and free what belongs to the group."""
@@ -191,7 +201,8 @@ class Training:
         workers, config = trainer.setup.workers, self._config
         if self._stop is None:
             self._stop = StopOnSignal(workers, self._membership)
-        self._stop.meet(workers)
+        else:
+            self._stop.meet(workers)
         profiler = profiling.create(config.profile, folder.path, workers, quiet=config.tracking.quiet)
         try:
             result = trainer.fit(self._tracker, self._checkpoints, self._stop, profiler)

@@ -243,6 +243,7 @@ def _form_group(
 ) -> RollCall:
     """Meet the other workers at the store and form the process group."""
     stay_on_this_host()
+    is_later = membership is not None and membership.generation.number > 0
     if membership is not None:
         membership.meet(timeout_seconds)
         store = membership.store
@@ -255,7 +256,8 @@ def _form_group(
         rank,
         num_workers,
         timeout_seconds,
-        exchanges=partial(flight_recorder.exchanges, backend),
+        # torch's recorder does not tell this group's exchanges from those of the groups before it.
+        exchanges=_unknown if is_later else partial(flight_recorder.exchanges, backend),
         ends_unheard=backend == "nccl",
     )
     dist.init_process_group(
@@ -267,6 +269,10 @@ def _form_group(
         device_id=device if backend == "nccl" else None,  # makes nccl connect, and fail, at once
     )
     return roll_call
+
+
+def _unknown(*, named: bool) -> None:
+    """In place of the exchanges that the recorder has."""
 
 
 def _is_of_exchange(error: RuntimeError) -> bool:
