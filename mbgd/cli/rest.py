@@ -50,7 +50,7 @@ class Rest:
         if not seats:
             return 0
         come = [seat for seat in self._places if seat not in (*seats, *lost) and self._roster.has_come(seat)]
-        free = [self._take_out(seat, code) for seat, code in lost.items()]
+        free = [self._take_out(seat, code, len(seats)) for seat, code in lost.items()]
         if [*seats, *come] != members:
             self._roster.publish([*seats, *come])
         started = free[:num_spare]
@@ -73,15 +73,14 @@ class Rest:
                 self._processes.subprocess_handlers[self._places[seat]].proc.kill()
             self._processes.subprocess_handlers[self._places[seat]].proc.wait()
 
-    def _take_out(self, seat: int, code: int) -> int:
-        """Forget a lost worker; returns its local rank."""
+    def _take_out(self, seat: int, code: int, num_left: int) -> int:
+        """Forget a lost worker, with num_left that train; returns its local rank."""
         rank = self._places.pop(seat)
         process = self._processes.subprocess_handlers.pop(rank).proc
         self._processes._running_local_ranks.discard(rank)
-        left = len(self._places)
         how = f"exit code {code}" if code > 0 else signal.Signals(-code).name
         print(
-            f"lost        process {process.pid} ended by {how}; {left} worker{'s go' if left > 1 else ' goes'} on",
+            f"lost        process {process.pid} ended by {how}; {num_left} worker{'s go' if num_left > 1 else ' goes'} on",
             file=sys.stderr,
             flush=True,
         )
