@@ -23,6 +23,7 @@ explain: $(INSTALLED)
 chaos: $(INSTALLED)
 	MBGD_CHAOS_RUNS=60 python -m pytest tests/test_hangs.py tests/test_shared_memory.py tests/test_multinode.py
 	python tests/chaos.py --runs $(RUNS) --results benchmarks/results/chaos.txt
+	python tests/survivors.py --runs $(RUNS) --results benchmarks/results/chaos_recovery.txt
 
 check: $(INSTALLED)
 	ruff check .

@@ -21,6 +21,14 @@ class WorkersLost(RuntimeError):  # noqa: N818  (the workers are the error)
     """Other workers did not come to an exchange; names them as far as known."""
 
 
+class GroupChanged(RuntimeError):  # noqa: N818  (nothing went wrong)
+    """Workers were lost, or have come: those that are there now form a new group and go on (recovery=continue)."""
+
+
+class RunComplete(RuntimeError):  # noqa: N818  (as above)
+    """The others have completed the run before this worker could join them."""
+
+
 class Preempted(Exception):  # noqa: N818  (nothing went wrong)
     """A signal asked the run to stop, and it has saved its state after step `step`."""
 

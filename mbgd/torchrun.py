@@ -25,6 +25,9 @@ from typing import Any
 
 from mbgd.workers.parent import PARENT, end_with_parent
 
+ONE_HOST, SEVERAL_HOSTS = "mbgd-host", "mbgd-hosts"
+"""The names of the rendezvous below."""
+
 KEY_FILE = "MBGD_KEY_FILE"
 """Environment variable: a file with a secret of all hosts of a run, so that nobody can guess the rendezvous' name."""
 
@@ -67,17 +70,17 @@ def prepare(options: Sequence[str]) -> argparse.Namespace:
     arguments: argparse.Namespace = run.parse_args(  # type: ignore[no-untyped-call]
         ["--signals-to-handle", ",".join(signals()), *options]
     )
-    rendezvous_handler_registry.register("mbgd-host", _one_host)
-    rendezvous_handler_registry.register("mbgd-hosts", _several_hosts)
+    rendezvous_handler_registry.register(ONE_HOST, _one_host)
+    rendezvous_handler_registry.register(SEVERAL_HOSTS, _several_hosts)
     if run.parse_min_max_nnodes(arguments.nnodes)[1] == 1:
         os.environ[STORE] = make_store()
-        arguments.standalone, arguments.rdzv_backend, arguments.rdzv_endpoint = False, "mbgd-host", "none"
+        arguments.standalone, arguments.rdzv_backend, arguments.rdzv_endpoint = False, ONE_HOST, "none"
         if arguments.rdzv_id == "none":
             arguments.rdzv_id = str(uuid.uuid4())
     elif arguments.rdzv_backend != "c10d" or arguments.local_addr is None:
         sys.exit("error: several hosts need --rdzv-backend c10d, and --local-addr: the address to listen on")
     else:
-        arguments.rdzv_backend = "mbgd-hosts"
+        arguments.rdzv_backend = SEVERAL_HOSTS
     return arguments
 
 
@@ -96,7 +99,7 @@ def _one_host(parameters: Any) -> Any:
         use_agent_store = False
 
         def get_backend(self) -> str:
-            return "mbgd-host"
+            return ONE_HOST
 
         def next_rendezvous(self) -> RendezvousInfo:
             return RendezvousInfo(HashStore(), 0, 1, RendezvousStoreInfo("127.0.0.1", 0))

@@ -1,13 +1,15 @@
 """The training loop."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
-from mbgd.batches.loader import Data, Shard
+from mbgd.after_step import AfterStep
+from mbgd.batches.loader import Data
 from mbgd.checkpoints.fingerprint import weights_sha256
+from mbgd.checkpoints.handover import Carried, Progress, Told
 from mbgd.checkpoints.keeper import Keeper
 from mbgd.checkpoints.parts import Parts
 from mbgd.checkpoints.run_state import RunState
@@ -17,7 +19,7 @@ from mbgd.checkpoints.task_state import TaskState
 from mbgd.checks.replicas import Replicas
 from mbgd.checks.setup import set_up
 from mbgd.config import Settings
-from mbgd.errors import NotSaved, ObserverFailed, Preempted
+from mbgd.errors import ObserverFailed
 from mbgd.evaluation.evaluator import Evaluations
 from mbgd.measuring.garbage import collected_at_steps
 from mbgd.measuring.profiling import NoProfiler, Profiler
@@ -28,7 +30,6 @@ from mbgd.task.objective import Objective
 from mbgd.tracking import NoTracker, Tracker
 from mbgd.tracking.base import writer
 from mbgd.tracking.training_log import TrainingLog
-from mbgd.workers.agreement import Agreement
 from mbgd.workers.group import Workers
 from mbgd.workers.preemption import NoStop, Stop
 
@@ -59,6 +60,7 @@ class Trainer:
         self.train_step = TrainStep(setup, self.log.logs, self.log.clock, self.observers.of_users())
         self.train_step.observers.append(self.log)
         self.state = RunState(setup)
+        self.progress = Progress(is_over=True)
         self._replicas = Replicas(setup.workers)
         state_of_task = TaskState(setup.task, setup.buffers)
         self._compared = (state_of_task, self.train_step.update.state.copied)
@@ -79,87 +81,55 @@ class Trainer:
         NotSaved if it could not be, the same on every worker. An observer that raises ends the run as ObserverFailed,
         with the state after its step saved where one worker has all of it.
         """
-        tracker, stop, checkpoints = tracker or NoTracker(), stop or NoStop(), self.train_step.together(checkpoints)
         state, setup, first_step = self.state, self.setup, self.state.step
+        tracker, checkpoints = tracker or NoTracker(), self.train_step.together(checkpoints)
+        after_step = AfterStep(self, tracker, checkpoints, stop or NoStop())
         setup.tell(*setup.warnings)
         self.observers.at_start(first_step, writer(tracker))
         self.train_step.begin(first_step)
         self.log.clock.restart()
-        if first_step == 0 and setup.settings.evaluation.at_start:
-            with self.log.clock.paused():
-                self._log(tracker, self.evaluate())
+        if first_step == 0 and setup.settings.evaluation.at_start and self.progress.evaluation is None:
+            after_step.evaluate()
         try:
-            evaluation = self._train(tracker, checkpoints, stop, profiler or NoProfiler())
+            self._train(after_step, profiler or NoProfiler())
         except ObserverFailed:
             checkpoints.alone(state.step, self.snapshot)
             raise
-        if not evaluation and not any(name.startswith("eval/") for name in state.metrics):
-            self._log(tracker, evaluation := self.evaluate())
+        if not self.progress.evaluation and not any(name.startswith("eval/") for name in state.metrics):
+            after_step.evaluate()
+        evaluation = self.progress.evaluation or {}
         if state.step > 0 and (problem := save_last(checkpoints, setup.workers, state.step, evaluation, self.snapshot)):
             setup.tell(f"warning: {problem}. The run's results are written all the same.")
         if weights_step := self.observers.at_end():
+            self.progress = Progress(-1)  # these are not the weights of the last step
             state.metrics.update(self.evaluate())
         self.train_step.end()
-        return self._result(first_step, weights_step)
-
-    def _train(self, tracker: Tracker, checkpoints: Keeper, stop: Stop, profiler: Profiler) -> dict[str, float]:
-        """Make the steps; returns the metrics of the evaluation after the last one, if there was one."""
-        state, setup, first_step = self.state, self.setup, self.state.step
-        evaluation: dict[str, float] = {}
-        is_time_for_checkpoint = Agreement(setup.workers)
-        for shard in self._shards(profiler):
-            done = self.train_step(shard)
-            state.step = done.step + 1
-            self.observers.after_update(done)
-            tracker.progress(state.step)
-            if self.log.logs(done.step):
-                self._log(tracker, self.log.metrics(done, self.train_step.metrics()))
-            is_time = is_time_for_checkpoint(state.step, checkpoints.due_by_time())
-            evaluates = self.evaluations.are_due(state.step)
-            if state.step == first_step + 1:
-                checkpoints.check(self.train_step.update.state.problems() + self.observers.problems())
-            if is_time or evaluates or setup.compares_after(state.step) or state.step == first_step + 1:
-                self.check()
-            evaluation = {}
-            if evaluates:
-                with self.log.clock.paused():
-                    self._log(tracker, evaluation := self.evaluate())
-                self.observers.after_evaluation(state.step, evaluation)
-            checkpoints.after_step(state.step, evaluation, self.snapshot, is_time=is_time)
-            if stop.agreed(state.step):
-                self._stop(checkpoints, evaluation)
-            if self.observers.stopped_by:
-                break
-        return evaluation
-
-    def _shards(self, profiler: Profiler) -> Iterable[Shard]:
-        first_step = self.state.step
-        num_steps = first_step if self.observers.stopped_by else self.setup.num_steps
-        shards = self.log.clock.laps(self.setup.loader.shards(first_step, num_steps))
-        return profiler.steps(collected_at_steps(shards, first_step), first_step)
-
-    def _log(self, tracker: Tracker, metrics: dict[str, float]) -> None:
-        self.state.metrics.update(metrics)
-        tracker.log(self.state.step, {**metrics, **self.log.fingerprints(metrics, self.state.step)})
-
-    def _stop(self, checkpoints: Keeper, evaluation: dict[str, float]) -> None:
-        self.check()
-        step, workers = self.state.step, self.setup.workers
-        problem = save_last(checkpoints, workers, step, evaluation, self.snapshot)
-        workers.barrier()  # torchrun ends the others as soon as one leaves, and they may still write
-        raise NotSaved(step, problem) if problem else Preempted(step)
-
-    def _result(self, first_step: int, weights_step: int | None) -> Result:
-        examples_seen = self.setup.plan.examples_seen(self.state.step)
+        seen, seen_before = (setup.plan.examples_seen(step) for step in (state.step, first_step))
         return Result(
-            metrics=self.state.metrics,
-            steps=self.state.step,
-            examples_seen=examples_seen,
-            examples_per_second=(examples_seen - self.setup.plan.examples_seen(first_step)) / self.log.clock.seconds(),
+            metrics=state.metrics,
+            steps=state.step,
+            examples_seen=seen,
+            examples_per_second=(seen - seen_before) / self.log.clock.seconds(),
             num_skipped_steps=self.train_step.update.num_skipped,
             stopped_by=self.observers.stopped_by,
             weights_step=weights_step,
         )
+
+    def _train(self, after_step: AfterStep, profiler: Profiler) -> None:
+        """Make the steps, and after each what follows it."""
+        first_step = self.state.step
+        if not self.progress.is_over:
+            after_step()
+        num_steps = first_step if self.observers.stopped_by else self.setup.num_steps
+        shards = self.log.clock.laps(self.setup.loader.shards(first_step, num_steps))
+        for shard in profiler.steps(collected_at_steps(shards, first_step), first_step):
+            done = self.train_step(shard)
+            self.state.step = done.step + 1
+            self.observers.after_update(done)
+            self.progress = Progress(self.state.step)
+            after_step(done, is_first=done.step == first_step)
+            if self.observers.stopped_by:
+                break
 
     def check(self) -> None:
         """Raise, the same on every worker, if the state is not finite or differs between workers."""
@@ -175,6 +145,19 @@ class Trainer:
         """Resume from a snapshot; UsageError, with nothing changed, if it does not fit model, optimizer and data."""
         self._parts.restore(snapshot)
         self.log.last_logged = snapshot.step
+        self.progress = Progress(snapshot.step, is_over=True)
+
+    def carried(self, told: Sequence[Told]) -> Carried | None:
+        """The state for another group of workers, without a collective; None in the middle of an update."""
+        if self.progress.step != self.state.step:
+            return None
+        self.setup.buffers.put_back()  # forwards of a step that was not finished have changed them
+        return Carried(self.snapshot(), self.progress, list(told))
+
+    def take_over(self, carried: Carried) -> None:
+        """Go on in the middle of what another group did."""
+        self.restore(carried.snapshot)
+        self.progress = carried.progress
 
     def evaluate(self) -> dict[str, float]:
         """Metrics of the evaluation examples by names such as eval/loss; empty without an evaluation dataset."""

@@ -25,6 +25,7 @@ LAYERS = """
     runs
     report
     trainer
+    after_step
     evaluation
     tracking
     step

@@ -23,8 +23,8 @@ from mbgd.measuring.garbage import ALL_EVERY_STEPS, YOUNG_EVERY_STEPS, collected
 from mbgd.models import GPT
 from mbgd.step.update import _divide
 from mbgd.workers import cuda, flight_recorder
+from mbgd.workers.devices import choose_backend
 from mbgd.workers.flight_recorder import Exchanges
-from mbgd.workers.group import choose_backend
 from mbgd.workers.roll_call import Begun, Missing, Stuck, describe
 
 from processes import run_workers

@@ -10,7 +10,8 @@ from mbgd import Workers
 from mbgd.building.build import run_name
 from mbgd.config import Run
 from mbgd.errors import UsageError
-from mbgd.runs.run_folder import id_of_restarts, open_run_folder
+from mbgd.runs.names import id_of_restarts
+from mbgd.runs.run_folder import open_run_folder
 from mbgd.text.suggestions import nearest
 from mbgd.workers.log import start_log
 

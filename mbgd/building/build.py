@@ -20,7 +20,7 @@ from mbgd.building.observers import make_observers
 from mbgd.building.optimizer import make_optimizer
 from mbgd.building.references import referred
 from mbgd.checkpoints import saving
-from mbgd.config import Config, Run, in_steps, validate
+from mbgd.config import Config, Recovery, Run, ShardingName, in_steps, validate
 from mbgd.config.duration import FORMS, problem
 from mbgd.config.field_types import WORDS, converted
 from mbgd.config.renamed import new_name
@@ -186,11 +186,23 @@ def run_name(run: Run, choices: Mapping[str, Any]) -> str:
     return run.name or "-".join(str(one).replace("/", "-") for one in chosen)
 
 
-def build_trainer(config: Config, workers: Workers) -> Trainer:
-    """The trainer that the configuration describes, on this worker."""
-    torch.manual_seed(config.seed)
+class SeededData:
+    """The datasets, and the state of torch's generator after building them: models are initialised from there."""
+
+    def __init__(self, config: Config) -> None:
+        torch.manual_seed(config.seed)
+        self.data, self.generator_state = build_data(config), torch.get_rng_state()
+
+
+def build_trainer(config: Config, workers: Workers, seeded: SeededData | None = None) -> Trainer:
+    """The trainer that the configuration describes, on this worker. seeded: built from it before; None: not yet."""
     averaging.fix_threads(config.averaging, workers.device)
-    data = build_data(config)
+    seeded = seeded or SeededData(config)
+    data = seeded.data
+    torch.manual_seed(config.seed)
+    torch.set_rng_state(seeded.generator_state)
+    if config.recovery is Recovery.continue_:  # each worker has the whole state
+        config = dataclasses.replace(config, sharding=ShardingName.none)
     from_data = {key: getattr(data.train, key, None) for key in FROM_DATA if config.model.get(key, ...) is None}
     model = make("model", config.model, **from_data)
     if not isinstance(model, torch.nn.Module):

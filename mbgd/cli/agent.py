@@ -15,15 +15,17 @@ from typing import Any
 from torch.distributed import DistError, DistNetworkError, DistStoreError
 from torch.distributed import run as torchrun
 from torch.distributed.elastic import rendezvous
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.launcher import api
 
+from mbgd.cli.rest import Rest
 from mbgd.errors import FAILED, USAGE
-from mbgd.torchrun import DEFAULT_PORT
+from mbgd.torchrun import DEFAULT_PORT, ONE_HOST
+from mbgd.workers.membership import LAUNCHER
 from mbgd.workers.preemption import EXIT_CODE as PREEMPTED
 
 OF_TORCHRUN = "torch.distributed"
@@ -43,10 +45,22 @@ class Agent(LocalElasticAgent):  # type: ignore[misc, unused-ignore]
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
         Agent.last = self
+        self._rest: Rest | None = None
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        started: dict[int, Any] = super()._start_workers(worker_group)
+        if LAUNCHER in os.environ:
+            restarts = worker_group.spec.max_restarts - self._remaining_restarts
+            self._rest = Rest(self._pcontext, worker_group.spec.rdzv_handler.get_run_id(), restarts)
+        return started
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         first = self._ended()  # these ended by themselves; the agent ends the rest
-        result: RunResult = super()._monitor_workers(worker_group)
+        if self._rest is not None and self._rest.goes_on():
+            self._remaining_restarts -= self._rest.look(self._remaining_restarts)
+            result = _result(self._rest.ended())
+        else:
+            result = super()._monitor_workers(worker_group)
         if result.is_failed():
             _tell({rank: one for rank, one in result.failures.items() if one.pid in first} or result.failures)
             if {USAGE, PREEMPTED} & {failure.exitcode for failure in result.failures.values()}:
@@ -67,11 +81,22 @@ class Agent(LocalElasticAgent):  # type: ignore[misc, unused-ignore]
         return {one.proc.pid: code for one in handlers if (code := one.proc.poll()) is not None}
 
 
+def _result(ended: Any) -> RunResult:
+    """torch's result of the workers of the only host, where local ranks are ranks."""
+    if not ended:
+        return RunResult(state=WorkerState.HEALTHY)
+    if ended.is_failed():
+        return RunResult(state=WorkerState.FAILED, failures=ended.failures)
+    return RunResult(state=WorkerState.SUCCEEDED, return_values=ended.return_values)
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Start the workers as `mbgd.torchrun.prepare` describes them; the exit code for the shell."""
     if "LOGLEVEL" not in os.environ:  # with it torch's users ask for its log
         for name in [one for one in logging.root.manager.loggerDict if one.startswith(OF_TORCHRUN)]:
             logging.getLogger(name).disabled = True
+    if arguments.rdzv_backend == ONE_HOST:
+        os.environ[LAUNCHER] = "1"
     api.LocalElasticAgent = Agent  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory(prefix="mbgd-", ignore_cleanup_errors=True) as folder:
         arguments.log_dir = folder

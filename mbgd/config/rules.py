@@ -4,7 +4,16 @@ import math
 import re
 
 from mbgd.config.duration import Duration, is_less_than_one_step, problem
-from mbgd.config.settings import AveragingName, BatchNormOver, CompileName, Config, Precision, Settings
+from mbgd.config.settings import (
+    AveragingName,
+    BatchNormOver,
+    CompileName,
+    Config,
+    Precision,
+    Recovery,
+    Settings,
+    ShardingName,
+)
 
 
 def profiled_steps(profile: str) -> range:
@@ -111,6 +120,11 @@ def _problems_of_a_run(config: Config) -> list[str]:
         found.append(
             f"profile={config.profile}; it must name the first and the last of some optimizer steps, counted "
             "from 1, such as steps:10-20, or be null."
+        )
+    if config.recovery is Recovery.continue_ and config.sharding is ShardingName.optimizer:
+        found.append(
+            "recovery=continue with sharding=optimizer; a lost worker's pieces of the optimizer's state may be half "
+            "updated, and nobody else has them. Use sharding=auto, which then shards nothing, or recovery=restart."
         )
     texts = {f"run.{name}": value for name, value in vars(config.run).items()}
     texts |= {"checkpoint.best": checkpoint.best, "sweep.metric": config.sweep.metric}

@@ -40,6 +40,13 @@ class ShardingName(Enum):
     optimizer = "optimizer"
 
 
+class Recovery(Enum):
+    """What becomes of the other workers when one is lost."""
+
+    restart = "restart"  # the launcher ends them; with --max-restarts all start again from the newest state
+    continue_ = "continue"  # they go on with the step, and compute its micro-batches as well
+
+
 class BatchNormOver(Enum):
     """The examples whose statistics BatchNorm uses in training."""
 
@@ -336,6 +343,8 @@ class Config(Settings):
     tracking: Tracking = field(default_factory=Tracking)
     init: Init = field(default_factory=Init, metadata=MUST_MATCH)
     resume: Resume = field(default_factory=Resume)
+    recovery: Recovery = Recovery.restart
+    """What becomes of the other workers when one is lost."""
     ema: EmaSettings = field(default_factory=EmaSettings, metadata=MUST_MATCH)
     early_stopping: EarlyStoppingSettings = field(default_factory=EarlyStoppingSettings, metadata=MUST_MATCH)
     freeze: list[str] = field(default_factory=list, metadata=MUST_MATCH)

@@ -72,7 +72,7 @@ def resume(trainer: Trainer, folder: RunFolder, config: Config, now: Mapping[str
     remove_memory(folder.path, workers, but=decision.checkpoint)  # other snapshots do not belong to this course
     problem = ""
     if workers.is_main:
-        problem = _reopen(folder, trainer.state.step, None if decision.keeps_evaluations else _evaluated_by(now))
+        problem = reopen(folder, trainer.state.step, None if decision.keeps_evaluations else _evaluated_by(now))
         if decision.checkpoint is not None and not problem and not config.tracking.quiet:
             print(f"resume      step {trainer.state.step}, from {decision.checkpoint}", flush=True)
     if problem := workers.broadcast(problem):
@@ -236,8 +236,11 @@ def _evaluated_by(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(depends, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _reopen(folder: RunFolder, step: int, evaluated_by: str | None) -> str:
-    """Reopen the folder; returns the problem, or an empty text. evaluated_by: the new hash, if evaluations changed."""
+def reopen(folder: RunFolder, step: int, evaluated_by: str | None) -> str:
+    """Reopen the folder after `step` steps; returns the problem, or an empty text.
+
+    evaluated_by: the new hash, if evaluations changed.
+    """
     try:
         folder.reopen(step)
         if evaluated_by is not None:

@@ -1,11 +1,9 @@
 """A run's folder: the files that the main worker writes."""
 
-import glob
 import hashlib
 import json
 import os
 import platform
-import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,6 +25,7 @@ from mbgd.files.observed import step_of
 from mbgd.files.reading import UNREADABLE, Unreadable
 from mbgd.files.run_files import CONFIG, METRICS, MODEL, OBJECTIVE, OBSERVED, SUMMARY, of_other_weights
 from mbgd.runs.conditions import conditions
+from mbgd.runs.names import choose
 from mbgd.step.done import Result
 from mbgd.text.escaping import plain
 from mbgd.tracking.json_lines import describe_bad, parse
@@ -43,6 +42,11 @@ class RunFolder:
     def __init__(self, path: Path, lock: FolderLock | None = None) -> None:
         """lock: held while this object lives, so that no other run writes into the folder."""
         self.path, self._lock = path, lock
+
+    @property
+    def is_held(self) -> bool:
+        """Whether this worker holds the folder's lock."""
+        return self._lock is not None
 
     @property
     def metrics_path(self) -> Path:
@@ -185,7 +189,7 @@ def open_run_folder(run: Run, name: str, workers: Workers, *, may_hold_a_run: bo
     """
     path, problem = "", ""
     if workers.is_main:
-        folder = _choose(run, name)
+        folder = choose(run, name)
         path, problem = str(folder), _make(folder, may_hold_a_run=may_hold_a_run)
     deadline, told = time.monotonic() + SECONDS_FOR_ANOTHER_RUN_TO_END, False
     # The others wait in a broadcast, which has a timeout of its own, so the main worker waits in shorter intervals.
@@ -202,33 +206,6 @@ def open_run_folder(run: Run, name: str, workers: Workers, *, may_hold_a_run: bo
         if not holder:
             return RunFolder(Path(path), lock)
         told = True
-
-
-def _choose(run: Run, name: str) -> Path:
-    if run.dir is not None:
-        return Path(run.dir)
-    if run.id is not None:
-        return Path(run.root, run.id)
-    shared_id = id_of_restarts(os.environ)
-    end = f"{name}-{shared_id or os.urandom(3).hex()}"
-    begun = sorted(Path(run.root).glob(f"*_{glob.escape(end)}")) if shared_id else []
-    return begun[-1] if begun else Path(run.root, f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{end}")
-
-
-def id_of_restarts(environment: Mapping[str, str]) -> str:
-    """The id that stays the same when the run's workers start again, SLURM's or torchrun's; empty if there is none.
-
-    A SLURM job keeps its number when it is queued again; in an interactive allocation (no SLURM_PROCID) the number does
-    not identify a run. Each step of a job is a run of its own.
-    """
-    if "SLURM_PROCID" in environment and "SLURM_JOB_ID" in environment:
-        step = environment.get("SLURM_STEP_ID", "")
-        return f"slurm{environment['SLURM_JOB_ID']}" + (f".{step}" if step.isdigit() else "")
-    torchrun_id = environment.get("TORCHELASTIC_RUN_ID", "none")
-    if torchrun_id == "none":
-        return ""
-    is_random = re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", torchrun_id)  # --standalone makes a UUID
-    return torchrun_id[:8] if is_random else re.sub(r"[^\w.-]", "-", torchrun_id)
 
 
 def _make(folder: Path, *, may_hold_a_run: bool) -> str:

@@ -106,16 +106,18 @@ class Observers:
             with _failing(name, "after_update"):
                 method(done)
 
-    def after_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Ask each whether to stop. UsageError, on every worker, where they do not decide alike."""
-        if not self._after_evaluation or not metrics:
-            return
+    def after_evaluation(self, step: int, metrics: Mapping[str, float]) -> list[str]:
+        """Tell each; returns the names of those that want to stop."""
         stops = []
         for name, method in self._after_evaluation.items():
             with _failing(name, "after_evaluation"):
                 if method(step, dict(metrics)):
                     stops.append(name)
-        if self._workers.num_workers > 1:
+        return stops
+
+    def stop(self, step: int, stops: Sequence[str]) -> None:
+        """Stop after this step if any wants to. UsageError, on every worker, where they do not decide alike."""
+        if self._after_evaluation and self._workers.num_workers > 1:
             of_workers = self._workers.gather_values(stops)
             for name in self._after_evaluation:
                 ranks = [rank for rank, names in enumerate(of_workers) if name in names]

@@ -6,7 +6,7 @@ One process is a group of size 1: the same calls work and cost nothing.
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -19,10 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 
-from mbgd.errors import UsageError, WorkersLost
-from mbgd.workers import cuda, flight_recorder
+from mbgd.errors import GroupChanged, WorkersLost
+from mbgd.workers import flight_recorder
+from mbgd.workers.devices import own_device
+from mbgd.workers.membership import Membership
 from mbgd.workers.messages import bytes_of, empty, message, value_of
 from mbgd.workers.parent import end_with_parent
+from mbgd.workers.process_settings import remembered
 from mbgd.workers.roll_call import RollCall, describe
 from mbgd.workers.store import join_store, of_this_round, stay_on_this_host
 
@@ -69,8 +72,8 @@ class Workers:
             dist.all_reduce(values, dist.ReduceOp.MAX)
         return values
 
-    def broadcast(self, value: Any) -> Any:
-        """The main worker's `value`, on every worker.
+    def broadcast(self, value: Any, *, source: int = 0) -> Any:
+        """The `value` of the worker `source`, the main one by default, on every worker.
 
         value: anything JSON can hold (None, bool, int, float, str, lists, dicts with str keys); tuples arrive as lists.
         TypeError for anything else.
@@ -80,15 +83,15 @@ class Workers:
             return value_of(mine)
         mine = mine.to(self.exchange_device)
         length = torch.tensor([len(mine)], device=mine.device)
-        dist.broadcast(length, src=0)
-        received = mine if self.is_main else mine.new_empty(int(length.item()))
-        dist.broadcast(received, src=0)
+        dist.broadcast(length, src=source)
+        received = mine if self.rank == source else mine.new_empty(int(length.item()))
+        dist.broadcast(received, src=source)
         return value_of(received)
 
-    def broadcast_(self, values: Tensor) -> None:
-        """Overwrite `values` with the main worker's."""
+    def broadcast_(self, values: Tensor, *, source: int = 0) -> None:
+        """Overwrite `values` with those of the worker `source`, the main one by default."""
         if self.num_workers > 1:
-            dist.broadcast(values, src=0)
+            dist.broadcast(values, src=source)
 
     def gather_values(self, value: Any) -> list[Any]:
         """Every worker's `value` by rank, on every worker; for the types allowed see `broadcast`."""
@@ -151,85 +154,110 @@ def num_workers_from_environment() -> int:
 
 
 @contextmanager
-def start_workers(backend: str = "auto", timeout_seconds: float = 600.0, *, device: str = "auto") -> Iterator[Workers]:
+def start_workers(
+    backend: str = "auto",
+    timeout_seconds: float = 600.0,
+    *,
+    device: str = "auto",
+    membership: Membership | None = None,
+) -> Iterator[Workers]:
     """Join the process group that torchrun's environment variables describe; leave it at the end.
 
     backend: auto (nccl where every worker of this host has a GPU of its own, otherwise gloo), gloo or nccl.
     device: auto (a GPU with nccl, otherwise the CPU), cpu or cuda; over gloo several workers may share a GPU.
+    membership: names the workers instead; GroupChanged where some of them are lost and the others go on.
     """
     end_with_parent()
     environment = os.environ
+    if membership is not None:
+        environment |= membership.environment()
     rank, num_workers = int(environment.get("RANK", "0")), num_workers_from_environment()
     local_rank = int(environment.get("LOCAL_RANK", "0"))
     local_num_workers = int(environment.get("LOCAL_WORLD_SIZE", str(num_workers)))
-    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    put_back = _process_wide_settings()
-    backend, device = choose_backend(backend, device, num_gpus=num_gpus, local_num_workers=local_num_workers)
-    own_device = torch.device("cuda", local_rank % num_gpus) if device == "cuda" else torch.device("cpu")
-    if own_device.type == "cuda":
-        cuda.set_up()
-        torch.cuda.set_device(own_device)
+    put_back = remembered()
+    backend, worker_device = own_device(backend, device, local_rank, local_num_workers)
     roll_call = None
-    if num_workers > 1:
-        roll_call = _form_group(rank, num_workers, backend, own_device, timeout_seconds)
     try:
+        if num_workers > 1:
+            roll_call = _form_group(rank, num_workers, backend, worker_device, timeout_seconds, membership)
         yield Workers(
             rank=rank,
             num_workers=num_workers,
             local_rank=local_rank,
-            device=own_device,
+            device=worker_device,
             backend=backend,
             timeout_seconds=timeout_seconds,
         )
         if num_workers > 1:
             dist.barrier()
     except RuntimeError as error:
-        if roll_call is None or isinstance(error, WorkersLost) or not _is_of_exchange(error):
-            raise
-        raise WorkersLost(describe(roll_call.missing(), timeout_seconds, str(error))) from error
+        if num_workers > 1 and _is_of_exchange(error):
+            _explain(error, membership, roll_call, timeout_seconds)
+        raise
     finally:
         put_back()
-        if roll_call is not None:
-            roll_call.end()
-            # The group's threads still release tensors, for which they need the GIL. If the interpreter is shutting
-            # down by then, they abort the process.
-            time.sleep(SECONDS_FOR_THREADS_TO_END)
-    # Only after success: destroying the group could wait for a failed peer.
-    if num_workers > 1:
+        _leave(membership, roll_call)
+    # Only after success: destroying nccl's group could wait for a failed peer.
+    if num_workers > 1 and dist.is_initialized():
         dist.destroy_process_group()
 
 
-def _process_wide_settings() -> Callable[[], None]:
-    """Puts torch's settings of the whole process back: a program may go on after its workers' work."""
-    num_threads = torch.get_num_threads()
-    deterministic, warns_only = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    matmul_precision = torch.get_float32_matmul_precision()
-    fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-
-    def put_back() -> None:
-        torch.set_num_threads(num_threads)
-        torch.set_float32_matmul_precision(matmul_precision)
-        torch.use_deterministic_algorithms(deterministic, warn_only=warns_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
-
-    return put_back
+def _leave(membership: Membership | None, roll_call: RollCall | None) -> None:
+    if membership is not None and dist.is_initialized():
+        dist.destroy_process_group()  # wakes the others that wait for this worker, and makes room for a new group
+    if roll_call is not None:
+        roll_call.end()
+        # The group's threads still release tensors, for which they need the GIL. If the interpreter is shutting down by
+        # then, they abort the process.
+        time.sleep(SECONDS_FOR_THREADS_TO_END)
 
 
-def _form_group(rank: int, num_workers: int, backend: str, device: torch.device, timeout_seconds: float) -> RollCall:
+def _explain(
+    error: RuntimeError, membership: Membership | None, roll_call: RollCall | None, timeout_seconds: float
+) -> None:
+    """Raise what a failed exchange means: others go on, or workers are missing. Returns if nothing more is known."""
+    if membership is not None and _others_go_on(membership, roll_call):
+        raise GroupChanged from error
+    if roll_call is not None and not isinstance(error, WorkersLost):
+        raise WorkersLost(describe(roll_call.missing(), timeout_seconds, str(error))) from error
+
+
+def _others_go_on(membership: Membership, roll_call: RollCall | None) -> bool:
+    """After a failed exchange: whether the launcher says that a worker is lost, or one is that does not answer."""
+    if membership.wait_for_change():
+        return True
+    if roll_call is None:
+        return False
+    if lost := roll_call.missing().lost:
+        membership.tell_silent(lost)
+    return bool(lost) and membership.wait_for_change()
+
+
+def _form_group(
+    rank: int,
+    num_workers: int,
+    backend: str,
+    device: torch.device,
+    timeout_seconds: float,
+    membership: Membership | None,
+) -> RollCall:
     """Meet the other workers at the store and form the process group."""
     stay_on_this_host()
-    of_run = PrefixStore(os.environ.get("TORCHELASTIC_RUN_ID", ""), join_store(timeout_seconds))
-    store = of_this_round(of_run, rank, num_workers, timeout_seconds)
+    is_later = membership is not None and membership.generation.number > 0
+    if membership is not None:
+        membership.meet(timeout_seconds)
+        store = membership.store
+    else:
+        of_run = PrefixStore(os.environ.get("TORCHELASTIC_RUN_ID", ""), join_store(timeout_seconds))
+        store = of_this_round(of_run, rank, num_workers, timeout_seconds)
     flight_recorder.turn_on()
     roll_call = RollCall(
         store,
         rank,
         num_workers,
         timeout_seconds,
-        exchanges=partial(flight_recorder.exchanges, backend),
+        # torch's recorder does not tell this group's exchanges from those of the groups before it.
+        exchanges=_unknown if is_later else partial(flight_recorder.exchanges, backend),
         ends_unheard=backend == "nccl",
     )
     dist.init_process_group(
@@ -243,30 +271,10 @@ def _form_group(rank: int, num_workers: int, backend: str, device: torch.device,
     return roll_call
 
 
+def _unknown(*, named: bool) -> None:
+    """In place of the exchanges that the recorder has."""
+
+
 def _is_of_exchange(error: RuntimeError) -> bool:
     """Whether the error comes from an exchange between workers, not from a worker's own computation."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
-
-
-def choose_backend(backend: str, device: str, *, num_gpus: int, local_num_workers: int) -> tuple[str, str]:
-    """(gloo or nccl, cpu or cuda); UsageError if the choice cannot work on this host.
-
-    num_gpus, local_num_workers: on this host.
-    """
-    if backend == "nccl" and device == "cpu":
-        raise UsageError("backend=nccl with backend.device=cpu; nccl is for GPUs. Use backend=gloo for CPU workers.")
-    if num_gpus == 0 and (backend == "nccl" or device == "cuda"):
-        asked = "backend=nccl" if backend == "nccl" else "backend.device=cuda"
-        remedy = "Use backend=gloo" if device == "auto" else "Use backend=gloo backend.device=cpu"
-        raise UsageError(f"{asked}, but torch sees no GPU on this host. {remedy} for CPU workers.")
-    if backend == "nccl" and local_num_workers > num_gpus:
-        raise UsageError(
-            f"{local_num_workers} workers on this host, but only {num_gpus} GPUs; each worker needs its own GPU. "
-            f"Use --nproc-per-node {num_gpus}, backend=gloo for CPU workers, or backend=gloo backend.device=cuda for "
-            "workers that share a GPU."
-        )
-    if backend == "auto":
-        backend = "nccl" if num_gpus >= local_num_workers and device != "cpu" else "gloo"
-    if device == "auto":
-        device = "cuda" if backend == "nccl" else "cpu"
-    return backend, device
+    return isinstance(error, dist.DistError | WorkersLost) or "gloo" in str(error)

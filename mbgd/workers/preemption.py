@@ -9,8 +9,10 @@ import signal
 from types import FrameType
 from typing import Protocol
 
+from mbgd.errors import GroupChanged
 from mbgd.workers.agreement import Agreement
 from mbgd.workers.group import Workers
+from mbgd.workers.membership import Membership
 
 EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h, "try again later": a launcher may requeue on it."""
@@ -31,9 +33,10 @@ class NoStop:
 class StopOnSignal:
     """Stops all workers once SIGTERM, SIGUSR1, SIGINT or SIGHUP has reached one; a second SIGINT ends at once."""
 
-    def __init__(self, workers: Workers) -> None:
-        self._asked = False
-        self._agreement = Agreement(workers)
+    def __init__(self, workers: Workers, membership: Membership | None = None) -> None:
+        """membership: when it changes, all raise GroupChanged at the same step, to take newcomers in."""
+        self._asked, self._membership = False, membership
+        self.meet(workers)
         for number in SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                 signal.signal(number, self._note)
@@ -43,5 +46,11 @@ class StopOnSignal:
             os._exit(128 + signal.SIGINT)  # the user insists: exit without waiting for anything
         self._asked = True
 
+    def meet(self, workers: Workers) -> None:
+        """From now on these workers agree."""
+        self._stops, self._changes = Agreement(workers), Agreement(workers)
+
     def agreed(self, step: int) -> bool:
-        return self._agreement(step, self._asked)
+        if self._membership is not None and self._changes(step, self._membership.has_changed()):
+            raise GroupChanged
+        return self._stops(step, self._asked)

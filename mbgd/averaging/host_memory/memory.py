@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mbgd.averaging.host_memory.barrier import Barrier, bytes_of_inbox, make_inbox
+from mbgd.errors import WorkersLost
 from mbgd.files.memory import available_bytes
 from mbgd.workers.group import Workers
 
@@ -47,9 +48,12 @@ class HostMemory:
         inboxes = self.allocate(bytes_of_inbox(workers.num_workers))
         make_inbox(inboxes[workers.rank], num_workers=workers.num_workers, num_cores=len(cores))
         workers.barrier()  # every inbox is made
-        self.barrier = Barrier(
-            inboxes, process_ids, rank=workers.rank, timeout_seconds=workers.timeout_seconds, num_cores=len(cores)
-        )
+        try:
+            self.barrier = Barrier(
+                inboxes, process_ids, rank=workers.rank, timeout_seconds=workers.timeout_seconds, num_cores=len(cores)
+            )
+        except ProcessLookupError as error:
+            raise WorkersLost("a worker has ended at the start. Look at the end of its output.") from error
         self._boards: dict[tuple[torch.Size, torch.dtype, bool], _Boards] = {}
 
     def allocate(self, num_bytes: int) -> list[Tensor]:

@@ -1,0 +1,210 @@
+"""Seeded schedules of lost workers under recovery=continue, and the oracle: same bits, same metrics, one start.
+
+`test_recovery.py` plays some schedules, and `make recovery RUNS=200` many: `python tests/survivors.py` goes on where it
+was stopped.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from itertools import zip_longest
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from own_processes import started_by_user
+from struck import OVER_GLOO, SLOW, STRIKES
+
+NUM_STEPS = 40
+SECONDS_FOR_A_RUN = 180
+PROGRAM = str(Path(__file__).with_name("struck.py"))
+OVERRIDES = [
+    "model=own",
+    "model._target_=struck.Small",
+    "averaging=reproducible",
+    f"steps={NUM_STEPS}",
+    "batch.size=97",
+    "log_every_steps=1",
+    "evaluation.every_steps=6",
+    "early_stopping.patience=50",
+    "ema.decay=0.9",
+    "checkpoint.every_steps=5",
+    "tracking.report=false",
+    "run.dir=run",
+]
+COUNTS = {
+    "forward": 120,
+    "averaging": NUM_STEPS,
+    "sums": NUM_STEPS,
+    "optimizer": NUM_STEPS,
+    "observers": NUM_STEPS,
+    "logging": NUM_STEPS,
+    "checking": 12,
+    "evaluating": 6,
+    "asking": 6,
+    "saving": 20,
+    "agreeing": NUM_STEPS,
+    "ending": 1,
+    "results": 1,
+    "building": 2,
+    "handing over": 2,
+}
+"""By phase: about how often it comes in a run on a worker."""
+OF_THE_MAIN_WORKER = ("saving", "results")
+AT_THE_SECOND_START = ("building", "handing over")
+
+
+@dataclass(frozen=True)
+class Strike:
+    seat: int
+    phase: str
+    count: int
+    kind: signal.Signals = signal.SIGKILL
+
+
+@dataclass(frozen=True)
+class Schedule:
+    num_workers: int
+    strikes: tuple[Strike, ...]
+    num_spare: int = 0
+    over_gloo: bool = False
+
+
+def schedule(seed: int) -> Schedule:
+    """One to W − 1 of W workers are lost; sometimes others take their places."""
+    chance = random.Random(seed)
+    num_workers = chance.randint(2, 4)
+    seats = chance.sample(range(num_workers), chance.randint(1, num_workers - 1))
+    strikes: list[Strike] = []
+    phases = [*COUNTS]
+    for number, seat in enumerate(seats):
+        phase = phases[(seed + number) % len(phases)]
+        if phase in OF_THE_MAIN_WORKER and number == 0:
+            seat = 0
+        if phase in AT_THE_SECOND_START and number == 0:
+            phase = "averaging"  # something must have been lost for it to come
+        if any(one.seat == seat for one in strikes):
+            continue
+        least = 2 if phase in AT_THE_SECOND_START else 1
+        kind = signal.SIGSTOP if chance.random() < 0.12 else signal.SIGKILL
+        strikes.append(Strike(seat, phase, chance.randint(least, COUNTS[phase]), kind))
+    return Schedule(num_workers, tuple(strikes), chance.choice([0, 0, 2]), chance.choice([False, False, True]))
+
+
+def play(folder: Path, plan: Schedule) -> str:
+    """Run it in an empty folder; returns what was printed."""
+    strikes = [[one.seat, one.phase, one.count, int(one.kind)] for one in plan.strikes]
+    environment = {STRIKES: json.dumps(strikes), "OMP_NUM_THREADS": "1"} | ({OVER_GLOO: "1"} if plan.over_gloo else {})
+    if plan.num_spare:
+        environment[SLOW] = "0.05"
+    launcher = [f"workers={plan.num_workers}", "recovery=continue", f"--max-restarts={plan.num_spare}"]
+    # Long enough for a busy machine; where a worker stops, the others wait for it as long.
+    seconds = 6 if any(one.kind is signal.SIGSTOP for one in plan.strikes) else 40
+    command = [sys.executable, PROGRAM, *launcher, *OVERRIDES, f"backend.timeout_seconds={seconds}"]
+    with started_by_user(command, folder, environment) as process:
+        code = process.wait(SECONDS_FOR_A_RUN)
+        said = (folder / "log").read_text()
+        assert code == 0, f"exit code {code} of {plan}: {said.splitlines()[-1:]}"
+    return said
+
+
+def history(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if not name.startswith("time/")} for line in lines]
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "run/summary.json").read_text())
+    return found
+
+
+@cache
+def undisturbed() -> tuple[str, list[dict[str, Any]]]:
+    """The weights' hash and the metrics of a run to which nothing happens, on one worker."""
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        with started_by_user([sys.executable, PROGRAM, *OVERRIDES], folder, {STRIKES: "[]"}) as process:
+            assert process.wait(SECONDS_FOR_A_RUN) == 0, (folder / "log").read_text()
+        return summary(folder)["weights_sha256"], history(folder)
+
+
+def check(folder: Path, plan: Schedule) -> str:
+    """Play it; AssertionError unless the run ends as if nothing had happened. Returns what was printed."""
+    said = play(folder, plan)
+    weights, lines = undisturbed()
+    assert summary(folder)["weights_sha256"] == weights, f"other weights after {plan}"
+    found = history(folder)
+    different = next((pair for pair in zip_longest(found, lines) if pair[0] != pair[1]), None)
+    assert different is None, f"other metrics, such as {different}, after {plan}; steps {[o['step'] for o in found]}"
+    assert "restart " not in said, f"started again after {plan}"
+    return said
+
+
+def describe(seeds: Mapping[int, str]) -> str:
+    """What happened in the schedules of these seeds; each with the error, or an empty text."""
+    plans, failed = [schedule(seed) for seed in seeds], {seed: error for seed, error in seeds.items() if error}
+    strikes = [strike for plan in plans for strike in plan.strikes]
+    lines = [
+        f"{len(plans):,} runs of {NUM_STEPS} steps, {len(strikes):,} workers struck; {len(failed)} did not end as they "
+        "must",
+        "",
+        f"{'':<14}{'kill -9':>10}{'SIGSTOP':>10}",
+    ]
+    for phase in COUNTS:
+        counts = Counter(one.kind for one in strikes if one.phase == phase)
+        lines.append(f"{phase:<14}{counts[signal.SIGKILL]:>10}{counts[signal.SIGSTOP]:>10}")
+    lines.append("")
+    for name, count in (
+        *((f"{n} workers", Counter(plan.num_workers for plan in plans)[n]) for n in (2, 3, 4)),
+        ("others take their place", sum(plan.num_spare > 0 for plan in plans)),
+        ("over gloo", sum(plan.over_gloo for plan in plans)),
+    ):
+        lines.append(f"{name:<26}{count:>8}")
+    return "\n".join([*lines, *(f"seed {seed}: {error}" for seed, error in sorted(failed.items()))])
+
+
+def _play_seed(seed: int) -> tuple[int, str]:
+    with TemporaryDirectory() as folder:
+        try:
+            check(Path(folder), schedule(seed))
+        except Exception as error:
+            return seed, f"{type(error).__name__}: {error}".splitlines()[0]
+    return seed, ""
+
+
+def main() -> None:
+    """Play the schedules of seeds 0 to N − 1 that the progress file does not have, and write the table of all."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=60)
+    parser.add_argument("--parallel", type=int, default=max(1, (os.cpu_count() or 1) // 2))
+    parser.add_argument("--progress", type=Path, default=Path("runs/recovery.jsonl"), help="one line for each run")
+    parser.add_argument("--results", type=Path, help="a file for the table")
+    arguments = parser.parse_args()
+    arguments.progress.parent.mkdir(parents=True, exist_ok=True)
+    arguments.progress.touch()
+    done = {int(one["seed"]): str(one["error"]) for one in map(json.loads, arguments.progress.open())}
+    wanted = [seed for seed in range(arguments.runs) if done.get(seed, "not yet")]
+    undisturbed()
+    with ThreadPoolExecutor(arguments.parallel) as pool, arguments.progress.open("a") as progress:
+        for seed, error in pool.map(_play_seed, wanted):
+            done[seed] = error
+            progress.write(json.dumps({"seed": seed, "error": error}) + "\n")
+            progress.flush()
+            print(f"seed {seed}: {error or 'right'}", flush=True)
+    table = describe({seed: error for seed, error in done.items() if seed < arguments.runs})
+    print(table)
+    if arguments.results:
+        arguments.results.write_text(table + "\n")
+    sys.exit(any(done.values()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""recovery=continue: workers are lost in every phase, and those that are left end with the same bits and metrics.
+
+A share of the schedules of `make chaos`, and what schedules do not hold.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.distributed import HashStore
+
+from mbgd.checkpoints.handover import Progress
+from mbgd.errors import UsageError
+from mbgd.tracking.base import Trackers
+from mbgd.tracking.recent import Recent
+from mbgd.workers.membership import Membership, Roster
+
+import survivors
+from own_processes import started_by_user
+from struck import SLOW, STRIKES
+from survivors import OVERRIDES, PROGRAM, Schedule, Strike
+
+ROOT = Path(__file__).parent.parent
+SECONDS = 180
+
+
+@pytest.mark.parametrize("seed", [0, 5, 12, 13, 22, 25])
+def test_the_run_ends_as_if_nobody_had_been_lost(tmp_path: Path, seed: int) -> None:
+    plan = survivors.schedule(seed)
+    said = survivors.check(tmp_path, plan)
+    assert said.count("lost  ") >= 1, said
+
+
+def test_schedules_strike_in_every_phase() -> None:
+    plans = [survivors.schedule(seed) for seed in range(100)]
+    strikes = [one for plan in plans for one in plan.strikes]
+    assert {one.phase for one in strikes} == set(survivors.COUNTS)
+    assert {one.kind for one in strikes} == {signal.SIGKILL, signal.SIGSTOP}
+    assert {len(plan.strikes) - plan.num_workers for plan in plans} >= {-1, -2}
+    assert {plan.num_spare > 0 for plan in plans} == {plan.over_gloo for plan in plans} == {True, False}
+
+
+@pytest.mark.parametrize("seat", [0, 1])
+def test_a_new_worker_takes_the_place_of_a_lost_one(tmp_path: Path, seat: int) -> None:
+    plan = Schedule(2, (Strike(seat, "averaging", 6),), num_spare=1)
+    said = survivors.check(tmp_path, plan)
+    assert "1 worker goes on after step 5" in said
+    assert "2 workers go on after step" in said, "the new worker came too late"
+    assert survivors.summary(tmp_path)["num_workers"] == 2
+
+
+def test_a_frozen_worker_is_ended_and_the_others_go_on(tmp_path: Path) -> None:
+    said = survivors.check(tmp_path, Schedule(3, (Strike(1, "forward", 30, signal.SIGSTOP),)))
+    assert "2 workers go on after step" in said
+
+
+def test_where_all_are_lost_all_start_again(tmp_path: Path) -> None:
+    """Seats 0 and 1 are those of the second start, too, which is struck again; the third is not reached."""
+    plan = Schedule(2, (Strike(0, "averaging", 22), Strike(1, "averaging", 22)), num_spare=0)
+    with pytest.raises(AssertionError, match="exit code 1"):
+        survivors.play(tmp_path, plan)
+    assert (tmp_path / "run/checkpoints/step-000000020").is_dir()
+    survivors.play(tmp_path, Schedule(2, ()))
+    weights, lines = survivors.undisturbed()
+    assert survivors.summary(tmp_path)["weights_sha256"] == weights
+    assert survivors.history(tmp_path) == lines
+
+
+def test_an_error_in_a_worker_ends_the_run_as_ever(tmp_path: Path) -> None:
+    plan = Schedule(2, (Strike(1, "forward", 30, 0),))  # type: ignore[arg-type]
+    with pytest.raises(AssertionError, match="exit code 1"):
+        survivors.play(tmp_path, plan)
+    said = (tmp_path / "log").read_text()
+    assert "ArithmeticError" in said
+    assert "go on" not in said
+    assert "goes on" not in said
+
+
+def test_survivors_stop_at_a_signal_and_the_run_resumes(tmp_path: Path) -> None:
+    environment = {STRIKES: f'[[0, "averaging", 6, {int(signal.SIGKILL)}]]', SLOW: "0.1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, PROGRAM, "workers=2", "recovery=continue", *OVERRIDES]
+    with started_by_user(command, tmp_path, environment) as process:
+        deadline = time.monotonic() + SECONDS
+        while "goes on after step" not in (tmp_path / "log").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(SECONDS) == 75, (tmp_path / "log").read_text()
+    assert "stopped by a signal after step" in (tmp_path / "log").read_text()
+    survivors.play(tmp_path, Schedule(2, ()))
+    weights, lines = survivors.undisturbed()
+    assert survivors.summary(tmp_path)["weights_sha256"] == weights
+    assert survivors.history(tmp_path) == lines
+
+
+def test_another_launcher_is_refused(tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launcher, str(ROOT / "train.py"), "recovery=continue", "epochs=1"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert done.returncode != 0
+    assert "recovery=continue, but the launcher of these workers ends all when one is lost" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_does_not_go_with_it_is_refused(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mbgd", "train", "recovery=continue", "sharding=optimizer"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert done.returncode == 2
+    assert "recovery=continue with sharding=optimizer" in done.stderr
+    with pytest.raises(UsageError, match="recovery=continue over nccl"):
+        Membership(HashStore(), 0, 2).begin("nccl")
+
+
+def test_the_launcher_names_the_workers() -> None:
+    store = HashStore()
+    roster, first, third = Roster(store, 3), Membership(store, 0, 3), Membership(store, 2, 3)
+    assert not roster.goes_on()
+    first.begin("gloo")
+    assert roster.goes_on()
+    assert not first.has_changed()
+    roster.publish([0, 2])
+    assert third.wait_for_change()
+    third.move_on()
+    assert (third.rank, third.num_workers) == (1, 2)
+    third.tell_silent([0])
+    assert roster.silent() == [0]
+    new = Membership(store, 3, 3)
+    assert new.is_newcomer
+    assert not roster.has_come(3)
+
+
+@pytest.mark.parametrize(
+    ("less", "more"),
+    [
+        (Progress(4, {"eval/loss": 1.0}, [], True), Progress(5)),
+        (Progress(5), Progress(5, {"eval/loss": 1.0})),
+        (Progress(5, {"eval/loss": 1.0}), Progress(5, {"eval/loss": 1.0}, [])),
+        (Progress(5, {"eval/loss": 1.0}, []), Progress(5, None, None, True)),
+    ],
+)
+def test_the_worker_that_is_furthest_gives_the_state(less: Progress, more: Progress) -> None:
+    assert less.order < more.order
+
+
+def test_lines_of_another_worker_are_written_once() -> None:
+    written: list[Any] = []
+
+    class Lines:
+        def progress(self, step: int) -> None:
+            pass
+
+        def log(self, step: int, metrics: Any) -> None:
+            written.append((step, metrics))
+
+        def observed(self, name: str, step: int, values: Any) -> None:
+            written.append((step, name, values))
+
+        def close(self, ending: Any) -> None:
+            pass
+
+    ahead, behind = Recent(Trackers()), Recent(Trackers([Lines()]))
+    for one in (ahead, behind):
+        one.log(3, {"train/loss": 1.0})
+        one.log(4, {"train/loss": 2.0})
+    ahead.observed("histograms", 4, {"a": 1})
+    ahead.log(4, {"eval/loss": 3.0})
+    behind.catch_up(ahead.told)
+    behind.catch_up(ahead.told)
+    assert written == [
+        (3, {"train/loss": 1.0}),
+        (4, {"train/loss": 2.0}),
+        (4, "histograms", {"a": 1}),
+        (4, {"eval/loss": 3.0}),
+    ]
+    ahead.log(5, {"train/loss": 4.0})
+    behind.catch_up(ahead.told)
+    assert written[-1] == (5, {"train/loss": 4.0})
+    assert behind.told == ahead.told
