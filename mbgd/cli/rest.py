@@ -79,8 +79,9 @@ class Rest:
         process = self._processes.subprocess_handlers.pop(rank).proc
         self._processes._running_local_ranks.discard(rank)
         how = f"exit code {code}" if code > 0 else signal.Signals(-code).name
+        rest = f"{num_left} workers go on" if num_left > 1 else "1 worker goes on"
         print(
-            f"lost        process {process.pid} ended by {how}; {num_left} worker{'s go' if num_left > 1 else ' goes'} on",
+            f"lost        process {process.pid} ended by {how}; {rest}",
             file=sys.stderr,
             flush=True,
         )
