@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
-from mbgd.averaging.host_memory.exchange import NO_NOTE
 from mbgd.averaging.host_memory.parameters import SharedParameters
+from mbgd.averaging.host_memory.rows import NO_NOTE
 from mbgd.averaging.norms import MicroBatchNorms
 from mbgd.averaging.pieces import Piece
 from mbgd.batches.plan import MicroBatch
