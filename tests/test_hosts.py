@@ -49,7 +49,7 @@ def exchange_at_random(workers: mbgd.Workers, num_hosts: int, seeds: list[int]) 
     chance = random.Random(workers.rank)
     memory = HostMemory(workers)
     assert len(memory.hosts) == num_hosts
-    between = BetweenHosts(memory, workers)
+    between = BetweenHosts(memory)
     folds = TwoFolds(lambda rows: [in_order(rows)], in_order, (1,) * num_hosts)
     results: list[list[Tensor | None]] = []
     for seed in seeds:
@@ -95,7 +95,7 @@ def test_random_gradients_of_every_dtype_add_up_by_host(hosts: tuple[int, ...]) 
 
 
 def gather_and_sum(workers: mbgd.Workers) -> bool:
-    between = BetweenHosts(HostMemory(workers), workers)
+    between = BetweenHosts(HostMemory(workers))
     for number in range(50):
         values = torch.tensor([number, workers.rank], dtype=torch.float64)
         everybody = [[number, rank] for rank in range(workers.num_workers)]
@@ -109,6 +109,34 @@ def gather_and_sum(workers: mbgd.Workers) -> bool:
 @pytest.mark.parametrize("hosts", HOSTS, ids=str)
 def test_small_values_are_gathered_and_added_up(hosts: tuple[int, ...]) -> None:
     assert run_on_hosts(gather_and_sum, hosts) == [True] * sum(hosts)
+
+
+def count_bytes_sent(workers: mbgd.Workers) -> tuple[int, int]:
+    """Of an exchange: what this worker hands to gloo, and the size of its gradients."""
+    sent, send = [0], torch.distributed.isend
+
+    def counted(values: Tensor, rank: int) -> Any:
+        sent[0] += values.nbytes
+        return send(values, rank)
+
+    memory = HostMemory(workers)
+    parameters = [nn.Parameter(torch.zeros(1000, 700)), nn.Parameter(torch.zeros(33, dtype=torch.float64))]
+    exchange = HostsExchange(parameters, 1, BetweenHosts(memory))
+    folds = TwoFolds(lambda rows: [in_order(rows)], in_order, (1,) * len(memory.hosts))
+    torch.distributed.isend = counted  # type: ignore[assignment]
+    exchange([[torch.ones_like(p) for p in parameters]], [1] * workers.num_workers, folds)
+    assert all(bool((p.grad == workers.num_workers).all()) for p in parameters if p.grad is not None)
+    return sent[0], sum(p.nbytes for p in parameters)
+
+
+@pytest.mark.parametrize("hosts", HOSTS, ids=str)
+def test_a_host_sends_what_one_worker_would(hosts: tuple[int, ...]) -> None:
+    results = run_on_hosts(count_bytes_sent, hosts)
+    share = 2 * (len(hosts) - 1) / len(hosts)  # a ring all-reduce with one worker per host
+    for number, size in enumerate(hosts):
+        first = sum(hosts[:number])
+        sent = sum(of_worker for of_worker, _ in results[first : first + size])
+        assert sent == pytest.approx(share * results[0][1], abs=1000)  # cache lines, parts of a line, notes
 
 
 # Through the trainer

@@ -31,7 +31,7 @@ class SharedMemoryOnHosts(SharedMemory):
 
     def __init__(self, task: nn.Module, trained: Trained, workers: Workers, memory: HostMemory) -> None:
         """Raises CannotShareError, on all workers alike, if there is too little memory to share."""
-        self._between = BetweenHosts(memory, workers)
+        self._between = BetweenHosts(memory)
         hosts = self._between.hosts
         self._folds = TwoFolds(lambda rows: [in_order(rows)], in_order, (1,) * len(hosts))
         self._riders: list[_Rider] = []
@@ -90,7 +90,7 @@ class ReproducibleOnHosts(Reproducible):
         """Raises CannotShareError, on all workers alike, if there is too little memory to share, or ranks are mixed."""
         if [rank for host in memory.hosts for rank in host] != list(range(workers.num_workers)):
             raise CannotShareError("the ranks of a host's workers do not follow each other")
-        self._between = BetweenHosts(memory, workers)
+        self._between = BetweenHosts(memory)
         super().__init__(task, trained, workers, plan, memory, find_unused_parameters=find_unused_parameters)
 
     def _make_exchange(self, memory: HostMemory) -> None:

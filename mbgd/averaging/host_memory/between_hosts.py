@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from functools import reduce
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from mbgd.averaging.host_memory.layout import whole_lines
 from mbgd.averaging.host_memory.memory import HostMemory
-from mbgd.workers.group import Workers
+
+T = TypeVar("T")
 
 Message = tuple[Tensor, int]
 """A vector, and the rank of the worker to whom it is sent or from whom it comes."""
@@ -18,11 +20,10 @@ Message = tuple[Tensor, int]
 class BetweenHosts:
     """Values of all hosts on every worker. All workers call the methods in the same order."""
 
-    def __init__(self, memory: HostMemory, workers: Workers) -> None:
+    def __init__(self, memory: HostMemory) -> None:
         self.memory, self.hosts = memory, memory.hosts
         self.number = self.hosts.index(memory.members)
         """This host's number."""
-        self._num_workers = workers.num_workers
         self._boards: dict[tuple[int, ...], list[list[Tensor]]] = {}
         """Two for each choice of sizes, in turn: whoever starts a swap has read the one before the last."""
         self._turn = 0
@@ -60,12 +61,13 @@ class BetweenHosts:
         """Every worker's `values` by rank, valid until the second call after this one; for small tensors."""
         mine = torch.stack(list(self.memory.all_gather(values)))
         of_hosts = self.swap(as_bytes(mine), [len(host) * values.nbytes for host in self.hosts])
-        by_rank: list[Tensor] = [values] * self._num_workers
-        for ranks, of_host in zip(self.hosts, of_hosts, strict=True):
-            rows = of_host.view(values.dtype).view(len(ranks), *values.shape)
-            for rank, row in zip(ranks, rows, strict=True):
-                by_rank[rank] = row
-        return by_rank
+        return self.by_rank([of_host.view(values.dtype).view(-1, *values.shape) for of_host in of_hosts])
+
+    def by_rank(self, of_hosts: Sequence[Iterable[T]]) -> list[T]:
+        """of_hosts: for each host, what its workers have → what all workers have, by rank."""
+        pairs = zip(self.hosts, of_hosts, strict=True)
+        found = {rank: one for ranks, values in pairs for rank, one in zip(ranks, values, strict=True)}
+        return [found[rank] for rank in sorted(found)]
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of all workers' `values`: of each host's workers in rank order, then of the hosts in order."""

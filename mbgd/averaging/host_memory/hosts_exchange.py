@@ -107,14 +107,9 @@ class HostsExchange:
             torch.cat([as_bytes(values), there, notes]), [sum(sizes) + len(ranks) for ranks in hosts]
         )
         of_hosts = [torch.split(one, [*sizes, len(ranks)]) for one, ranks in zip(told, hosts, strict=True)]
-        self._read_flags([there.numpy().tobytes() for _, there, _ in of_hosts])
-        by_rank = dict(
-            pair
-            for ranks, (_, _, notes) in zip(hosts, of_hosts, strict=True)
-            for pair in zip(ranks, notes.tolist(), strict=True)
-        )
+        self._read_flags([of_host.numpy().tobytes() for _, of_host, _ in of_hosts])
         total = reduce(torch.add, [of_host.view(torch.float64) for of_host, _, _ in of_hosts])
-        return [by_rank[rank] for rank in sorted(by_rank)], total
+        return self._between.by_rank([of_host.tolist() for _, _, of_host in of_hosts]), total
 
     def _read_flags(self, read: list[bytes]) -> None:
         if read != self._read:  # flags seldom change
