@@ -227,7 +227,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.worker is not None:
         work(arguments.worker)
-        return
+        sys.stdout.flush()
+        os._exit(0)  # torch's process group may abort a process that ends in good order on a busy machine
     num_bytes = sum(p.nbytes for p in make_model(WORK).parameters())
     tables = []
     with hosts() as (names, link), tempfile.TemporaryDirectory() as folder:
