@@ -73,6 +73,28 @@ def test_when_one_host_is_cut_off_the_other_goes_on_to_the_same_bits(tmp_path: P
     assert weights_sha256(run.run) == expected
 
 
+def test_hosts_of_two_workers_add_up_twice_and_one_goes_on_without_the_other(tmp_path: Path, hosts: list[str]) -> None:
+    length = ["steps=40", "log_every_steps=1"]
+    expected = undisturbed(tmp_path / "whole", *length)
+    run = cluster(tmp_path, hosts[:2], 0.02, *length, "checkpoint.every_steps=5", HOSTS="1:2", WORKERS="2")
+    try:
+        for host in run.hosts:
+            run.start(host)
+        run.wait_for(lambda: any(line["step"] == 15 for line in run.metrics()), "step 15")
+        ip("-n", hosts[1], "link", "set", "main0", "down")
+        run.wait_for((run.run / "summary.json").exists, "the end")
+        assert run.processes[hosts[0]].wait(timeout=60) == 0
+    finally:
+        run.end()
+    log = run.log(hosts[0])
+    assert "reproducible over shared memory on each of 2 hosts, gloo between them" in log
+    lost = re.search(r"workers (\d), (\d) do not answer any more", log)
+    assert lost
+    assert set(map(int, lost.groups())) in ({0, 1}, {2, 3})  # whichever ranks the other host was given
+    assert "reproducible over shared memory\n" in log.split("resume      step")[1]
+    assert weights_sha256(run.run) == expected
+
+
 LENGTH = ["steps=300", "log_every_steps=5"]
 
 

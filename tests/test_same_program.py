@@ -336,6 +336,45 @@ def test_equal_programs_pass_also_with_datasets_that_draw() -> None:
     assert first == second
 
 
+TRAIN_A_STEP = """
+import sys
+import torch
+import mbgd
+from mbgd.data import digits
+
+with mbgd.start_workers("gloo", 60) as workers:
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    settings = mbgd.Settings(steps=1, averaging=mbgd.Averaging(mbgd.AveragingName(sys.argv[1])))
+    try:
+        mbgd.Trainer(model, mbgd.CrossEntropy(), optimizer, mbgd.Data(train=digits("test")), settings, workers).fit()
+    except mbgd.UsageError as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="there are no other instructions")
+@pytest.mark.parametrize("averaging", ["auto", "reproducible"])
+def test_reproducible_averaging_is_refused_where_the_processors_differ(averaging: str) -> None:
+    port = free_port()
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", TRAIN_A_STEP, averaging],
+            env=os.environ | environment(rank, 2, port) | {"PYTHONPATH": str(ROOT), **instructions},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank, instructions in enumerate([{}, {"ATEN_CPU_CAPABILITY": "default"}])
+    ]
+    for process in started:
+        told = process.communicate(timeout=120)[0]
+        if averaging == "auto":
+            assert not told
+        else:
+            assert told.startswith("averaging=reproducible on different processors: ")
+            assert "with DEFAULT on worker 1. There" in told
+
+
 def seconds_to_compare(workers: mbgd.Workers) -> float:
     parts = Program().parts()
     check_same_program(workers, *parts)

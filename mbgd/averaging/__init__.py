@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mbgd.averaging.ddp import DDP
 from mbgd.averaging.host_memory.memory import CannotShareError, HostMemory
+from mbgd.averaging.hosts import ReproducibleOnHosts, SharedMemoryOnHosts
 from mbgd.averaging.norms import MicroBatchNorms
 from mbgd.averaging.pieces import OwnedParameters, Piece
 from mbgd.averaging.reproducible import Reproducible
@@ -133,9 +134,11 @@ def create(
     if settings.name is not AveragingName.ddp and workers.num_workers > 1 and workers.device.type == "cpu":
         try:
             memory = HostMemory(workers)
+            is_one_host = len(memory.hosts) == 1
             if is_reproducible:
-                return Reproducible(task, trained, workers, plan, memory, find_unused_parameters=parameters_vary)
-            return SharedMemory(task, trained, workers, memory)
+                kind = Reproducible if is_one_host else ReproducibleOnHosts
+                return kind(task, trained, workers, plan, memory, find_unused_parameters=parameters_vary)
+            return (SharedMemory if is_one_host else SharedMemoryOnHosts)(task, trained, workers, memory)
         except CannotShareError as error:
             if settings.name is AveragingName.shared_memory:
                 raise UsageError(

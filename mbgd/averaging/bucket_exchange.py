@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mbgd.averaging.rounds import Round, rounds
 from mbgd.averaging.tree import Counter, Node, fold, worker_nodes
+from mbgd.batches.plan import Plan
 from mbgd.workers.group import Workers
 
 Held = list[tuple[Node, Tensor]]
@@ -141,3 +142,10 @@ class _Messages:
 def nodes_of_workers(num_leaves: int, num_workers: int) -> list[list[Node]]:
     """The nodes that each worker of a host holds after folding its own leaves, by rank."""
     return [worker_nodes(num_leaves, num_workers, rank) for rank in range(num_workers)]
+
+
+def most_nodes(plan: Plan) -> int:
+    """The most nodes that any worker holds in any step; an epoch's short last minibatch may need more than the rest."""
+    sizes = {plan.minibatch(step).size for step in (0, plan.steps_per_epoch - 1)}
+    of_plan = (nodes_of_workers(plan.num_micro_batches(size), plan.num_workers) for size in sizes)
+    return max(len(held) for nodes in of_plan for held in nodes)

@@ -12,7 +12,7 @@ from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 from mbgd.averaging.gradients import of_bucket
-from mbgd.averaging.host_memory.exchange import NO_NOTE
+from mbgd.averaging.host_memory.rows import NO_NOTE
 from mbgd.averaging.norms import MicroBatchNorms
 from mbgd.averaging.pieces import Owned, Piece
 from mbgd.averaging.sent_parameters import SentParameters

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
-from mbgd.averaging.bucket_exchange import BucketExchange, nodes_of_workers
+from mbgd.averaging.bucket_exchange import BucketExchange, most_nodes, nodes_of_workers
 from mbgd.averaging.ddp import check_exchanged, completed, used_anywhere, wrap
 from mbgd.averaging.gradients import Gradients, add_gradients, add_into_right, flat, of_bucket
-from mbgd.averaging.host_memory.exchange import MOVED_ON, NO_NOTE, Exchange, check_moved_on
+from mbgd.averaging.host_memory.exchange import Exchange, check_moved_on
 from mbgd.averaging.host_memory.memory import HostMemory
 from mbgd.averaging.host_memory.parameters import SharedParameters
+from mbgd.averaging.host_memory.rows import MOVED_ON, NO_NOTE, Row
 from mbgd.averaging.norms import MicroBatchNorms
 from mbgd.averaging.pieces import Owned, OwnedParameters, Piece, in_memory_order
 from mbgd.averaging.sent_parameters import SentParameters
@@ -74,14 +75,16 @@ class Reproducible:
         """Set up the exchange for the parameters that require a gradient now."""
         self._parameters = self._trained.with_gradient()
         if self._memory is not None:
-            rank = self._workers.rank
-            self._in_memory = Exchange(self._parameters, self._most_nodes, self._memory, rank=rank)
-            if self._owned is not None:
-                self._in_memory.own(self._owned)
+            self._make_exchange(self._memory)
         elif self._workers.num_workers > 1:
             self._ddp = None  # so that the old DDP's hooks are gone first
             self._exchanges.clear()
             self._ddp = wrap(self._task, self._trained, self._send_bucket, find_unused_parameters=self._parameters_vary)
+
+    def _make_exchange(self, memory: HostMemory) -> None:
+        self._in_memory = Exchange(self._parameters, self._most_nodes, memory, rank=self._workers.rank)
+        if self._owned is not None:
+            self._in_memory.own(self._owned)
 
     def start(self, norms: MicroBatchNorms | None = None) -> None:
         self._norms = norms
@@ -180,12 +183,12 @@ class Reproducible:
 
     @property
     def shares_memory(self) -> bool:
-        return self._memory is not None
+        return self._in_memory is not None
 
     def finish(self, note: int = NO_NOTE, *, whole: bool = True) -> list[int] | None:
         notes: list[int] | None = None
-        if self._in_memory is not None:
-            notes = self._add_up(self._in_memory, note, whole=whole)
+        if self._memory is not None:
+            notes = self._add_up(note, whole=whole)
         elif self._ddp is None:
             total = fold(dict(self._counter.nodes), self._last.num_micro_batches, add_gradients)
             for parameter, gradient in total.items():
@@ -198,34 +201,39 @@ class Reproducible:
         if self._has_moved_on:
             self._has_moved_on = False
             self._prepare()
-        if self._ddp is not None and self._owned is not None:
+        if self._in_memory is None and self._owned is not None:
             self._owned.take_gradients(whole=whole)
         return notes
 
-    def _add_up(self, in_memory: Exchange, note: int, *, whole: bool) -> list[int]:
-        nodes = nodes_of_workers(self._last.num_micro_batches, self._workers.num_workers)
+    def _add_up(self, note: int, *, whole: bool) -> list[int]:
         rows = [[gradients.get(p) for p in self._parameters] for _, gradients in self._counter.nodes]
-        order = [node for held in nodes for node in held]
         has_moved_on = self._trained.moved_on()
-        notes = in_memory(
-            rows,
-            [len(held) for held in nodes],
-            lambda values: fold(dict(zip(order, values, strict=True)), self._last.num_micro_batches, Tensor.add_),
-            MOVED_ON if has_moved_on else note,
-            whole=whole,
-        )
+        notes, everywhere = self._exchange(rows, MOVED_ON if has_moved_on else note, whole=whole)
         if MOVED_ON in notes:
             check_moved_on(notes)
             self._prepare()
-            assert self._in_memory is not None
-            return self._add_up(self._in_memory, note, whole=whole)
-        if not in_memory.everywhere and not self._parameters_vary:
+            return self._add_up(note, whole=whole)
+        if not everywhere and not self._parameters_vary:
             raise UsageError(
                 "some parameters took part in this step's loss in some micro-batches only, but all did in the first "
-                "step. Set averaging.find_unused_parameters=true: which parameters take part then may differ from step "
-                "to step."
+                "step. Set averaging.find_unused_parameters=true: then they may differ from step to step."
             )
         return notes
+
+    def _exchange(self, rows: Sequence[Row], note: int, *, whole: bool) -> tuple[list[int], bool]:
+        """Every worker's note by rank, and whether all rows had the same gradients."""
+        assert self._in_memory is not None
+        num_leaves = self._last.num_micro_batches
+        nodes = nodes_of_workers(num_leaves, self._workers.num_workers)
+        order = [node for held in nodes for node in held]
+        notes = self._in_memory(
+            rows,
+            [len(held) for held in nodes],
+            lambda values: fold(dict(zip(order, values, strict=True)), num_leaves, Tensor.add_),
+            note,
+            whole=whole,
+        )
+        return notes, self._in_memory.everywhere
 
     def sum(self, leaves: Sequence[tuple[int, Tensor]], *, num_leaves: int, num_values: int) -> Tensor:
         if self._in_messages:
@@ -290,10 +298,3 @@ class Reproducible:
         if self._workers.num_workers == 1:
             return "reproducible, one worker"
         return f"reproducible over {'shared memory' if self._memory is not None else self._workers.backend}{self._note}"
-
-
-def most_nodes(plan: Plan) -> int:
-    """The most nodes that any worker holds in any step; an epoch's short last minibatch may need more than the rest."""
-    sizes = {plan.minibatch(step).size for step in (0, plan.steps_per_epoch - 1)}
-    of_plan = (nodes_of_workers(plan.num_micro_batches(size), plan.num_workers) for size in sizes)
-    return max(len(held) for nodes in of_plan for held in nodes)

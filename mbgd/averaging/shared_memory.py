@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mbgd.averaging.ddp import sum_here
-from mbgd.averaging.host_memory.exchange import MOVED_ON, NO_NOTE, Exchange, check_moved_on
+from mbgd.averaging.host_memory.exchange import Exchange, check_moved_on
 from mbgd.averaging.host_memory.memory import HostMemory
 from mbgd.averaging.host_memory.parameters import SharedParameters
+from mbgd.averaging.host_memory.rows import MOVED_ON, NO_NOTE, Row
 from mbgd.averaging.norms import MicroBatchNorms
-from mbgd.averaging.pieces import Owned, Piece
+from mbgd.averaging.pieces import Owned, OwnedParameters, Piece
 from mbgd.batches.plan import MicroBatch
 from mbgd.task.trained import Trained
 from mbgd.workers.group import Workers
@@ -52,13 +53,17 @@ class SharedMemory:
         """Allocate shared memory for the gradients of the parameters that require one now."""
         _remove(self._hooks)
         self._parameters = self._trained.with_gradient()
-        self._exchange = Exchange(self._parameters, 1, self._memory, rank=self._workers.rank)
-        if self._owned is not None:
-            self._exchange.own(self._owned)
-        for parameter, place in zip(self._parameters, self._exchange.places[0], strict=True):
+        for parameter, place in zip(self._parameters, self._make_exchange(), strict=True):
             if parameter.nbytes >= PLACED_AT_ONCE_BYTES:
                 hook = _Place(self._step, place)
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
+
+    def _make_exchange(self) -> list[Tensor]:
+        """This worker's gradients in shared memory, one for each of the parameters."""
+        self._exchange = Exchange(self._parameters, 1, self._memory, rank=self._workers.rank)
+        if self._owned is not None:
+            self._exchange.own(self._owned)
+        return self._exchange.places[0]
 
     def forward(self, batch: Any, num_examples: int) -> Any:
         self._step.runs = True
@@ -78,22 +83,26 @@ class SharedMemory:
     def start(self, norms: MicroBatchNorms | None = None) -> None:
         self._norms = norms
 
-    def own(self, parameters: Mapping[str, nn.Parameter], of_workers: list[list[Piece]]) -> SharedParameters:
+    def own(self, parameters: Mapping[str, nn.Parameter], of_workers: list[list[Piece]]) -> OwnedParameters:
         shared = SharedParameters(parameters, of_workers, self._memory, self._workers.rank)
         self._owned = shared.owned
         self._exchange.own(shared.owned)
         return shared
 
     def finish(self, note: int = NO_NOTE, *, whole: bool = True) -> list[int] | None:
-        rows = [[p.grad for p in self._parameters]]
+        gradients = [p.grad for p in self._parameters]
         has_moved_on = self._trained.moved_on()
-        notes = self._exchange(rows, self._num_rows, in_order, MOVED_ON if has_moved_on else note, whole=whole)
+        notes = self._add_up(gradients, MOVED_ON if has_moved_on else note, whole=whole)
         self._step.runs = False
         if MOVED_ON not in notes:
             return notes
         check_moved_on(notes)
         self._prepare()
         return self.finish(note, whole=whole)
+
+    def _add_up(self, gradients: Row, note: int, *, whole: bool) -> list[int]:
+        """Make the parameters' gradients the sum of all workers'; returns every worker's note, by rank."""
+        return self._exchange([gradients], self._num_rows, in_order, note, whole=whole)
 
     def sum(self, leaves: Sequence[tuple[int, Tensor]], *, num_leaves: int, num_values: int) -> Tensor:
         return reduce(torch.add, self._memory.all_gather(sum_here(leaves, num_values, self._workers.device)))

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from mbgd.batches.describing import attributes, content, description, form, kind, may_differ, module_of
 from mbgd.batches.loader import Data
 from mbgd.batches.randomness import key_reading, undisturbed
-from mbgd.config import Settings
+from mbgd.config import AveragingName, Settings
 from mbgd.errors import UsageError
 from mbgd.workers.group import Workers
 
@@ -43,6 +43,8 @@ def check_same_program(
     """
     if workers.num_workers == 1:
         return
+    if settings.averaging.name is AveragingName.reproducible:
+        _check_same_processor(workers)
     examples = dict(_examples(data))
     looks = {name: _look(dataset, end) for name, (_, dataset, end) in examples.items()}
     found = _differences(workers, dict(_program(model, objective, optimizer, data, settings)) | looks)
@@ -58,6 +60,20 @@ def check_same_config(workers: Workers, config: Mapping[str, Any]) -> None:
     """UsageError, on every worker, where the resolved configuration differs between workers, paths aside."""
     if workers.num_workers > 1:
         _refuse(_differences(workers, dict(_of_config(config))))
+
+
+def _check_same_processor(workers: Workers) -> None:
+    """UsageError, on every worker, where processors differ on which the bits of a micro-batch depend."""
+    if workers.device.type == "cuda":
+        mine = torch.cuda.get_device_name(workers.device)
+    else:
+        mine = f"{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}"
+    if of_workers := workers.gather_if_unlike(mine):
+        raise UsageError(
+            f"averaging=reproducible on different processors: {_who_has_what(of_workers)}. There a micro-batch has "
+            "other bits, so the result would depend on which worker computes it. Use hosts of one kind, or "
+            "averaging=auto; where only the vector instructions differ, set ATEN_CPU_CAPABILITY alike on every host."
+        )
 
 
 def _differences(workers: Workers, mine: Mapping[str, str]) -> dict[str, list[str]]:

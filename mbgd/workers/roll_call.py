@@ -65,7 +65,7 @@ class RollCall:
         """
         self._store, self._rank, self._num_workers = store, rank, num_workers
         self._exchanges, self._timeout_seconds = exchanges, timeout_seconds
-        self.seconds = min(max(SHARE * timeout_seconds, 1.0), 30.0)
+        self.seconds = _seconds(timeout_seconds)
         self._stuck = Stuck(timeout_seconds - 3 * self.seconds) if ends_unheard else None
         self._is_over = threading.Event()
         self._answering = threading.Thread(target=self._answer, daemon=True)
@@ -126,6 +126,15 @@ class RollCall:
     def _answer_call(self) -> None:
         mine = self._exchanges(named=True)
         self._store.set(f"alive/{self._rank}", "-1" if mine is None else f"{mine.begun} {mine.last}")
+
+
+def seconds_before_roll_call(timeout_seconds: float) -> float:
+    """How long an exchange may wait, so that it takes no longer than the timeout together with the roll call."""
+    return max(timeout_seconds - _seconds(timeout_seconds), 1.0)
+
+
+def _seconds(timeout_seconds: float) -> float:
+    return min(max(SHARE * timeout_seconds, 1.0), 30.0)
 
 
 class Stuck:

@@ -75,16 +75,19 @@ class Barrier:
         inboxes: Sequence[Tensor],
         process_ids: Sequence[int],
         *,
+        ranks: Sequence[int],
         rank: int,
         timeout_seconds: float,
         num_cores: int,
     ) -> None:
-        """inboxes: each worker's, uint8; num_cores: the cores that the workers may run on.
+        """inboxes: each worker's, uint8; ranks: their names in errors; rank: this worker's number among them;
+        num_cores: the cores that the workers may run on.
 
         ProcessLookupError if one of the processes has ended already.
         """
         num_workers = len(inboxes)
         self._inboxes, self._process_ids, self._timeout_seconds = inboxes, process_ids, timeout_seconds
+        self._ranks = ranks
         self._has_cores = num_cores >= num_workers
         self._rounds = [
             (_semaphore(inboxes[(rank + 2**number) % num_workers], number), _semaphore(inboxes[rank], number))
@@ -172,7 +175,7 @@ class Barrier:
 
     def _describe(self, ranks: Iterable[int], what: str) -> str:
         lost = [
-            f"worker {rank} does not answer any more: process {self._process_ids[rank]} {what}"
+            f"worker {self._ranks[rank]} does not answer any more: process {self._process_ids[rank]} {what}"
             for rank in sorted(ranks)
         ]
         return f"{'; '.join(lost)}. Look at the end of its output."

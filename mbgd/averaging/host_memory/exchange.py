@@ -12,23 +12,17 @@ from torch import Tensor
 
 from mbgd.averaging.host_memory.layout import LINE_BYTES, Layout, whole_lines
 from mbgd.averaging.host_memory.memory import HostMemory
+from mbgd.averaging.host_memory.rows import MOVED_ON, NO_NOTE, Row, Rows
 from mbgd.averaging.pieces import Owned, cut_out
 from mbgd.batches.plan import cut
 from mbgd.errors import UsageError
 
-Row = Sequence[Tensor | None]
-"""A gradient for each parameter; None where the parameter took no part."""
 Fold = Callable[[Sequence[Tensor]], Tensor]
 """All rows, by rank and in each worker's order → their sum; may overwrite the rows."""
 
 CHUNK_BYTES = 2**18
 """Bytes of every row that are summed at once, so that they are still in the processor's cache when the sum is
 written."""
-
-
-NO_NOTE = 0
-MOVED_ON = 255
-"""The note of a worker whose trained parameters are no longer those of this exchange."""
 
 
 class Exchange:
@@ -41,21 +35,14 @@ class Exchange:
     def __init__(self, parameters: Sequence[Tensor], num_rows: int, memory: HostMemory, *, rank: int) -> None:
         """num_rows: the most rows that a worker has. All workers make it alike; raises CannotShareError."""
         self._parameters, self._memory = parameters, memory
-        self._layout = layout = Layout(parameters)
-        flags_bytes = whole_lines(num_rows * len(parameters) + 1)
-        pieces = memory.allocate(flags_bytes + num_rows * layout.num_bytes)
-        self._rows = rows = [piece[flags_bytes:].view(num_rows, layout.num_bytes) for piece in pieces]
-        self.places = [layout.views(row) for row in rows[rank]]
+        self._rows = Rows(parameters, num_rows, memory)
+        self.places = self._rows.places
         """This worker's gradients in shared memory: for each row, one view for each parameter."""
-        self._chunks = list(_chunks(rows, _equal_slice(layout, rank, len(rows))))
+        of_workers = self._rows.of_workers
+        self._chunks = list(_chunks(of_workers, _equal_slice(self._rows.layout, rank, len(of_workers))))
         self._owned: Owned | None = None
         self._sums: list[tuple[Tensor, int, Tensor]] = []
         """For each piece that this worker owns: the piece, its parameter's number, and its sum, in the first row."""
-        self._flags = [piece[: num_rows * len(parameters)].view(num_rows, -1).numpy() for piece in pieces]
-        self._my_flags = self._flags[rank]
-        self._notes = [piece[flags_bytes - 1 : flags_bytes].numpy() for piece in pieces]
-        self._my_note = self._notes[rank]
-        self._written: list[list[bool]] = [[] for _ in range(num_rows)]
         self._read: list[bytes] = []
         self._used: list[bool] = []
         self.everywhere = True
@@ -66,14 +53,15 @@ class Exchange:
         owned.follow_flags()
         self._owned, self._sums = owned, []
         numbers = {parameter: number for number, parameter in enumerate(self._parameters)}
-        views, ranges = self._layout.views(self._rows[0][0]), []
+        layout, of_workers = self._rows.layout, self._rows.of_workers
+        views, ranges = layout.views(of_workers[0][0]), []
         for piece, tensor in zip(owned.pieces, owned.tensors, strict=True):
             tensor.grad, number = None, numbers.get(owned.parameters[piece.parameter])
             if number is not None:
-                begin = self._layout.offsets[number] + piece.start * tensor.element_size()
+                begin = layout.offsets[number] + piece.start * tensor.element_size()
                 ranges.append((tensor.dtype, begin, begin + whole_lines(tensor.nbytes)))
                 self._sums.append((tensor, number, cut_out(views[number], piece)))
-        self._chunks = list(_chunks(self._rows, _joined(ranges)))
+        self._chunks = list(_chunks(of_workers, _joined(ranges)))
 
     def __call__(
         self,
@@ -91,11 +79,9 @@ class Exchange:
         only these get gradients, valid until the next barrier, and the parameters have none.
         """
         whole = whole or self._owned is None
-        for number, row in enumerate(rows):
-            self._put(number, row)
-        self._my_note[0] = note
+        self._rows.put(rows, note)
         self._memory.barrier()
-        notes = [int(of_worker[0]) for of_worker in self._notes]
+        notes = self._rows.notes()
         if MOVED_ON in notes:
             self._memory.barrier()  # until all have read the notes
             return notes
@@ -116,19 +102,8 @@ class Exchange:
                 tensor.grad = gradient if self._used[number] else None
         return notes
 
-    def _put(self, number: int, row: Row) -> None:
-        places = self.places[number]
-        moved = [(place, g) for place, g in zip(places, row, strict=True) if g is not None and g is not place]
-        if moved:
-            torch._foreach_copy_([place for place, _ in moved], [gradient for _, gradient in moved])
-        flags = [gradient is not None for gradient in row]
-        if flags != self._written[number]:
-            self._my_flags[number] = self._written[number] = flags
-        if not all(flags):
-            torch._foreach_zero_([place for place, there in zip(places, flags, strict=True) if not there])
-
     def _read_flags(self, rows_of_workers: Sequence[int]) -> None:
-        read = [flags[:held].tobytes() for flags, held in zip(self._flags, rows_of_workers, strict=True)]
+        read = [flags.tobytes() for flags in self._rows.flags(rows_of_workers)]
         if read != self._read:  # flags seldom change
             self._read = read
             together = b"".join(read)
