@@ -318,10 +318,9 @@ def test_a_lost_worker_is_named_on_every_host(
 @pytest.mark.parametrize("transport", ["shared_memory", "reproducible"])
 def test_sharding_changes_no_bit_on_hosts(transport: str) -> None:
     """Owners send their pieces to all, over all hosts."""
+    cases = list(test_sharding.CASES)
     whole, pieces = (
-        run_on_hosts(
-            test_sharding.train_all, (2, 1), list(test_sharding.CASES), transport, sharding, timeout_seconds=600
-        )
+        run_on_hosts(test_sharding.train_all, (2, 1), cases, transport, sharding, timeout_seconds=600)
         for sharding in ("none", "optimizer")
     )
     for of_worker in pieces:
