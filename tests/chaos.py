@@ -5,7 +5,6 @@ files of the newest checkpoint are torn or lost between two starts. `test_chaos.
 `make chaos RUNS=1000` many: `python tests/chaos.py` goes on where it was stopped.
 """
 
-import argparse
 import errno
 import json
 import multiprocessing
@@ -16,7 +15,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache, partial
@@ -44,6 +42,7 @@ from mbgd.tracking.json_lines import JsonLines
 from mbgd.workers.group import start_workers
 from mbgd.workers.preemption import StopOnSignal
 
+import seeded
 from processes import environment, free_port
 
 NUM_STEPS = 40
@@ -323,39 +322,5 @@ def describe(seeds: Mapping[int, str]) -> str:
     return "\n".join([*lines, *(f"seed {seed}: {error}" for seed, error in sorted(failed.items()))])
 
 
-def _play_seed(seed: int) -> tuple[int, str]:
-    with TemporaryDirectory() as folder:
-        try:
-            check(Path(folder), seed)
-        except Exception as error:
-            return seed, f"{type(error).__name__}: {error}".splitlines()[0]
-    return seed, ""
-
-
-def main() -> None:
-    """Play the schedules of seeds 0 to N − 1 that the progress file does not have, and write the table of all."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=60)
-    parser.add_argument("--parallel", type=int, default=max(1, (os.cpu_count() or 1) // 2))
-    parser.add_argument("--progress", type=Path, default=Path("runs/chaos.jsonl"), help="one line for each run")
-    parser.add_argument("--results", type=Path, help="a file for the table")
-    arguments = parser.parse_args()
-    arguments.progress.parent.mkdir(parents=True, exist_ok=True)
-    arguments.progress.touch()
-    done = {int(one["seed"]): str(one["error"]) for one in map(json.loads, arguments.progress.open())}
-    wanted = [seed for seed in range(arguments.runs) if done.get(seed, "not yet")]
-    with ThreadPoolExecutor(arguments.parallel) as pool, arguments.progress.open("a") as progress:
-        for seed, error in pool.map(_play_seed, wanted):
-            done[seed] = error
-            progress.write(json.dumps({"seed": seed, "error": error}) + "\n")
-            progress.flush()
-            print(f"seed {seed}: {error or 'right'}", flush=True)
-    table = describe({seed: error for seed, error in done.items() if seed < arguments.runs})
-    print(table)
-    if arguments.results:
-        arguments.results.write_text(table + "\n")
-    sys.exit(any(done.values()))
-
-
 if __name__ == "__main__":
-    main()
+    seeded.main(__doc__ or "", check, describe, "runs/chaos.jsonl")

@@ -4,15 +4,12 @@
 was stopped.
 """
 
-import argparse
 import json
-import os
 import random
 import signal
 import sys
 from collections import Counter
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from itertools import zip_longest
@@ -20,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import seeded
 from own_processes import started_by_user
 from struck import OVER_GLOO, SLOW, STRIKES
 
@@ -171,40 +169,5 @@ def describe(seeds: Mapping[int, str]) -> str:
     return "\n".join([*lines, *(f"seed {seed}: {error}" for seed, error in sorted(failed.items()))])
 
 
-def _play_seed(seed: int) -> tuple[int, str]:
-    with TemporaryDirectory() as folder:
-        try:
-            check(Path(folder), schedule(seed))
-        except Exception as error:
-            return seed, f"{type(error).__name__}: {error}".splitlines()[0]
-    return seed, ""
-
-
-def main() -> None:
-    """Play the schedules of seeds 0 to N − 1 that the progress file does not have, and write the table of all."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=60)
-    parser.add_argument("--parallel", type=int, default=max(1, (os.cpu_count() or 1) // 2))
-    parser.add_argument("--progress", type=Path, default=Path("runs/recovery.jsonl"), help="one line for each run")
-    parser.add_argument("--results", type=Path, help="a file for the table")
-    arguments = parser.parse_args()
-    arguments.progress.parent.mkdir(parents=True, exist_ok=True)
-    arguments.progress.touch()
-    done = {int(one["seed"]): str(one["error"]) for one in map(json.loads, arguments.progress.open())}
-    wanted = [seed for seed in range(arguments.runs) if done.get(seed, "not yet")]
-    undisturbed()
-    with ThreadPoolExecutor(arguments.parallel) as pool, arguments.progress.open("a") as progress:
-        for seed, error in pool.map(_play_seed, wanted):
-            done[seed] = error
-            progress.write(json.dumps({"seed": seed, "error": error}) + "\n")
-            progress.flush()
-            print(f"seed {seed}: {error or 'right'}", flush=True)
-    table = describe({seed: error for seed, error in done.items() if seed < arguments.runs})
-    print(table)
-    if arguments.results:
-        arguments.results.write_text(table + "\n")
-    sys.exit(any(done.values()))
-
-
 if __name__ == "__main__":
-    main()
+    seeded.main(__doc__ or "", lambda folder, seed: check(folder, schedule(seed)), describe, "runs/recovery.jsonl")
