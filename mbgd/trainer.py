@@ -144,6 +144,7 @@ class Trainer:
     def restore(self, snapshot: Snapshot) -> None:
         """Resume from a snapshot; UsageError, with nothing changed, if it does not fit model, optimizer and data."""
         self._parts.restore(snapshot)
+        self.setup.buffers.start_step()  # from now on these are the values before the step
         self.log.last_logged = snapshot.step
         self.progress = Progress(snapshot.step, is_over=True)
 

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch.distributed import HashStore
 
-from mbgd.checkpoints.handover import Progress
+import mbgd
+from mbgd.checkpoints.handover import Carried, Progress
 from mbgd.errors import UsageError
 from mbgd.tracking.base import Trackers
 from mbgd.tracking.recent import Recent
@@ -22,7 +24,7 @@ from mbgd.workers.membership import Membership, Roster
 
 import survivors
 from own_processes import started_by_user
-from struck import SLOW, STRIKES
+from struck import SLOW, STRIKES, Small
 from survivors import OVERRIDES, PROGRAM, Schedule, Strike
 
 ROOT = Path(__file__).parent.parent
@@ -144,6 +146,28 @@ def test_the_launcher_names_the_workers() -> None:
     new = Membership(store, 3, 3)
     assert new.is_newcomer
     assert not roster.has_come(3)
+
+
+def test_a_state_can_be_handed_on_at_once() -> None:
+    """Buffers, too: put back are those of the state, not those of the new model."""
+    first, second = (make_trainer() for _ in range(2))
+    first.fit()
+    wanted = first.snapshot()
+    second.take_over(Carried(wanted, Progress(wanted.step, is_over=True)))
+    carried = second.carried([])
+    assert carried is not None
+    assert carried.progress.step == wanted.step
+    for file, tensors in wanted.tensors.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(carried.snapshot.tensors[file][name], tensor), name
+
+
+def make_trainer() -> mbgd.Trainer:
+    torch.manual_seed(0)
+    model = Small()
+    data = mbgd.Data(train=mbgd.data.digits("test"))
+    settings = mbgd.Settings(steps=5, batch=mbgd.Batch(64))
+    return mbgd.Trainer(model, mbgd.CrossEntropy(), torch.optim.AdamW(model.parameters()), data, settings)
 
 
 @pytest.mark.parametrize(
