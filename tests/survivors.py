@@ -104,8 +104,8 @@ def play(folder: Path, plan: Schedule) -> str:
     if plan.num_spare:
         environment[SLOW] = "0.05"
     launcher = [f"workers={plan.num_workers}", "recovery=continue", f"--max-restarts={plan.num_spare}"]
-    # Long enough for a busy machine; where a worker stops, the others wait for it as long.
-    seconds = 6 if any(one.kind is signal.SIGSTOP for one in plan.strikes) else 40
+    # Only where a worker stops do the others wait as long; waiting otherwise is a fault, and takes too long for a run.
+    seconds = 6 if any(one.kind is signal.SIGSTOP for one in plan.strikes) else 600
     command = [sys.executable, PROGRAM, *launcher, *OVERRIDES, f"backend.timeout_seconds={seconds}"]
     with started_by_user(command, folder, environment) as process:
         code = process.wait(SECONDS_FOR_A_RUN)

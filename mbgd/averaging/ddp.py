@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 import torch.distributed as dist
@@ -28,11 +29,11 @@ _BUFFERS_STAY: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broadc
 _NOTHING: AbstractContextManager[object] = nullcontext()
 
 
-Hook = Callable[[object, GradBucket], torch.futures.Future[Tensor]]
+Hook = Callable[[GradBucket], torch.futures.Future[Tensor]]
 
 
 def wrap(task: nn.Module, trained: Trained, hook: Hook, *, find_unused_parameters: bool) -> DistributedDataParallel:
-    """The task under DDP, whose buckets of gradients go to `hook` instead of being averaged."""
+    """The task under DDP, whose buckets of gradients go to `hook`, a method, instead of being averaged."""
     of_optimizer = set(trained.parameters)
     if not trained.with_gradient():
         raise UsageError("none of the optimizer's parameters requires a gradient; there is nothing to train.")
@@ -46,8 +47,15 @@ def wrap(task: nn.Module, trained: Trained, hook: Hook, *, find_unused_parameter
         find_unused_parameters=find_unused_parameters,
         **_BUFFERS_STAY,
     )
-    ddp.register_comm_hook(state=None, hook=hook)
+    ddp.register_comm_hook(state=WeakMethod(hook), hook=_call)
     return ddp
+
+
+def _call(hook: "WeakMethod[Hook]", bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    """DDP's C++ part holds its hook for good; the method itself would hold its averaging, and that DDP, for ever."""
+    method = hook()
+    assert method is not None, "the averaging is gone"
+    return method(bucket)
 
 
 def completed(buffer: Tensor) -> torch.futures.Future[Tensor]:
@@ -128,7 +136,7 @@ class DDP:
             self._wrapped = set(self._trained.with_gradient())
             self._ddp = wrap(self._task, self._trained, self._sum_bucket, find_unused_parameters=self._parameters_vary)
 
-    def _sum_bucket(self, state: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    def _sum_bucket(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         self._exchanged = bucket.is_last()
         if self._norms is not None:
             self._norms.take(self._number, of_bucket(bucket), self._before)

@@ -135,7 +135,7 @@ class Reproducible:
             return {parameter: gradient + 0.0 for parameter, gradient in gradients.items()}
         return gradients
 
-    def _send_bucket(self, state: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    def _send_bucket(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         buffer = bucket.buffer()
         if self._parameters_vary:
             buffer += 0.0

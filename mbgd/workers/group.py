@@ -4,6 +4,7 @@ One process is a group of size 1: the same calls work and cost nothing.
 """
 
 import hashlib
+import importlib
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -245,6 +246,9 @@ def _form_group(
     stay_on_this_host()
     is_later = membership is not None and membership.generation.number > 0
     if membership is not None:
+        # Its functions keep the group that there is when it is imported, as default arguments. Then the group's
+        # connections would stay open, and the others would wait for this worker after it has left.
+        importlib.import_module("torch.distributed.nn.functional")
         membership.meet(timeout_seconds)
         store = membership.store
     else:
