@@ -3,18 +3,18 @@
 A worker that ends by itself with an error ends the run, as ever: the others would run into the same error.
 """
 
+import os
 import signal
 import sys
 from contextlib import suppress
 from typing import Any
 
+from torch.distributed import FileStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.elastic.multiprocessing.subprocess_handler import get_subprocess_handler
 
 from mbgd.workers.membership import SEAT, Roster, common_store
-from mbgd.workers.store import join_store
-
-SECONDS_FOR_THE_STORE = 10.0
+from mbgd.workers.store import STORE
 
 
 class Rest:
@@ -23,7 +23,7 @@ class Rest:
     def __init__(self, processes: Any, run_id: str, num_restarts: int) -> None:
         """processes: torch's SubprocessContext, from which lost ones are taken out."""
         self._processes = processes
-        store = PrefixStore(run_id, join_store(SECONDS_FOR_THE_STORE))
+        store = PrefixStore(run_id, FileStore(os.environ[STORE]))
         self._roster = Roster(common_store(store, num_restarts), len(processes.subprocess_handlers))
         self._places = {seat: seat for seat in self._roster.generation.seats}
         """Seat → local rank, of the workers that train or are about to."""
