@@ -23,7 +23,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from mbgd.workers.group import start_workers
 from mbgd.workers.parent import PR_SET_PDEATHSIG
 
-from processes import environment
+from processes import environment, running
 
 CLONE_NEWNS, CLONE_NEWPID = 0x00020000, 0x20000000
 MS_REC, MS_PRIVATE = 1 << 14, 1 << 18
@@ -77,14 +77,8 @@ def hosts_started(
         context.Process(target=_host, args=(sum(hosts[:number]), size, sum(hosts), store.port, function, arguments))
         for number, size in enumerate(hosts)
     ]
-    try:
-        for process in processes:
-            process.start()
+    with running(processes):
         yield processes
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
 
 
 def _host(

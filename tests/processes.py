@@ -6,7 +6,7 @@ import pickle
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -63,10 +63,17 @@ def started(
     processes: list[multiprocessing.process.BaseProcess] = [
         context.Process(target=function, args=(rank, num_workers, port, *arguments)) for rank in range(num_workers)
     ]
+    with running(processes):
+        yield processes
+
+
+@contextmanager
+def running(processes: Sequence[multiprocessing.process.BaseProcess]) -> Iterator[None]:
+    """Start the processes; those that still run at the end are killed."""
     try:
         for process in processes:
             process.start()
-        yield processes
+        yield
     finally:
         for process in processes:
             process.kill()

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mbgd.averaging.host_memory.layout import Layout, whole_lines
+from mbgd.averaging.host_memory.layout import Layout, joined, whole_lines
 from mbgd.averaging.pieces import Owned, Piece
 from mbgd.workers.group import Workers
 
@@ -31,11 +31,12 @@ class SentParameters:
         offsets = dict(zip(by_owner, layout.offsets, strict=True))
         self._views = [views[number] for number in range(len(by_owner))]
         self.owned = Owned(self._parameters, of_workers, self._views, workers.rank)
-        self._sent = [
-            (rank, memory[begin:end])
+        ranges = [
+            (rank, *self._range_of(piece, offsets[piece.parameter]))
             for rank, pieces in enumerate(of_workers)
-            for begin, end in _joined([self._range_of(piece, offsets[piece.parameter]) for piece in pieces])
+            for piece in pieces
         ]
+        self._sent = [(rank, memory[begin:end]) for rank, begin, end in joined(ranges)]
         """Each owner with memory that only its pieces lie in."""
         self.adopt()
 
@@ -59,14 +60,3 @@ class SentParameters:
         """Those whose memory was replaced. What was written into it counts, as in the copies of unsharded workers."""
         together = zip(self._names, self._parameters, self._views, strict=True)
         return [name for name, parameter, view in together if parameter.data_ptr() != view.data_ptr()]
-
-
-def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Ranges that follow each other as one."""
-    joined: list[tuple[int, int]] = []
-    for begin, end in sorted(ranges):
-        if joined and joined[-1][1] == begin:
-            joined[-1] = joined[-1][0], end
-        else:
-            joined.append((begin, end))
-    return joined

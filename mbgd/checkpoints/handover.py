@@ -14,7 +14,7 @@ from mbgd.workers.group import Workers
 from mbgd.workers.messages import bytes_of, empty
 
 Told = tuple[str, int, Any]
-"""What a tracker was told after a step: its method, the step, and the method's other argument."""
+"""What a tracker was told after a step: its method, the step, and the method's other arguments."""
 
 
 @dataclass

@@ -6,7 +6,6 @@ A worker that ends by itself with an error ends the run, as ever: the others wou
 import os
 import signal
 import sys
-from contextlib import suppress
 from typing import Any
 
 from torch.distributed import FileStore  # type: ignore[attr-defined]
@@ -68,10 +67,10 @@ class Rest:
 
     def _end(self, seat: int) -> None:
         """Kill a worker that does not answer the others: it must not come back once they have gone on."""
-        if seat in self._places and self._poll(self._places[seat]) is None:
-            with suppress(ProcessLookupError):
-                self._processes.subprocess_handlers[self._places[seat]].proc.kill()
-            self._processes.subprocess_handlers[self._places[seat]].proc.wait()
+        if seat in self._places:
+            process = self._processes.subprocess_handlers[self._places[seat]].proc
+            process.kill()  # does nothing where it has ended
+            process.wait()
 
     def _take_out(self, seat: int, code: int, num_left: int) -> int:
         """Forget a lost worker, with num_left that train; returns its local rank."""

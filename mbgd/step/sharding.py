@@ -220,7 +220,7 @@ def _cut(setup: Setup, *, tries: bool) -> list[list[Piece]] | None:
 
 
 def _stays_in_place(optimizer: Optimizer) -> bool:
-    """See `ShardedState`."""
+    """See `SharedState`."""
     return type(optimizer) in (*_of_torch(ELEMENTWISE), *_of_torch(BY_PARAMETERS), MuonAdamW)
 
 

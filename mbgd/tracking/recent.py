@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mbgd.checkpoints.handover import Told
 from mbgd.tracking.base import Ending, Metrics, Trackers
 
 
@@ -14,8 +15,7 @@ class Recent:
 
     def __init__(self, trackers: Trackers) -> None:
         self._trackers = trackers
-        self.told: list[tuple[str, int, Any]] = []
-        """(method, step, the method's other arguments)."""
+        self.told: list[Told] = []
 
     def progress(self, step: int) -> None:
         self._trackers.progress(step)
@@ -31,7 +31,7 @@ class Recent:
     def close(self, ending: Ending) -> None:
         self._trackers.close(ending)
 
-    def catch_up(self, told: Sequence[tuple[str, int, Any]]) -> None:
+    def catch_up(self, told: Sequence[Told]) -> None:
         """Pass on what another worker's was told after its newest step and this one was not."""
         if told and self.told and self.told[0][1] == told[0][1]:
             told = told[len(self.told) :]

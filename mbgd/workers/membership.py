@@ -10,7 +10,6 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from datetime import timedelta
 
 import msgspec
 from torch.distributed.distributed_c10d import PrefixStore, Store
@@ -58,7 +57,8 @@ class Roster:
 
     def silent(self) -> list[int]:
         """Seats that do not answer the others, though they have not ended."""
-        return [int(seat) for seat in self._read(SILENT)] if self._store.check([SILENT]) else []
+        seats: list[int] = json.loads(self._store.get(SILENT)) if self._store.check([SILENT]) else []
+        return seats
 
     def has_come(self, seat: int) -> bool:
         """Whether a new worker is ready to join."""
@@ -71,10 +71,6 @@ class Roster:
     def complete(self) -> None:
         """Tell workers that wait for the others that the run is complete."""
         self._store.set(COMPLETE, "")
-
-    def _read(self, key: str) -> list[int]:
-        found: list[int] = json.loads(self._store.get(key))
-        return found
 
 
 class Membership:
@@ -170,7 +166,6 @@ class Membership:
             if time.monotonic() > deadline:
                 raise WorkersLost(f"{len(missing)} of the workers that go on did not come.")
             time.sleep(SECONDS_BETWEEN_LOOKS)
-        store.set_timeout(timedelta(seconds=timeout_seconds))
 
     def _check_complete(self) -> None:
         if self._store.check([COMPLETE]):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mbgd.averaging.host_memory.layout import whole_lines
 from mbgd.averaging.host_memory.memory import HostMemory
+from mbgd.workers.messages import bytes_of
 
 T = TypeVar("T")
 
@@ -60,7 +61,7 @@ class BetweenHosts:
     def gather(self, values: Tensor) -> list[Tensor]:
         """Every worker's `values` by rank, valid until the second call after this one; for small tensors."""
         mine = torch.stack(list(self.memory.all_gather(values)))
-        of_hosts = self.swap(as_bytes(mine), [len(host) * values.nbytes for host in self.hosts])
+        of_hosts = self.swap(bytes_of(mine), [len(host) * values.nbytes for host in self.hosts])
         return self.by_rank([of_host.view(values.dtype).view(-1, *values.shape) for of_host in of_hosts])
 
     def by_rank(self, of_hosts: Sequence[Iterable[T]]) -> list[T]:
@@ -72,16 +73,11 @@ class BetweenHosts:
     def sum(self, values: Tensor) -> Tensor:
         """The sum of all workers' `values`: of each host's workers in rank order, then of the hosts in order."""
         mine = reduce(torch.add, self.memory.all_gather(values))
-        of_hosts = self.swap(as_bytes(mine), [values.nbytes] * len(self.hosts))
+        of_hosts = self.swap(bytes_of(mine), [values.nbytes] * len(self.hosts))
         return reduce(torch.add, [of_host.view(values.dtype).view(values.shape) for of_host in of_hosts])
 
     def describe(self) -> str:
         return f"shared memory on each of {len(self.hosts)} hosts, gloo between them"
-
-
-def as_bytes(values: Tensor) -> Tensor:
-    """The bytes of a contiguous tensor, as a view."""
-    return values.contiguous().view(-1).view(torch.uint8)
 
 
 def start(*, received: Iterable[Message], sent: Iterable[Message]) -> list[dist.Work]:

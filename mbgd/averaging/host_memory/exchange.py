@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from mbgd.averaging.host_memory.layout import LINE_BYTES, Layout, whole_lines
+from mbgd.averaging.host_memory.layout import LINE_BYTES, Layout, joined, whole_lines
 from mbgd.averaging.host_memory.memory import HostMemory
 from mbgd.averaging.host_memory.rows import MOVED_ON, NO_NOTE, Row, Rows
 from mbgd.averaging.pieces import Owned, cut_out
@@ -61,7 +61,7 @@ class Exchange:
                 begin = layout.offsets[number] + piece.start * tensor.element_size()
                 ranges.append((tensor.dtype, begin, begin + whole_lines(tensor.nbytes)))
                 self._sums.append((tensor, number, cut_out(views[number], piece)))
-        self._chunks = list(_chunks(of_workers, _joined(ranges)))
+        self._chunks = list(_chunks(of_workers, joined(ranges)))
 
     def __call__(
         self,
@@ -131,17 +131,6 @@ def _equal_slice(layout: Layout, rank: int, num_workers: int) -> list[tuple[torc
         first, last = (start + LINE_BYTES * cut(num_lines, num_workers, edge) for edge in (rank, rank + 1))
         ranges.append((dtype, first, last))
     return ranges
-
-
-def _joined(ranges: Sequence[tuple[torch.dtype, int, int]]) -> list[tuple[torch.dtype, int, int]]:
-    """Ranges that follow each other as one."""
-    joined: list[tuple[torch.dtype, int, int]] = []
-    for dtype, begin, end in sorted(ranges, key=lambda one: one[1]):
-        if joined and joined[-1][0] == dtype and joined[-1][2] == begin:
-            joined[-1] = (dtype, joined[-1][1], end)
-        else:
-            joined.append((dtype, begin, end))
-    return joined
 
 
 def _chunks(rows: Sequence[Tensor], ranges: Sequence[tuple[torch.dtype, int, int]]) -> Iterator[list[list[Tensor]]]:

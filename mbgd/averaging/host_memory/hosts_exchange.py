@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mbgd.averaging.host_memory.between_hosts import BetweenHosts, as_bytes, start, wait
+from mbgd.averaging.host_memory.between_hosts import BetweenHosts, start, wait
 from mbgd.averaging.host_memory.exchange import Fold
 from mbgd.averaging.host_memory.layout import LINE_BYTES
 from mbgd.averaging.host_memory.rows import MOVED_ON, NO_NOTE, Row, Rows
 from mbgd.batches.plan import cut
+from mbgd.workers.messages import bytes_of
 
 CHUNK_BYTES = 2**19
 """Bytes of every row that are sent together."""
@@ -104,7 +105,7 @@ class HostsExchange:
         notes = torch.tensor(self._rows.notes(), dtype=torch.uint8)
         sizes = [values.nbytes, 2 * num_parameters]
         told = self._between.swap(
-            torch.cat([as_bytes(values), there, notes]), [sum(sizes) + len(ranks) for ranks in hosts]
+            torch.cat([bytes_of(values), there, notes]), [sum(sizes) + len(ranks) for ranks in hosts]
         )
         of_hosts = [torch.split(one, [*sizes, len(ranks)]) for one, ranks in zip(told, hosts, strict=True)]
         self._read_flags([of_host.numpy().tobytes() for _, of_host, _ in of_hosts])

@@ -1,9 +1,12 @@
 """Where tensors lie in a piece of shared memory."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+Kind = TypeVar("Kind")
 
 LINE_BYTES = 64
 """Each tensor is aligned to a cache line, which also suits the widest vector instructions."""
@@ -38,3 +41,14 @@ class Layout:
 def whole_lines(num_bytes: int) -> int:
     """The number of bytes, rounded up to whole cache lines."""
     return -(-num_bytes // LINE_BYTES) * LINE_BYTES
+
+
+def joined(ranges: Iterable[tuple[Kind, int, int]]) -> list[tuple[Kind, int, int]]:
+    """Ranges (kind, begin, end) of one kind that follow each other as one, in the order of memory."""
+    found: list[tuple[Kind, int, int]] = []
+    for kind, begin, end in sorted(ranges, key=lambda one: one[1]):
+        if found and found[-1][0] == kind and found[-1][2] == begin:
+            found[-1] = (kind, found[-1][1], end)
+        else:
+            found.append((kind, begin, end))
+    return found
