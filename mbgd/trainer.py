@@ -149,8 +149,12 @@ class Trainer:
         self.progress = Progress(snapshot.step, is_over=True)
 
     def carried(self, told: Sequence[Told]) -> Carried | None:
-        """The state for another group of workers, without a collective; None in the middle of an update."""
-        if self.progress.step != self.state.step:
+        """The state for another group of workers, without a collective; None where this worker does not have it all.
+
+        The trainer makes no further step.
+        """
+        step = self.state.step
+        if self.progress.step != step or not self.train_step.update.state.recall(step):
             return None
         self.setup.buffers.put_back()  # forwards of a step that was not finished have changed them
         return Carried(self.snapshot(), self.progress, list(told))

@@ -15,7 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mbgd.averaging import pieces
+
 STRIKES, OVER_GLOO, SLOW = "STRIKES", "STRUCK_OVER_GLOO", "STRUCK_SLOW"
+HALF_UPDATED = "half updated"
+"""A phase: the worker's pieces are half updated, here by something that is no number."""
 
 
 class Small(nn.Module):
@@ -23,6 +27,7 @@ class Small(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        pieces.BLOCK = 256  # so that workers own parts of parameters
         self.first, self.norm, self.last = nn.Linear(64, 24), nn.BatchNorm1d(24), nn.Linear(24, 10)
         self.dropout = nn.Dropout(0.3)
 
@@ -33,15 +38,18 @@ class Small(nn.Module):
 
 
 def places() -> dict[str, tuple[Any, str]]:
-    """By phase: what is called in it."""
+    """By phase: what is called in it, as owner and name."""
     from torch.optim import AdamW
 
     from mbgd import trainer
+    from mbgd.averaging.host_memory.parameters import SharedParameters
     from mbgd.averaging.reproducible import Reproducible
+    from mbgd.averaging.sent_parameters import SentParameters
     from mbgd.checkpoints import format as checkpoint
     from mbgd.cli import run
     from mbgd.evaluation.evaluator import Evaluations
     from mbgd.runs.run_folder import RunFolder
+    from mbgd.step.kept_pieces import KeptPieces
     from mbgd.step.observers import Observers
     from mbgd.step.sums import Sums
     from mbgd.task.task import Task
@@ -53,6 +61,9 @@ def places() -> dict[str, tuple[Any, str]]:
         "averaging": (Reproducible, "finish"),
         "sums": (Sums, "exchange"),
         "optimizer": (AdamW, "step"),
+        HALF_UPDATED: (AdamW, "step"),
+        "keeping": (KeptPieces, "keep"),
+        "spreading": (SentParameters if OVER_GLOO in os.environ else SharedParameters, "spread"),
         "observers": (Observers, "after_update"),
         "logging": (Recent, "log"),
         "checking": (trainer.Trainer, "check"),
@@ -78,10 +89,20 @@ def arm(phase: str, count: int, number: int) -> None:
         if calls == count and not number:
             raise ArithmeticError("struck")
         if calls == count:
+            if phase == HALF_UPDATED:
+                spoil(arguments[0])
             os.kill(os.getpid(), number)
         return function(*arguments, **keywords)
 
     setattr(owner, name, struck)
+
+
+def spoil(optimizer: torch.optim.Optimizer) -> None:
+    """Leave what the optimizer holds as no update does."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            for tensor in (parameter.detach(), *optimizer.state[parameter].values()):
+                tensor.fill_(float("nan"))
 
 
 def arm_all() -> None:

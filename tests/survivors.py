@@ -10,7 +10,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import zip_longest
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 
 import seeded
 from own_processes import started_by_user
-from struck import OVER_GLOO, SLOW, STRIKES
+from struck import HALF_UPDATED, OVER_GLOO, SLOW, STRIKES
 
 NUM_STEPS = 40
 SECONDS_FOR_A_RUN = 180
@@ -56,6 +56,7 @@ COUNTS = {
     "handing over": 2,
 }
 """By phase: about how often it comes in a run on a worker."""
+COUNTS_OF_SHARDING = {HALF_UPDATED: NUM_STEPS, "keeping": NUM_STEPS, "spreading": NUM_STEPS}
 OF_THE_MAIN_WORKER = ("saving", "results")
 AT_THE_SECOND_START = ("building", "handing over")
 
@@ -74,6 +75,7 @@ class Schedule:
     strikes: tuple[Strike, ...]
     num_spare: int = 0
     over_gloo: bool = False
+    is_sharded: bool = False
 
 
 def schedule(seed: int) -> Schedule:
@@ -94,7 +96,11 @@ def schedule(seed: int) -> Schedule:
         least = 2 if phase in AT_THE_SECOND_START else 1
         kind = signal.SIGSTOP if chance.random() < 0.12 else signal.SIGKILL
         strikes.append(Strike(seat, phase, chance.randint(least, COUNTS[phase]), kind))
-    return Schedule(num_workers, tuple(strikes), chance.choice([0, 0, 2]), chance.choice([False, False, True]))
+    num_spare, over_gloo, is_sharded = chance.choice([0, 0, 2]), chance.random() < 1 / 3, chance.random() < 0.5
+    if is_sharded:
+        phase = chance.choice([*COUNTS_OF_SHARDING])
+        strikes[0] = replace(strikes[0], phase=phase, count=chance.randint(1, COUNTS_OF_SHARDING[phase]))
+    return Schedule(num_workers, tuple(strikes), num_spare, over_gloo, is_sharded)
 
 
 def play(folder: Path, plan: Schedule) -> str:
@@ -106,6 +112,7 @@ def play(folder: Path, plan: Schedule) -> str:
     launcher = [f"workers={plan.num_workers}", "recovery=continue", f"--max-restarts={plan.num_spare}"]
     # Only where a worker stops do the others wait as long; waiting otherwise is a fault, and takes too long for a run.
     seconds = 6 if any(one.kind is signal.SIGSTOP for one in plan.strikes) else 600
+    launcher += ["sharding=optimizer"] if plan.is_sharded else []
     command = [sys.executable, PROGRAM, *launcher, *OVERRIDES, f"backend.timeout_seconds={seconds}"]
     with started_by_user(command, folder, environment) as process:
         code = process.wait(SECONDS_FOR_A_RUN)
@@ -156,7 +163,7 @@ def describe(seeds: Mapping[int, str]) -> str:
         "",
         f"{'':<14}{'kill -9':>10}{'SIGSTOP':>10}",
     ]
-    for phase in COUNTS:
+    for phase in COUNTS | COUNTS_OF_SHARDING:
         counts = Counter(one.kind for one in strikes if one.phase == phase)
         lines.append(f"{phase:<14}{counts[signal.SIGKILL]:>10}{counts[signal.SIGSTOP]:>10}")
     lines.append("")
@@ -164,6 +171,7 @@ def describe(seeds: Mapping[int, str]) -> str:
         *((f"{n} workers", Counter(plan.num_workers for plan in plans)[n]) for n in (2, 3, 4)),
         ("others take their place", sum(plan.num_spare > 0 for plan in plans)),
         ("over gloo", sum(plan.over_gloo for plan in plans)),
+        ("sharding=optimizer", sum(plan.is_sharded for plan in plans)),
     ):
         lines.append(f"{name:<26}{count:>8}")
     return "\n".join([*lines, *(f"seed {seed}: {error}" for seed, error in sorted(failed.items()))])

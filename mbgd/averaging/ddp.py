@@ -21,6 +21,7 @@ from mbgd.batches.plan import MicroBatch
 from mbgd.errors import UsageError
 from mbgd.task.trained import Trained
 from mbgd.workers.group import Workers
+from mbgd.workers.under_way import UnderWay
 
 # `task/buffers.py` averages the buffers that change. torch 2.13 renamed the option.
 _RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
@@ -123,8 +124,8 @@ class DDP:
         self._ddp: DistributedDataParallel | None = None
         self._norms: MicroBatchNorms | None = None
         self._exchanged = True
-        self._works: list[dist.Work] = []
-        """Exchanges under way, started by all workers in the same order: the sum of the weights, then the buckets."""
+        self._sums = UnderWay()
+        """First that of the weights, then those of the buckets."""
         self._late: list[Tensor] = []
         self._owned: Owned | None = None
         trained.moved_on()
@@ -146,7 +147,8 @@ class DDP:
         return completed(bucket.buffer())
 
     def _start_sums(self) -> None:
-        self._works += [dist.all_reduce(buffer, async_op=True) for buffer in self._late]
+        for buffer in self._late:
+            self._sums.add(dist.all_reduce(buffer, async_op=True))
         self._late.clear()
 
     def forward(self, batch: Any, num_examples: int) -> Any:
@@ -199,9 +201,7 @@ class DDP:
             return [note]
         check_exchanged(self._trained, self._exchanged)
         self._start_sums()
-        for work in self._works:
-            work.wait()
-        self._works.clear()
+        self._sums.wait()
         if self._trained.moved_on():
             self._sum_late([p for p in self._trained.with_gradient() if p not in self._wrapped])
             self._wrap()
@@ -224,7 +224,7 @@ class DDP:
     ) -> Callable[[], Tensor]:
         total = sum_here(leaves, num_values, self._workers.device)
         if self._ddp is not None:
-            self._works.append(dist.all_reduce(total, async_op=True))
+            self._sums.add(dist.all_reduce(total, async_op=True))
         return lambda: total
 
     def gather(self, values: Tensor) -> Sequence[Tensor]:

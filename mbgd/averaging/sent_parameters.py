@@ -13,6 +13,7 @@ from torch import nn
 from mbgd.averaging.host_memory.layout import Layout, joined, whole_lines
 from mbgd.averaging.pieces import Owned, Piece
 from mbgd.workers.group import Workers
+from mbgd.workers.under_way import UnderWay
 
 
 class SentParameters:
@@ -38,6 +39,7 @@ class SentParameters:
         ]
         self._sent = [(rank, memory[begin:end]) for rank, begin, end in joined(ranges)]
         """Each owner with memory that only its pieces lie in."""
+        self._broadcasts = UnderWay()
         self.adopt()
 
     def _range_of(self, piece: Piece, offset: int) -> tuple[int, int]:
@@ -52,9 +54,10 @@ class SentParameters:
                 parameter.data = view
 
     def spread(self) -> None:
-        works = [dist.broadcast(memory, src=rank, async_op=True) for rank, memory in self._sent if len(memory)]
-        for work in works:
-            work.wait()
+        for rank, memory in self._sent:
+            if len(memory):
+                self._broadcasts.add(dist.broadcast(memory, src=rank, async_op=True))
+        self._broadcasts.wait()
 
     def written_by_others(self) -> list[str]:
         """Those whose memory was replaced. What was written into it counts, as in the copies of unsharded workers."""

@@ -20,7 +20,7 @@ from mbgd.building.observers import make_observers
 from mbgd.building.optimizer import make_optimizer
 from mbgd.building.references import referred
 from mbgd.checkpoints import saving
-from mbgd.config import Config, Recovery, Run, ShardingName, in_steps, validate
+from mbgd.config import Config, Run, in_steps, validate
 from mbgd.config.duration import FORMS, problem
 from mbgd.config.field_types import WORDS, converted
 from mbgd.config.renamed import new_name
@@ -201,8 +201,6 @@ def build_trainer(config: Config, workers: Workers, seeded: SeededData | None = 
     data = seeded.data
     torch.manual_seed(config.seed)
     torch.set_rng_state(seeded.generator_state)
-    if config.recovery is Recovery.continue_:  # each worker has the whole state
-        config = dataclasses.replace(config, sharding=ShardingName.none)
     from_data = {key: getattr(data.train, key, None) for key in FROM_DATA if config.model.get(key, ...) is None}
     model = make("model", config.model, **from_data)
     if not isinstance(model, torch.nn.Module):

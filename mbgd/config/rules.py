@@ -10,9 +10,7 @@ from mbgd.config.settings import (
     CompileName,
     Config,
     Precision,
-    Recovery,
     Settings,
-    ShardingName,
 )
 
 
@@ -120,11 +118,6 @@ def _problems_of_a_run(config: Config) -> list[str]:
         found.append(
             f"profile={config.profile}; it must name the first and the last of some optimizer steps, counted "
             "from 1, such as steps:10-20, or be null."
-        )
-    if config.recovery is Recovery.continue_ and config.sharding is ShardingName.optimizer:
-        found.append(
-            "recovery=continue with sharding=optimizer; a lost worker's pieces of the optimizer's state may be half "
-            "updated, and nobody else has them. Use sharding=auto, which then shards nothing, or recovery=restart."
         )
     texts = {f"run.{name}": value for name, value in vars(config.run).items()}
     texts |= {"checkpoint.best": checkpoint.best, "sweep.metric": config.sweep.metric}

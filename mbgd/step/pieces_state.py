@@ -42,6 +42,10 @@ class StateKind:
         return cls(dtype, tuple(shape), tuple(strides), is_cut, device)
 
     @property
+    def is_on_host(self) -> bool:
+        return self.device == "cpu"
+
+    @property
     def num_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
@@ -58,13 +62,14 @@ class PiecesState(ABC):
         """As if the optimizer held the parameters; its `state_dict()` is that of now."""
         vars(self.whole).update(vars(optimizer))
         self.whole.state_dict = self._whole_state_dict  # type: ignore[method-assign]
-        self._holds_pieces = False
+        self.holds_pieces = False
+        """Whether the optimizer holds them in place of the parameters."""
 
     def hold(self) -> None:
         """Give the optimizer this worker's pieces in place of the parameters, until `release`."""
-        if self._holds_pieces:
+        if self.holds_pieces:
             return
-        self._holds_pieces = True
+        self.holds_pieces = True
         self.whole.param_groups = [dict(group) for group in self._optimizer.param_groups]
         self.whole.state = defaultdict(dict, self._optimizer.state)
         hold_pieces(self._optimizer, self._owned)
@@ -74,7 +79,16 @@ class PiecesState(ABC):
     def release(self) -> None:
         """Give the optimizer the parameters and the whole state back; every worker calls this."""
         self._read()
-        self._holds_pieces = False
+        self._give_back()
+
+    def release_with(self, state: Mapping[Tensor, Any]) -> None:
+        """Give the optimizer the parameters back, and this whole state, without the other workers."""
+        self.whole.state = defaultdict(dict, state)
+        self._copy_options(self._optimizer, self.whole)
+        self._give_back()
+
+    def _give_back(self) -> None:
+        self.holds_pieces = False
         del self._optimizer.state_dict
         for group, whole in zip(self._optimizer.param_groups, self.whole.param_groups, strict=True):
             group.update(whole)
@@ -116,7 +130,7 @@ class PiecesState(ABC):
         """Called by every worker once the pieces have another state."""
 
     def _read(self) -> None:
-        if self._holds_pieces:
+        if self.holds_pieces:
             self._read_pieces()
         else:
             self.whole.state = defaultdict(dict, self._optimizer.state)
@@ -148,8 +162,8 @@ class PiecesState(ABC):
         self._read()
         return type(self.whole).state_dict(self.whole)
 
-    def _described(self) -> tuple[list[Any], list[dict[str, Tensor]]]:
-        """Each piece with state, as JSON values, and its tensors by path."""
+    def described(self) -> tuple[list[Any], list[dict[str, Tensor]]]:
+        """Of this worker: each piece with state, as JSON values, and its tensors by path."""
         entries, tensors = [], []
         for piece, tensor in zip(self._owned.pieces, self._owned.tensors, strict=True):
             if not (state := self._optimizer.state.get(tensor)):

@@ -1,6 +1,7 @@
 """The state of the pieces where workers share no memory: each worker has its own, and they meet to put it together."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
 from typing import Any
@@ -10,19 +11,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mbgd.averaging.pieces import Owned, in_memory_order, with_strides
+from mbgd.averaging.pieces import Owned
 from mbgd.checkpoints.keeper import Keeper
 from mbgd.checkpoints.together import TakenTogether
 from mbgd.errors import UsageError
 from mbgd.files.memory import available_bytes
-from mbgd.step.pieces_state import PiecesState, StateKind, nested, order
+from mbgd.step.pieces_state import PiecesState
+from mbgd.step.whole_state import WholeState, own_parts
 from mbgd.workers.group import Workers
 
 CHUNK_BYTES = 2**24
 """Bytes that are sent at once: many small tensors together, large ones in parts."""
-
-Key = tuple[int, str]
-"""(number of the parameter, path in its state)."""
 
 
 class ScatteredState(PiecesState):
@@ -41,7 +40,7 @@ class ScatteredState(PiecesState):
 
     @property
     def is_everywhere(self) -> bool:
-        return not self._holds_pieces
+        return not self.holds_pieces
 
     def problems(self, find: Callable[[], list[str]]) -> list[str]:
         """Each worker looks at its own pieces."""
@@ -81,25 +80,22 @@ class ScatteredState(PiecesState):
         to_host: in the host's memory, otherwise where the optimizer keeps it. A taker on which it is not whole
         afterwards says why when it is read.
         """
-        if not self._holds_pieces:
+        if not self.holds_pieces:
             return
         mine, tensors, of_workers = self._agree_on_entries()
-        is_taker = self._workers.rank in takers
-        wanted: dict[Key, Tensor] = {}
+        is_taker, whole = self._workers.rank in takers, WholeState(of_workers, self._owned)
         if is_taker and not self._why_not:
-            self._why_not = self._allocate(wanted, of_workers, len(takers), to_host=to_host)
+            self._why_not = self._allocate(whole, len(takers), to_host=to_host)
         reasons = [why for why in self._workers.gather_values(self._why_not) if why]
         if reasons:
             self._why_not = reasons[0] if is_taker else ""
             return
-        firsts = _first_starts(of_workers)
-        outgoing = list(self._vectors(mine, tensors, firsts))
-        incoming: list[list[Tensor]] = [[] for _ in of_workers]
-        if is_taker:
-            incoming = [self._places(entries, rank, wanted, firsts) for rank, entries in enumerate(of_workers)]
+        outgoing = list(own_parts(mine, tensors))
+        incoming: list[list[Tensor]] = [whole.places(rank) if is_taker else [] for rank in range(len(of_workers))]
         self._exchange(outgoing, incoming, takers)
         if is_taker:
-            self._build(of_workers, wanted)
+            self.whole.state = defaultdict(dict, whole.state())
+            self._is_here = True
 
     def drop(self) -> None:
         """Forget the whole state."""
@@ -137,7 +133,7 @@ class ScatteredState(PiecesState):
         tensors: list[dict[str, Tensor]] = []
         told: dict[str, Any]
         try:
-            mine, tensors = self._described()
+            mine, tensors = self.described()
             told = {"entries": mine, "why": ""}
         except UsageError as error:
             told = {"entries": [], "why": str(error)}
@@ -145,53 +141,17 @@ class ScatteredState(PiecesState):
         self._why_not = next((one["why"] for one in of_workers if one["why"]), "")
         return mine, tensors, [one["entries"] for one in of_workers]
 
-    def _allocate(
-        self, wanted: dict[Key, Tensor], of_workers: list[list[Any]], num_takers: int, *, to_host: bool
-    ) -> str:
-        """Make memory for every tensor of the whole state; why that failed, or an empty text."""
-        kinds = {
-            (number, path): StateKind.of(kind)
-            for number, _, _, paths in sorted(_all(of_workers), key=order, reverse=True)  # so the first piece counts
-            for path, kind in paths.items()
-        }
-        on_host = sum(kind.num_bytes for kind in kinds.values() if to_host or kind.device == "cpu")
-        available = available_bytes()
-        if available is not None and on_host * num_takers > available:  # the takers may be on one host
-            return f"the whole takes {on_host * num_takers:,} bytes, and {available:,} bytes are available"
+    def _allocate(self, whole: WholeState, num_takers: int, *, to_host: bool) -> str:
+        """Make memory for the whole state; why that failed, or an empty text."""
+        available, needed = available_bytes(), num_takers * whole.num_bytes(lambda kind: to_host or kind.is_on_host)
+        if available is not None and needed > available:  # the takers may be on one host
+            return f"the whole takes {needed // num_takers:,} bytes, and {available:,} bytes are available"
+        host, device = torch.device("cpu"), self._workers.device
         try:
-            for key, kind in kinds.items():
-                device = "cpu" if to_host or kind.device == "cpu" else self._workers.device
-                wanted[key] = torch.empty_strided(kind.shape, kind.strides, dtype=kind.dtype, device=device)
+            whole.allocate(lambda kind: host if to_host or kind.is_on_host else device)
         except (MemoryError, RuntimeError) as error:
-            wanted.clear()
             return str(error).splitlines()[0]
         return ""
-
-    def _vectors(
-        self, entries: list[Any], tensors: list[dict[str, Tensor]], firsts: Mapping[int, int]
-    ) -> Iterator[Tensor]:
-        """This worker's part of the whole state, as bytes in the order of memory."""
-        for (number, start, _, kinds), of_piece in zip(entries, tensors, strict=True):
-            for path, tensor in of_piece.items():
-                kind = StateKind.of(kinds[path])
-                if kind.is_cut or start == firsts[number]:
-                    strides = tensor.stride() if kind.is_cut else kind.strides
-                    yield in_memory_order(with_strides(tensor, strides)).view(torch.uint8)
-
-    def _places(
-        self, entries: list[Any], rank: int, wanted: Mapping[Key, Tensor], firsts: Mapping[int, int]
-    ) -> list[Tensor]:
-        """Where the vectors of the worker `rank` go, in the order in which it sends them."""
-        sizes = {(one.parameter, one.start): one.stop - one.start for one in self._owned.of_workers[rank]}
-        places = []
-        for number, start, _, kinds in entries:
-            for path, values in kinds.items():
-                kind = StateKind.of(values)
-                if kind.is_cut or start == firsts[number]:
-                    whole = in_memory_order(wanted[number, path])
-                    part = whole[start : start + sizes[number, start]] if kind.is_cut else whole
-                    places.append(part.view(torch.uint8))
-        return places
 
     def _exchange(self, outgoing: list[Tensor], incoming: list[list[Tensor]], takers: Collection[int]) -> None:
         """Send to each taker. In each round every worker sends to one and receives from one, so all links are busy."""
@@ -215,26 +175,6 @@ class ScatteredState(PiecesState):
             work.wait()
         for place, part in zip(places, torch.split(received, [len(place) for place in places]), strict=True):
             place.copy_(part)
-
-    def _build(self, of_workers: list[list[Any]], wanted: Mapping[Key, Tensor]) -> None:
-        self.whole.state.clear()
-        for number, _, tree, kinds in sorted(_all(of_workers), key=order):
-            parameter = self._owned.parameters[number]
-            if parameter not in self.whole.state:  # that of the first piece
-                self.whole.state[parameter] = nested(tree, {path: wanted[number, path] for path in kinds})
-        self._is_here = True
-
-
-def _all(of_workers: list[list[Any]]) -> list[Any]:
-    return [entry for entries in of_workers for entry in entries]
-
-
-def _first_starts(of_workers: list[list[Any]]) -> dict[int, int]:
-    """For each parameter with state, where the first of its pieces with state starts."""
-    firsts: dict[int, int] = {}
-    for number, start, *_ in _all(of_workers):
-        firsts[number] = min(start, firsts.get(number, start))
-    return firsts
 
 
 def _in_chunks(vectors: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -16,6 +16,7 @@ from mbgd.checks.setup import Setup
 from mbgd.config import ShardingName
 from mbgd.errors import UsageError
 from mbgd.optimizers import Lamb, Lars, MuonAdamW
+from mbgd.step.kept_pieces import KeptPieces
 from mbgd.step.norms import NormOfPieces
 from mbgd.step.optimizer_trial import STEP_HOOKS
 from mbgd.step.pieces_state import PiecesState
@@ -48,6 +49,8 @@ class Sharded:
     """Of the trained parameters."""
     compares_before: Callable[[int], bool]
     """compares_before(n): whether the parameters are compared before step number n is made."""
+    kept: KeptPieces | None
+    """Where each worker keeps its pieces for the others; None where these do not go on without it."""
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -129,6 +132,8 @@ def shard(setup: Setup, averaging: Averager, users_observers: Sequence[str]) -> 
 def _no_gain(setup: Setup, averaging: Averager) -> str:
     """Why auto does not shard, although it could; empty if it does."""
     workers = setup.workers
+    if workers.go_on:
+        return "with recovery=continue each piece is kept twice; sharding=optimizer asks for it"
     if averaging.shares_memory:
         num_bytes = sum(p.nbytes for p in setup.trained.parameters)
         return f"for parameters of {num_bytes:,} bytes there is nothing to gain" if num_bytes < LEAST_BYTES else ""
@@ -150,6 +155,7 @@ def _sharded(setup: Setup, averaging: Averager, of_workers: list[list[Piece]]) -
     parameters, workers, optimizer = averaging.own(setup.trained.by_name, of_workers), setup.workers, setup.optimizer
     names, owned = list(setup.trained.by_name), parameters.owned
     setup.trained.pieces = [(names[p.parameter], t) for p, t in zip(owned.pieces, owned.tensors, strict=True)]
+    kept = KeptPieces(optimizer, owned, workers) if workers.go_on else None
     state: PiecesState
     if parameters.allocate is None:
         state = ScatteredState(optimizer, owned, workers)
@@ -164,6 +170,7 @@ def _sharded(setup: Setup, averaging: Averager, of_workers: list[list[Piece]]) -
         averaging,
         names,
         compares_before=(lambda step: False) if averaging.shares_memory else _Compares(setup),
+        kept=kept,
     )
 
 

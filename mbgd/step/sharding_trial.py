@@ -40,23 +40,35 @@ def works_in_pieces(optimizer: Optimizer, parameters: Sequence[Tensor], of_worke
 
 
 def state_bytes(optimizer: Optimizer) -> int | None:
-    """Bytes of the state that the optimizer has, or makes in its first step, alone; None if that is not known.
+    """Bytes of the state that the optimizer has, or makes in its first step, alone; None if that is not known."""
+    made = made_state(optimizer)
+    if made is None:
+        return None
+    return sum(one.nbytes for p, tensors in made.items() if p.requires_grad or p in optimizer.state for one in tensors)
 
-    The step is made with tensors that have shapes and no memory, by the slowest kernels, which compute on these, too.
+
+def made_state(optimizer: Optimizer) -> dict[Tensor, list[Tensor]] | None:
+    """The tensors of each parameter's state, or tensors like them where it has none; None if that is not known.
+
+    The first step is made with tensors that have shapes and no memory, by the slowest kernels, which compute on these,
+    too.
     """
+    parameters = parameters_of(optimizer)
+    held: Sequence[Tensor] = parameters
     if not optimizer.state:
-        parameters = parameters_of(optimizer)
         copies = [nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad) for p in parameters]
-        optimizer = copy_holding(optimizer, parameters, copies)
+        held, optimizer = copies, copy_holding(optimizer, parameters, copies)
         for group in optimizer.param_groups:
             group.update({kernel: False for kernel in ("foreach", "fused") if kernel in group})
         for copy in copies:
-            copy.grad = torch.empty_like(copy) if copy.requires_grad else None
+            copy.grad = torch.empty_like(copy)  # also where it is frozen, which may end
         try:
             type(optimizer).step(optimizer)
         except Exception:  # it looks at values
             return None
-    return sum(one.nbytes for state in optimizer.state.values() for one in state.values() if isinstance(one, Tensor))
+    states = [optimizer.state.get(one, {}).values() for one in held]
+    tensors = [[one for one in state if isinstance(one, Tensor)] for state in states]
+    return dict(zip(parameters, tensors, strict=True))
 
 
 def _step(

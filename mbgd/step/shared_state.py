@@ -65,7 +65,7 @@ class SharedState(PiecesState):
         if self._stays_in_place:
             self._has_moved[self._workers.rank] = len(self._optimizer.state) != self._num_placed
         else:
-            self._has_moved[self._workers.rank] = not self._write_board(*self._described())
+            self._has_moved[self._workers.rank] = not self._write_board(*self.described())
 
     def settle(self) -> None:
         """Find places for new state."""
@@ -84,7 +84,7 @@ class SharedState(PiecesState):
 
     def _place(self) -> None:
         """Let all workers' state lie in shared memory."""
-        mine, tensors = self._described()
+        mine, tensors = self.described()
         of_workers = self._workers.gather_values(mine)
         first: dict[int, Any] = {}
         for number, start, _, kinds in sorted((one for entries in of_workers for one in entries), key=order):

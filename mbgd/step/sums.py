@@ -182,19 +182,23 @@ class Weights:
 
 
 class MovingBuffers:
-    """Replaces buffers that forwards change by their means over the minibatch."""
+    """Replaces buffers that forwards change by their means over the minibatch.
+
+    Only once the parameters are updated: where a worker is lost before, the step is made again.
+    """
 
     needs_backward = True  # checkpointed layers run their forward again in it
 
     def __init__(self, buffers: Buffers, alarm: Alarm) -> None:
         self._buffers, self._alarm, self._step = buffers, alarm, 0
+        self._total: tuple[Tensor, int] | None = None
 
     @property
     def width(self) -> int:
         return self._buffers.num_values
 
     def begin(self, step: int) -> bool:
-        self._step = step
+        self._step, self._total = step, None
         return bool(self._buffers)
 
     def add(self, terms: PerExample, micro_batch: MicroBatch) -> None:
@@ -204,4 +208,9 @@ class MovingBuffers:
         return dict(self._buffers.sums())
 
     def take(self, total: Tensor, minibatch: Minibatch) -> None:
-        self._alarm.check_integers(self._step, self._buffers.take(total, minibatch.size))
+        self._total = total, minibatch.size
+
+    def move(self) -> None:
+        """Set the buffers to their means over the step's minibatch, if it has moved them."""
+        if self._total is not None:
+            self._alarm.check_integers(self._step, self._buffers.take(*self._total))

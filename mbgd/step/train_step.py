@@ -98,8 +98,7 @@ class TrainStep:
 
     def begin(self, step: int) -> None:
         """Call before step number `step` where the parameters may have been set by others than the steps."""
-        if self.sharded is not None:
-            self.sharded.begin(step)
+        self.update.state.begin(step)
 
     def together(self, checkpoints: Keeper | None) -> Keeper:
         """The checkpoints, taken by all workers together where each has a part of the state. Every worker calls it."""
@@ -158,6 +157,7 @@ class TrainStep:
         with part("optimizer"):
             wants_norm = self._means.is_measured or self._on_gpu
             norms = self.update(step, weight, want_norm=wants_norm, want_change=is_logged)
+        self._moving.move()
         if self.alarm.everywhere.found():
             self.alarm.stop(step, shard)
         num_tokens = totals.count if totals is not None and self._setup.findings.has_tokens else None

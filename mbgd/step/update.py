@@ -132,6 +132,7 @@ class Update:
         before = [None if p is None else p.clone() for p in updated]
         gradient_norm = self._step(step, weight, want_norm=want_norm or want_change)
         if self._sharded is not None:
+            self.state.keep(step + 1)
             self._sharded.share()
         if gradient_norm is None:
             return None

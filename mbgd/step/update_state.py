@@ -10,6 +10,7 @@ from torch import Tensor
 from mbgd.checkpoints.snapshot import Snapshot
 from mbgd.checks.setup import Setup
 from mbgd.step.optimizer_state import OptimizerState
+from mbgd.step.pieces_state import NOT_COPIED
 from mbgd.step.sharding import Sharded
 
 _PLAIN = (bool, int, float, str, tuple)
@@ -56,10 +57,46 @@ class UpdateState:
             restore()
         else:
             self._sharded.state.replace(restore)
-            self._sharded.begin(snapshot.step)
         self._num_skipped.fill_(values["skipped_steps"])
         if self._scaler is not None and "scaler" in values:
             self._scaler.load_state_dict(values["scaler"])
+        self.begin(snapshot.step)
+
+    def begin(self, step: int) -> None:
+        """With sharding: let all workers' pieces be those of the parameters and the state of now, after `step` steps.
+
+        Every worker calls this. ReplicasDiffer if the parameters differ.
+        """
+        if self._sharded is not None:
+            self._sharded.begin(step)
+            self.keep(step)
+            if self._sharded.kept is not None:
+                self._sharded.replicas.workers.barrier()  # all have kept theirs
+
+    def keep(self, step: int) -> None:
+        """Keep what this worker alone has of the state after `step` steps, for the others."""
+        if self._sharded is not None and self._sharded.kept is not None:
+            scaler = None if self._scaler is None else self._scaler.state_dict()
+            beside = _Beside(list(map(_copied, self._groups)), self._num_skipped.clone(), scaler)
+            self._sharded.kept.keep(step, self._sharded.state, beside)
+
+    def recall(self, step: int) -> bool:
+        """Have the whole state after `step` steps on this worker, without the others, of which some may be lost.
+
+        The optimizer then holds the parameters. False, with nothing changed, where that is not known.
+        """
+        if self._sharded is None or not self._sharded.state.holds_pieces:
+            return True
+        kept = self._sharded.kept
+        beside: _Beside | None = None if kept is None else kept.recall(step, self._sharded.state)
+        if beside is None:
+            return False
+        for group, options in zip(self._groups, beside.groups, strict=True):
+            group.update(options)
+        self._num_skipped.copy_(beside.num_skipped)
+        if self._scaler is not None and beside.scaler is not None:
+            self._scaler.load_state_dict(beside.scaler)
+        return True
 
     @property
     def copied(self) -> "Copied":
@@ -80,6 +117,22 @@ class UpdateState:
         if self._scaler is not None:
             values["scaler"] = self._scaler.state_dict()
         return values
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """What every worker has a copy of."""
+
+    groups: list[dict[str, Any]]
+    num_skipped: Tensor
+    scaler: dict[str, Any] | None
+
+
+def _copied(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group's options that an optimizer may change in place."""
+    options = {name: value for name, value in group.items() if name not in NOT_COPIED}
+    copies = {name: value.clone() for name, value in options.items() if isinstance(value, Tensor)}
+    return copies | {name: value for name, value in options.items() if isinstance(value, _PLAIN)}
 
 
 @dataclass(frozen=True)

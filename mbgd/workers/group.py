@@ -29,6 +29,7 @@ from mbgd.workers.parent import end_with_parent
 from mbgd.workers.process_settings import remembered
 from mbgd.workers.roll_call import RollCall, describe
 from mbgd.workers.store import join_store, of_this_round, stay_on_this_host
+from mbgd.workers.under_way import let_end
 
 SECONDS_FOR_THREADS_TO_END = 0.1
 
@@ -44,6 +45,8 @@ class Workers:
     backend: str = "gloo"
     timeout_seconds: float = 600.0
     """How long an exchange waits for a worker."""
+    go_on: bool = False
+    """Whether the others go on where one is lost (recovery=continue)."""
 
     def __post_init__(self) -> None:
         if self.device.type == "cuda" and self.device.index is None:
@@ -188,6 +191,7 @@ def start_workers(
             device=worker_device,
             backend=backend,
             timeout_seconds=timeout_seconds,
+            go_on=membership is not None,
         )
         if num_workers > 1:
             dist.barrier()
@@ -205,6 +209,7 @@ def start_workers(
 
 def _leave(membership: Membership | None, roll_call: RollCall | None) -> None:
     if membership is not None and dist.is_initialized():
+        let_end()
         dist.destroy_process_group()  # wakes the others that wait for this worker, and makes room for a new group
     if roll_call is not None:
         roll_call.end()
