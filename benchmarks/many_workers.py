@@ -25,11 +25,13 @@ from machine import as_worker, publish
 NUM_WORKERS = (1, 2, 4, 8, 16, 32)
 MINIBATCH = 64
 SECONDS_PER_ROUND = 0.5
+LEAST_STEPS = 500
+"""So that what each `fit` does once, such as comparing the replicas, hardly counts."""
 
 
 def measure_steps(workers: mbgd.Workers, rounds: int, results: list[float]) -> None:
     """Seconds a step, of each round."""
-    num_steps = 40
+    num_steps = LEAST_STEPS
     for number in range(rounds + 1):
         torch.manual_seed(0)
         model = torch.nn.Linear(32, 1)
@@ -44,7 +46,7 @@ def measure_steps(workers: mbgd.Workers, rounds: int, results: list[float]) -> N
         workers.barrier()
         seconds = (time.perf_counter() - start) / num_steps
         if number == 0:  # warms up, and tells how many steps a round takes
-            num_steps = max(workers.gather_values(max(40, int(SECONDS_PER_ROUND / seconds))))
+            num_steps = max(workers.gather_values(max(LEAST_STEPS, int(SECONDS_PER_ROUND / seconds))))
         elif workers.is_main:
             results.append(seconds)
 
