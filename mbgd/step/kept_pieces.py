@@ -39,7 +39,7 @@ class KeptPieces:
         Raises CannotShareError, and UsageError where it is not known how much state the optimizer makes.
         """
         self._owned, self._workers, self._num_kept = owned, workers, 0
-        made = made_state(optimizer)
+        made = made_state(optimizer) or made_state(optimizer, from_values=True)
         if made is None:
             raise UsageError(
                 f"recovery=continue with sharding=optimizer, but how much state {type(optimizer).__name__} makes is "

@@ -47,21 +47,23 @@ def state_bytes(optimizer: Optimizer) -> int | None:
     return sum(one.nbytes for p, tensors in made.items() if p.requires_grad or p in optimizer.state for one in tensors)
 
 
-def made_state(optimizer: Optimizer) -> dict[Tensor, list[Tensor]] | None:
+def made_state(optimizer: Optimizer, *, from_values: bool = False) -> dict[Tensor, list[Tensor]] | None:
     """The tensors of each parameter's state, or tensors like them where it has none; None if that is not known.
 
     The first step is made with tensors that have shapes and no memory, by the slowest kernels, which compute on these,
-    too.
+    too. from_values: with copies of the parameters, for optimizers that look at values.
     """
     parameters = parameters_of(optimizer)
     held: Sequence[Tensor] = parameters
     if not optimizer.state:
-        copies = [nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad) for p in parameters]
+        copies = [
+            nn.Parameter(p.detach().clone() if from_values else torch.empty_like(p, device="meta")) for p in parameters
+        ]
         held, optimizer = copies, copy_holding(optimizer, parameters, copies)
         for group in optimizer.param_groups:
             group.update({kernel: False for kernel in ("foreach", "fused") if kernel in group})
         for copy in copies:
-            copy.grad = torch.empty_like(copy)  # also where it is frozen, which may end
+            copy.grad = torch.zeros_like(copy)  # also where it is frozen, which may end
         try:
             type(optimizer).step(optimizer)
         except Exception:  # it looks at values
