@@ -30,11 +30,13 @@ class CudaGraphs:
         """The last pass looks for what no replay can do: waiting for the GPU, and random numbers of the host."""
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            for _ in range(WARM_UPS - 1):
-                work()
-            self._look(work)
-        current.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                for _ in range(WARM_UPS - 1):
+                    work()
+                self._look(work)
+        finally:  # the work writes to buffers, which are then put back on the current stream
+            current.wait_stream(self._stream)
 
     def _look(self, work: Callable[[], object]) -> None:
         mode = torch.cuda.get_sync_debug_mode()
