@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +238,7 @@ def test_one_loader_serves_all_evaluations() -> None:
 class Reruns:
     """In the place of CUDA's graphs: a replay does the work again, and leaves the results where the first were.
 
-    As with CUDA's, buffers change without their `_version`.
+    As with CUDA's, buffers change without their `_version`, and a recording draws nothing from the generator.
     """
 
     def __init__(self, buffers: tuple[Tensor, ...] = ()) -> None:
@@ -246,11 +247,13 @@ class Reruns:
 
     def warm_up(self, work: Callable[[], object]) -> None:
         self.num_warmed_up += 1
-        work()
+        for _ in range(2):
+            work()
 
     def record(self, work: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
         self.num_recorded += 1
-        outputs = work()
+        with torch.random.fork_rng([]):
+            outputs = work()
 
         def replay() -> None:
             self.num_replays += 1
@@ -265,6 +268,18 @@ class Reruns:
             assert (one is None) == (into is None)
             if one is not None and into is not None:
                 into.copy_(one)
+
+
+class Waits(Reruns):
+    def warm_up(self, work: Callable[[], object]) -> None:
+        super().warm_up(work)
+        raise CannotRecordError("the forward waits for the GPU")
+
+
+class Breaks(Reruns):
+    def record(self, work: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
+        super().record(work)
+        raise RuntimeError("no memory is left\nmore of it")
 
 
 CUT = {"batch": mbgd.Batch(14, 5), "steps": 24, "log_every_steps": 10, "noise_scale": NoiseScale(every_steps=7)}
@@ -334,6 +349,28 @@ def test_one_micro_batch_a_step_is_replayed_to_the_same_bits() -> None:
     assert passes.num_replayed == len([5, 6, 7, 8, 9, 11, 12])
 
 
+class Noisy(torch.optim.SGD):
+    """Draws random numbers after the forward and the backward."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        super().step()
+        for parameter in (one for group in self.param_groups for one in group["params"]):
+            parameter.add_(torch.randn_like(parameter), alpha=1e-3)
+
+
+@pytest.mark.parametrize("recorder", [Reruns, Waits, Breaks])
+def test_what_is_drawn_after_a_micro_batch_is_the_same(recorder: type[Reruns]) -> None:
+    def make() -> mbgd.Trainer:
+        how = {**CUT, "batch": mbgd.Batch(20), "steps": 8}
+        return make_trainer(mbgd.Workers(), "mlp with dropout", optimizer=partial(Noisy, lr=0.01), **how)
+
+    wanted, trainer = bits(make()), make()
+    passes = replaying(trainer, recorder())
+    assert bits(trainer) == wanted
+    assert (passes.num_replayed > 0) == (recorder is Reruns)
+
+
 def test_parameters_that_are_trained_later_have_graphs_of_their_own() -> None:
     def make() -> mbgd.Trainer:
         torch.manual_seed(0)
@@ -368,18 +405,6 @@ def test_shapes_beyond_the_most_graphs_stay_eager(monkeypatch: pytest.MonkeyPatc
     replaying(trainer, recorder)
     trainer.fit()
     assert recorder.num_recorded == 0
-
-
-class Waits(Reruns):
-    def warm_up(self, work: Callable[[], object]) -> None:
-        super().warm_up(work)
-        raise CannotRecordError("the forward waits for the GPU")
-
-
-class Breaks(Reruns):
-    def record(self, work: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
-        super().record(work)
-        raise RuntimeError("no memory is left\nmore of it")
 
 
 class Differs(Reruns):

@@ -6,8 +6,7 @@ with an eager computation of the next micro-batch; in every step that is logged 
 eagerly, and a replay is compared again. Whatever a graph cannot do is refused by name, and training goes on eagerly.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
 from operator import attrgetter
@@ -182,7 +181,7 @@ class Graphed:
                 "training runs within torch.autocast, whose cache of casts would outlive a recording"
             )
         try:
-            with self._undisturbed():
+            with random_state_kept(self._setup.workers.device):
                 self._check_constant(key.state)
                 graph = self._record(step, examples)
                 self._check_constant(key.state)
@@ -219,7 +218,7 @@ class Graphed:
 
         CannotRecordError if they differ, or UsageError where the graph has been replayed before.
         """
-        with self._undisturbed():
+        with random_state_kept(self._setup.workers.device):
             graph.fill(examples.batch)
             once = partial(self._once, graph, step, examples.micro_batch)
             eager = once(graph.compute)
@@ -241,16 +240,8 @@ class Graphed:
         self._restart(step, micro_batch)
         return graph.named(how())
 
-    @contextmanager
-    def _undisturbed(self) -> Iterator[None]:
-        """What is computed inside leaves buffers and random numbers as they were before a micro-batch, or after one."""
-        with random_state_kept(self._setup.workers.device):
-            try:
-                yield
-            finally:
-                self._setup.buffers.put_back()
-
     def _restart(self, step: int, micro_batch: MicroBatch) -> None:
+        """As before an eager micro-batch, which has left its values of the buffers with `Buffers.end_micro_batch`."""
         self._setup.buffers.put_back()
         key_generators(self._setup.workers.device, self._setup.settings.seed, step, micro_batch.number)
 
