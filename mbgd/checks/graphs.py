@@ -18,27 +18,33 @@ HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backwa
 
 def obstacles(setup: Setup, users_observers: Sequence[str]) -> list[str]:
     """What forbids graphs in this run, each by name."""
-    settings, workers, findings = setup.settings, setup.workers, setup.findings
-    found = {
-        "the workers compute on a CPU": workers.device.type != "cuda",
-        f"{workers.num_workers} workers exchange gradients by hooks within the backward": workers.num_workers > 1,
-        "the objective looks at several examples at once (encode and losses)": setup.task.pair is not None,
-        f"compile={settings.compile.value}": settings.compile is not CompileName.none,
-        "activation_checkpointing.layers draws random numbers again in the backward": bool(
-            settings.activation_checkpointing.layers
+    settings, workers = setup.settings, setup.workers
+    varies = settings.averaging.find_unused_parameters or setup.findings.unused_parameters
+    kept = shown(extra_state(setup.task))
+    of_modules = hooked(dict(setup.task.named_modules()))
+    rules = (
+        (workers.device.type != "cuda", "the workers compute on a CPU"),
+        (workers.num_workers > 1, f"{workers.num_workers} workers exchange gradients by hooks within the backward"),
+        (setup.task.pair is not None, "the objective looks at several examples at once (encode and losses)"),
+        (
+            settings.compile is not CompileName.none,
+            f"compile={settings.compile.value}, and compiled parts are not recorded",
         ),
-        "which parameters take part may differ from step to step": bool(
-            settings.averaging.find_unused_parameters or findings.unused_parameters
+        (
+            settings.activation_checkpointing.layers,
+            "activation_checkpointing.layers draws random numbers again in the backward",
         ),
-        "check.recompute_every_steps blames the hardware for other bits": (
-            settings.check.recompute_every_steps is not None
+        (varies, "which parameters take part may differ from step to step"),
+        (
+            settings.check.recompute_every_steps is not None,
+            "check.recompute_every_steps would blame the hardware for a replay's bits",
         ),
-        "log_every_steps=1, and a logged step is eager": whole(settings.log_every_steps) == 1,
-        f"modules keep extra state on the host ({shown(extra_state(setup.task))})": bool(extra_state(setup.task)),
-        f"the observer {shown(users_observers, most=1)} may change what a forward does": bool(users_observers),
-    }
-    found |= dict.fromkeys(filter(None, [hooked(dict(setup.task.named_modules()))]), True)
-    return [reason for reason, holds in found.items() if holds]
+        (whole(settings.log_every_steps) == 1, "log_every_steps=1, and a logged step is eager"),
+        (kept, f"modules keep extra state on the host ({kept})"),
+        (users_observers, f"the observer {shown(users_observers, most=1)} may change what a forward does"),
+        (of_modules, of_modules),
+    )
+    return [reason for holds, reason in rules if holds]
 
 
 def hooked(modules: Mapping[str, nn.Module]) -> str:
