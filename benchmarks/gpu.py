@@ -1,8 +1,9 @@
 """Steps on GPUs: `python benchmarks/gpu.py`, under 4 minutes on one card.
 
 A step of mbgd against a hand-written loop on the same work, in interleaved rounds in the same processes (DDP over nccl
-on every GPU of this host, if there are several); reproducible against ddp; how long a snapshot blocks training; and the
-share of a step spent waiting for examples. Ratio > 1: the trainer is faster.
+on every GPU of this host, if there are several); reproducible against ddp; how long a snapshot blocks training; the
+share of a step spent waiting for examples; and, on one GPU, steps replayed as CUDA graphs against eager ones. With a
+ratio > 1 the second column is faster.
 
 Without a GPU the same code runs at toy sizes on the CPU, to show that it runs; the numbers are not written.
 """
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, product
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mbgd
 from mbgd.config import AveragingName, NoiseScale
-from mbgd.models import CNN, GPT, ResNet
+from mbgd.models import CNN, GPT, MLP, ResNet
+from mbgd.step.graphed import Graphed
 from mbgd.workers import cuda
 
 from machine import publish
@@ -74,6 +76,16 @@ WORKS = (
     )
 )
 PRECISIONS = ("fp32", "bf16")
+SMALL_GPT = {"num_layers": 4, "num_heads": 4, "width": 128}
+SMALL_WORKS = (
+    (
+        Work("mlp digits, 64", partial(MLP, (1, 8, 8), 10), (1, 8, 8), 64, 200),
+        Work("gpt 4 layers, 16 × 64 tokens", partial(GPT, (64,), 96, **SMALL_GPT), 64, 16, 100, 96),
+    )
+    if ON_GPU
+    else (Work("mlp", partial(MLP, (1, 8, 8), 10, hidden=(8,)), (1, 8, 8), 8, 8),)
+)
+"""Steps whose kernels take the host longer to launch than the GPU to compute."""
 
 
 def wait(device: torch.device) -> None:
@@ -193,6 +205,24 @@ def measure_reproducible(workers: mbgd.Workers) -> Iterator[str]:
     yield line(work, "fp32", ddp, reproducible, ratio)
 
 
+def measure_graphs(workers: mbgd.Workers) -> Iterator[str]:
+    """Steps that are replayed against eager ones, of the same bits; or why nothing is replayed.
+
+    With deterministic kernels: a graph is used only where eager computations repeat their bits.
+    """
+    if workers.num_workers > 1:
+        return
+    yield f"{'CUDA graphs, ms of a step':<28}{'':>6}{'off':>10}{'auto':>10}  ratio"
+    torch.use_deterministic_algorithms(True)
+    for work, precision in (*product((*SMALL_WORKS, WORKS[0]), PRECISIONS), (WORKS[-1], "bf16")):
+        trainers = [make_trainer(work, workers, precision, cuda_graphs=graphs) for graphs in ("off", "auto")]
+        off, auto, ratio = ratio_of((by_trainer(work, trainers[0]), by_trainer(work, trainers[1])), workers)
+        passes = trainers[1].train_step.passes
+        reason = passes.reason if isinstance(passes, Graphed) else trainers[1].train_step.describe_cuda_graphs
+        yield line(work, precision, off, auto, f"{ratio}{f'  {reason}' if reason else ''}")
+    torch.use_deterministic_algorithms(False)
+
+
 def measure_snapshot(workers: mbgd.Workers) -> str:
     work = WORKS[-1]
     trainer = make_trainer(work, workers, "bf16")
@@ -218,13 +248,16 @@ def measure_the_rest(workers: mbgd.Workers) -> Iterator[str]:
     yield measure_loader(workers)
 
 
+MEASURED = (measure_steps, measure_reproducible, measure_the_rest, measure_graphs)
+
+
 def measure(rank: int, num_workers: int, port: int) -> None:
     torch.set_num_threads(max((os.cpu_count() or 1) // num_workers, 1))
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_workers)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with mbgd.start_workers() as workers:
         lines = []
-        for found in chain(measure_steps(workers), measure_reproducible(workers), measure_the_rest(workers)):
+        for found in chain(*(measured(workers) for measured in MEASURED)):
             lines.append(found)
             if workers.is_main:
                 print(found, file=sys.stderr, flush=True)  # there even if time runs out

@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -34,6 +36,7 @@ from mbgd.measuring.clock import MOST_EVENTS, PARTS, StreamStopwatch
 from mbgd.models import CNN, GPT, MLP
 from mbgd.optimizers import Lamb, Lars, MuonAdamW
 from mbgd.runs.conditions import conditions
+from mbgd.step.graphed import Graphed
 from mbgd.step.histograms import histogram
 from mbgd.workers import cuda
 from mbgd.workers.group import start_workers
@@ -401,6 +404,119 @@ def test_what_is_wrong_is_told_at_the_next_logged_step(device: str) -> None:
 
     with pytest.raises(mbgd.UsageError, match="step 4"):
         trainer.fit(stop=Spoils())
+
+
+# Micro-batches that are replayed as CUDA graphs
+
+
+def graph_bits(trainer: mbgd.Trainer) -> tuple[str, str]:
+    """Of the metrics and the state after training."""
+    metrics = {k: v for k, v in trainer.fit().metrics.items() if not k.startswith("time/")}
+    found, snapshot = hashlib.sha256(), trainer.snapshot()
+    for of_file in snapshot.tensors.values():
+        for _, tensor in sorted(of_file.items()):
+            found.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    torch.use_deterministic_algorithms(False)
+    return found.hexdigest(), repr(sorted(metrics.items()))
+
+
+@needs_cuda
+@pytest.mark.parametrize(
+    ("name", "precision", "averaging"),
+    [
+        *((name, "fp32", "ddp") for name in MODELS),
+        *((name, "bf16", "reproducible") for name in MODELS),
+        ("gpt", "fp32", "reproducible"),
+        ("cnn with BatchNorm", "bf16", "ddp"),
+        ("gpt", "bf16", "ddp"),
+        ("gpt", "bf16-true", "ddp"),
+        ("mlp with dropout", "fp16", "ddp"),
+    ],
+)
+def test_graphs_train_to_the_bits_of_eager_micro_batches(name: str, precision: str, averaging: str) -> None:
+    """With micro-batches of 4 and 5 examples, and steps that are logged or measure their noise, which are eager."""
+    cut = {"batch": mbgd.Batch(14, 5), "steps": 24, "log_every_steps": 10, "noise_scale": NoiseScale(every_steps=7)}
+    objective = Weighted() if name.startswith("cnn") else None
+    found = {}
+    for graphs in ("off", "auto"):
+        torch.use_deterministic_algorithms(True)  # so that with ddp, too, eager micro-batches repeat their bits
+        trainer = make_trainer(
+            alone("cuda"), name, averaging, precision, objective=objective, cuda_graphs=graphs, **cut
+        )
+        found[graphs] = graph_bits(trainer)
+    passes = trainer.train_step.passes
+    assert isinstance(passes, Graphed)
+    assert passes.reason == ""
+    assert passes.num_replayed > 24
+    assert found["auto"] == found["off"]
+
+
+class Around(nn.Module):
+    """A model with dropout, and something that its forward does."""
+
+    def __init__(self, also: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.also = MLP((1, 8, 8), 10, hidden=(16,), dropout=0.1), also
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.also(self.inner(inputs))
+
+
+def read(outputs: Tensor) -> Tensor:
+    return outputs * (1.0 if outputs.sum().item() < 1e9 else 2.0)
+
+
+def draw_on_the_host(outputs: Tensor) -> Tensor:
+    return outputs * float(np.random.random())
+
+
+def synchronize(outputs: Tensor) -> Tensor:
+    torch.cuda.synchronize()
+    return outputs
+
+
+def draw_on_the_device(outputs: Tensor) -> Tensor:
+    return outputs * torch.rand_like(outputs)
+
+
+@needs_cuda
+@pytest.mark.parametrize(
+    ("also", "reason"),
+    [
+        (read, "waits for the GPU"),
+        (draw_on_the_host, "draws random numbers on the host|two eager computations"),
+        (synchronize, "waits for the GPU|the capture failed"),
+        (draw_on_the_device, ""),
+    ],
+)
+def test_what_no_graph_can_do_is_named_and_training_goes_on(also: Callable[[Tensor], Tensor], reason: str) -> None:
+    found = {}
+    for graphs in ("off", "auto"):
+        model = Around(also)
+        np.random.seed(0)
+        trainer = mbgd.Trainer(
+            model,
+            mbgd.CrossEntropy(),
+            ADAMW(model.parameters()),
+            mbgd.Data(train=images()),
+            mbgd.Settings(batch=mbgd.Batch(20, 10), steps=10, cuda_graphs=graphs),  # type: ignore[arg-type]
+            alone("cuda"),
+        )
+        found[graphs] = graph_bits(trainer)
+    passes = trainer.train_step.passes
+    assert isinstance(passes, Graphed)
+    assert re.search(reason, passes.reason) if reason else passes.reason == ""
+    assert (passes.num_replayed > 0) == (not reason)
+    assert found["auto"] == found["off"]
+    # Nothing is left of a broken capture, in which memory that two streams have used would not be freed.
+    before = torch.cuda.memory_stats()["active_bytes.all.current"]
+    values = torch.zeros(2**20, device="cuda")
+    values.record_stream(torch.cuda.Stream())
+    del values
+    torch.cuda.synchronize()
+    torch.empty(1, device="cuda")  # an allocation first frees what was waited for
+    assert torch.cuda.memory_stats()["active_bytes.all.current"] <= before
 
 
 # Snapshots, precisions, going on

@@ -109,6 +109,8 @@ def _rule(reason: str) -> str:
     kinds = {"Integer": int, "Float": float, "Boolean": bool}
     if found := re.search(r"could not be converted to (\w+)", reason):
         return f" It takes {WORDS[kinds[found[1]]].lower()}." if found[1] in kinds else ""
+    if re.search(r"'False', expected one of \[.*\boff\b", reason):
+        return ' YAML reads off as false: write "off", with quotes.'
     if "is not a subclass of" in reason:
         return " It is a section: give values to its keys."
     if "is not a ListConfig" in reason:

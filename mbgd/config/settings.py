@@ -72,6 +72,13 @@ class CompileName(Enum):
     blocks = "blocks"  # each part of a ModuleList or Sequential by itself: compiled faster, and once for equal ones
 
 
+class CudaGraphsName(Enum):
+    """Whether micro-batches are replayed as CUDA graphs."""
+
+    off = "off"
+    auto = "auto"  # where it is possible, and the bits are those without graphs
+
+
 class MatmulPrecision(Enum):
     """torch.set_float32_matmul_precision."""
 
@@ -149,6 +156,8 @@ class Settings(Typed):
     """Of matrix products in fp32; None: as torch is set, which is highest by default."""
     compile: CompileName = CompileName.none
     """Whether torch.compile compiles the model, or each of its blocks."""
+    cuda_graphs: CudaGraphsName = CudaGraphsName.off
+    """Whether micro-batches on a GPU are recorded once for each shape and replayed; auto: where that is possible."""
     activation_checkpointing: ActivationCheckpointing = field(default_factory=ActivationCheckpointing)
     averaging: Averaging = field(default_factory=Averaging)
     sharding: ShardingName = ShardingName.auto

@@ -27,6 +27,7 @@ def plan_lines(trainer: Trainer) -> dict[str, str]:
     parameters = sum(p.numel() for p in trainer.setup.model.parameters() if p.requires_grad)
     sets = trainer.evaluations.num_examples
     evaluation = " + ".join(f"{number:,} {name}".rstrip() for name, number in sets.items()) or "0"
+    graphs = trainer.train_step.describe_cuda_graphs
     return {
         "minibatch": describe_cut(plan),
         "examples": f"{plan.num_examples:,} for training, {evaluation} for evaluation",
@@ -35,6 +36,7 @@ def plan_lines(trainer: Trainer) -> dict[str, str]:
         "optimizer": _describe_optimizer(trainer),
         "averaging": trainer.train_step.averaging.describe(),
         "sharding": trainer.train_step.describe_sharding,
+        **({"cuda graphs": graphs} if graphs else {}),
         "noise scale": trainer.train_step.noise_scale.describe(),
         "device": f"{workers.device.type}, {count(torch.get_num_threads(), 'thread')} per worker"
         + "".join(f" ({reason})" for reason in threads.why),

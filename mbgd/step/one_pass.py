@@ -66,15 +66,21 @@ class OnePass:
     def begin(self, shard: Shard) -> None:
         pass
 
-    def forward_backward(self, shard: Shard, examples: Examples, after_forward: AfterForward) -> None:
-        setup, micro_batch = self._setup, examples.micro_batch
+    def start(self, shard: Shard, examples: Examples) -> bool:
+        """Every micro-batch starts from the same state, with its own random numbers; returns whether it is the last."""
+        setup = self._setup
         is_last = examples is shard.micro_batches[-1]
         if examples is not shard.micro_batches[0]:
             setup.buffers.put_back()
             setup.trained.put_back_flags()
         elif not is_last:
             setup.trained.remember_flags()
-        key_generators(setup.workers.device, setup.settings.seed, shard.step, micro_batch.number)
+        key_generators(setup.workers.device, setup.settings.seed, shard.step, examples.micro_batch.number)
+        return is_last
+
+    def forward_backward(self, shard: Shard, examples: Examples, after_forward: AfterForward) -> None:
+        setup, micro_batch = self._setup, examples.micro_batch
+        is_last = self.start(shard, examples)
         statistics = self._minibatch_norm(shard.step, is_stand_in=micro_batch.is_stand_in)
         with self._averaging.micro_batch(micro_batch, is_last=is_last), statistics:
             with part("forward"), self._autocast:

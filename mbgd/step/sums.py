@@ -130,6 +130,10 @@ class Means:
     def width(self) -> int:
         return NUM_SUMS + len(self._names) + 1
 
+    def wants(self, step: int) -> bool:
+        """Whether the losses are added up in a step."""
+        return self._logs(step) or self._measures(step)
+
     def begin(self, step: int) -> bool:
         self.is_logged, self.is_measured = self._logs(step), self._measures(step)
         self._names = self._findings.metric_names if self.is_logged else ()

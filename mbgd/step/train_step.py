@@ -15,6 +15,7 @@ from mbgd.config import BatchNormOver
 from mbgd.measuring.clock import Clock
 from mbgd.measuring.profiling import part
 from mbgd.step.done import Done, Observer
+from mbgd.step.graphed import graphed
 from mbgd.step.noise_scale import NoiseMeter
 from mbgd.step.one_pass import OnePass, Passes
 from mbgd.step.sharding import shard
@@ -36,7 +37,10 @@ class TrainStep:
     def __init__(
         self, setup: Setup, logs: Callable[[int], bool], clock: Clock, users_observers: Sequence[str] = ()
     ) -> None:
-        """logs(step): whether a step is logged. clock: measures the step's parts. users_observers: see `shard`."""
+        """logs(step): whether a step is logged. clock: measures the step's parts.
+
+        users_observers: names of observers of the user's own.
+        """
         self._setup, self._lap = setup, clock.lap
         settings, workers, trained = setup.settings, setup.workers, setup.trained
         compile_(setup.model, settings.compile, workers.device)
@@ -53,28 +57,26 @@ class TrainStep:
             exchanges_in_backward=bool(norms),
         )
         self.autocast = autocast(settings.precision, workers.device)
-        self.alarm = Alarm(setup, lambda step, examples: self._passes.forward_again(step, examples))
+        self.alarm = Alarm(setup, lambda step, examples: self.passes.forward_again(step, examples))
         self.sharded, self.describe_sharding = shard(setup, self.averaging, users_observers)
         self.update = Update(setup, self.alarm.everywhere, self.sharded)
-        self._passes: Passes = (
+        self.noise_scale = NoiseMeter(
+            settings.noise_scale, setup.plan, trained.parameters, self.update.loss_scale, is_defined=pair is None
+        )
+        eager: Passes = (
             OnePass(setup, self.averaging, self.update, norms, self.alarm.check_layers, clock.lap)
             if pair is None
             else TwoPass(setup, pair, self.averaging, self.update, clock.lap)
         )
-        self.noise_scale = NoiseMeter(
-            settings.noise_scale,
-            setup.plan,
-            trained.parameters,
-            self.update.loss_scale,
-            is_defined=pair is None,
-        )
         self._means = Means(setup.findings, self.alarm, logs, self.noise_scale.measures)
-        self._weights = Weights(setup.findings, lambda step: logs(step) or self.noise_scale.measures(step))
+        how = self._means.wants, clock.lap, users_observers
+        self.passes, self.describe_cuda_graphs = graphed(setup, self.averaging, self.update, eager, *how)
+        self._weights = Weights(setup.findings, self._means.wants)
         self._moving = MovingBuffers(setup.buffers, self.alarm)
         self._speeds = Speeds(workers, logs, lambda: clock.own_seconds)
         kinds = (self._means, self._weights, self.noise_scale, self._moving, self._speeds)
         self._sums = Sums(kinds, self.averaging, setup.plan)
-        self.recomputing = Recomputing.of(setup, self._passes.gradients_again)
+        self.recomputing = Recomputing.of(setup, self.passes.gradients_again)
         self.observers: list[Observer] = [self.noise_scale]
         self.before_update: list[BeforeUpdate] = []
         """Called in each step between averaging and the division, on every worker."""
@@ -85,9 +87,9 @@ class TrainStep:
         """One optimizer step: gradient = Σ w_i ∇L_i / Σ w_i over every example of every worker."""
         self._begin(shard)
         try:
-            self._passes.begin(shard)
+            self.passes.begin(shard)
             for examples in shard.micro_batches:
-                self._passes.forward_backward(shard, examples, after_forward=self._sums.add)
+                self.passes.forward_backward(shard, examples, after_forward=self._sums.add)
             self._lap("forward_backward")
             self._average(shard)
             self._lap("averaging")
@@ -140,7 +142,7 @@ class TrainStep:
             if (notes is None or any(notes)) and self.alarm.heed(notes, shard):
                 self._sums.include(self._moving)
             self._sums.exchange(shard.minibatch)
-        self._passes.end()
+        self.passes.end()
 
     def _finish(self, shard: Shard) -> Done:
         """Check the totals, divide once, step the optimizer and tell the observers."""
