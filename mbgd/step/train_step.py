@@ -69,8 +69,9 @@ class TrainStep:
             else TwoPass(setup, pair, self.averaging, self.update, clock.lap)
         )
         self._means = Means(setup.findings, self.alarm, logs, self.noise_scale.measures)
-        how = self._means.wants, clock.lap, users_observers
-        self.passes, self.describe_cuda_graphs = graphed(setup, self.averaging, self.update, eager, *how)
+        self.passes, self.describe_cuda_graphs = graphed(
+            setup, self.averaging, self.update, eager, self._means.wants, clock.lap, users_observers
+        )
         self._weights = Weights(setup.findings, self._means.wants)
         self._moving = MovingBuffers(setup.buffers, self.alarm)
         self._speeds = Speeds(workers, logs, lambda: clock.own_seconds)
