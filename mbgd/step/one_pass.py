@@ -33,7 +33,7 @@ class Passes(Protocol):
         """Add Σ w_i ∇L_i over this micro-batch to the parameters' gradients."""
 
     def end(self) -> None:
-        """Called once everything is averaged."""
+        """Called once the parameters are updated, and the buffers that moved have their means."""
 
     def forward_again(self, step: int, examples: Examples) -> PerExample:
         """Repeat the forward of a micro-batch, with the same buffers and random numbers, to find losses not finite."""

@@ -143,7 +143,6 @@ class TrainStep:
             if (notes is None or any(notes)) and self.alarm.heed(notes, shard):
                 self._sums.include(self._moving)
             self._sums.exchange(shard.minibatch)
-        self.passes.end()
 
     def _finish(self, shard: Shard) -> Done:
         """Check the totals, divide once, step the optimizer and tell the observers."""
@@ -161,6 +160,7 @@ class TrainStep:
             wants_norm = self._means.is_measured or self._on_gpu
             norms = self.update(step, weight, want_norm=wants_norm, want_change=is_logged)
         self._moving.move()
+        self.passes.end()
         if self.alarm.everywhere.found():
             self.alarm.stop(step, shard)
         num_tokens = totals.count if totals is not None and self._setup.findings.has_tokens else None
