@@ -27,7 +27,6 @@ class Small(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        pieces.BLOCK = 256  # so that workers own parts of parameters
         self.first, self.norm, self.last = nn.Linear(64, 24), nn.BatchNorm1d(24), nn.Linear(24, 10)
         self.dropout = nn.Dropout(0.3)
 
@@ -123,6 +122,7 @@ def arm_all() -> None:
 
 
 def main(train: Callable[[Sequence[str]], int]) -> None:
+    pieces.BLOCK = 256  # so that workers own parts of parameters
     if "RANK" in os.environ:
         arm_all()
     sys.exit(train(sys.argv[1:]))
