@@ -2,16 +2,19 @@
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import HashStore
 
 import mbgd
 from mbgd.data import digits
 from mbgd.errors import WorkersLost
 from mbgd.workers.group import start_workers
+from mbgd.workers.roll_call import RollCall
 
 from processes import environment, eventually, started
 
@@ -122,3 +125,12 @@ def test_code_that_only_one_worker_runs_is_found(tmp_path: Path) -> None:
         assert "the workers are not in the same exchange" in error
         assert "(all_reduce of Float [1000]) on worker 0" in error
         assert "(barrier) on worker 1" in error
+
+
+def test_the_roll_call_leaves_no_thread() -> None:
+    """One that asks for a lost worker until the end is in C++ when Python ends, which aborts the process."""
+    before = set(threading.enumerate())
+    call = RollCall(HashStore(), 0, 2, 10.0, exchanges=lambda *, named: None, ends_unheard=False)
+    assert call.missing().lost == [1]
+    call.end()
+    assert set(threading.enumerate()) == before

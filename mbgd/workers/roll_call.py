@@ -76,13 +76,14 @@ class RollCall:
         alive: set[int] = set()
         failed: set[int] = set()
         begun: dict[int, Begun] = {}
+        is_over = threading.Event()
 
         def ask() -> None:
             with suppress(RuntimeError):  # the store is gone
                 self._answer_call()
                 self._store.set("roll", "")
                 self._store.set(f"failed/{self._rank}", "")
-                while len(failed) < self._num_workers:
+                while len(failed) < self._num_workers and not is_over.is_set():
                     for rank in range(self._num_workers):
                         if self._store.check([f"failed/{rank}"]):
                             failed.add(rank)
@@ -99,6 +100,9 @@ class RollCall:
         asking = threading.Thread(target=ask, daemon=True)
         asking.start()
         asking.join(self.seconds)
+        # A thread that is in the store's C++ when Python ends would abort the process.
+        is_over.set()
+        asking.join(self.seconds / LOOKS_PER_CALL)
         if not alive:
             return Missing(lost=[0], busy=[])
         ranks = range(self._num_workers)
