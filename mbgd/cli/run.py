@@ -165,8 +165,8 @@ class Training:
             return False
         if trainer.state.step == 0:
             start_from(trainer, self._config.init, quiet=self._config.tracking.quiet)
-        if self._membership is not None:
-            trainer.train_step.begin(trainer.state.step)  # from here on each worker's pieces are with the others
+            if self._membership is not None:  # as after resuming, each worker's pieces are with the others from here on
+                trainer.train_step.begin(0)
         return True
 
     def _go_on(self, trainer: Trainer, folder: RunFolder, carried: Carried) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mbgd.batches.nested import each_tensor, leaves_of
+from mbgd.workers.messages import bytes_of
 
 Shape = tuple[tuple[str, torch.Size, torch.dtype, tuple[int, ...]], ...]
 """Of each tensor of a batch: where it is, its shape, dtype and strides."""
@@ -148,8 +149,4 @@ def first_line(error: Exception) -> str:
 def _are_equal(one: Tensor, other: Tensor) -> bool:
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
-    return torch.equal(_bytes(one), _bytes(other))
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+    return torch.equal(bytes_of(one), bytes_of(other))

@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,6 +185,20 @@ class PiecesState(ABC):
 def nested(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     """The state of a piece or parameter, from its nesting and its tensors by path."""
     return unflatten(tree, lambda path, _: tensors[path])
+
+
+def of_parameters(
+    entries: Iterable[Any], parameters: Sequence[Tensor], tensor: Callable[[int, str], Tensor]
+) -> dict[Tensor, Any]:
+    """The state of each parameter; of what is told of its pieces, the first one's counts.
+
+    entries: as `PiecesState.described` gives them. tensor(number of the parameter, path): a whole one of its state.
+    """
+    found: dict[Tensor, Any] = {}
+    for number, _, tree, kinds in sorted(entries, key=order):
+        if parameters[number] not in found:
+            found[parameters[number]] = nested(tree, {path: tensor(number, path) for path in kinds})
+    return found
 
 
 def order(entry: Any) -> tuple[int, int]:

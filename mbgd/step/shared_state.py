@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from mbgd.averaging.host_memory.layout import LINE_BYTES, whole_lines
 from mbgd.averaging.pieces import Owned
 from mbgd.checkpoints.keeper import Keeper
-from mbgd.step.pieces_state import PiecesState, StateKind, nested, order
+from mbgd.step.pieces_state import PiecesState, StateKind, of_parameters, order
 from mbgd.workers.group import Workers
 from mbgd.workers.messages import message
 
@@ -76,11 +76,8 @@ class SharedState(PiecesState):
         """The tensors of `whole` are shared with the pieces."""
         self.whole.state.clear()
         entries = [entry for board in self._boards for entry in json.loads(_content(board))]
-        for number, _, tree, kinds in sorted(entries, key=order):
-            parameter = self._owned.parameters[number]
-            if parameter not in self.whole.state:  # that of the first piece
-                views = {path: _view(*self._places[number, path]) for path in kinds}
-                self.whole.state[parameter] = nested(tree, views)
+        views = of_parameters(entries, self._owned.parameters, lambda *key: _view(*self._places[key]))
+        self.whole.state.update(views)
 
     def _place(self) -> None:
         """Let all workers' state lie in shared memory."""

@@ -10,7 +10,6 @@ from torch import Tensor
 from mbgd.checkpoints.snapshot import Snapshot
 from mbgd.checks.setup import Setup
 from mbgd.step.optimizer_state import OptimizerState
-from mbgd.step.pieces_state import NOT_COPIED
 from mbgd.step.sharding import Sharded
 
 _PLAIN = (bool, int, float, str, tuple)
@@ -57,9 +56,7 @@ class UpdateState:
             restore()
         else:
             self._sharded.state.replace(restore)
-        self._num_skipped.fill_(values["skipped_steps"])
-        if self._scaler is not None and "scaler" in values:
-            self._scaler.load_state_dict(values["scaler"])
+        self._set_beside(values["skipped_steps"], values.get("scaler"))
         self.begin(snapshot.step)
 
     def begin(self, step: int) -> None:
@@ -93,10 +90,13 @@ class UpdateState:
             return False
         for group, options in zip(self._groups, beside.groups, strict=True):
             group.update(options)
-        self._num_skipped.copy_(beside.num_skipped)
-        if self._scaler is not None and beside.scaler is not None:
-            self._scaler.load_state_dict(beside.scaler)
+        self._set_beside(beside.num_skipped, beside.scaler)
         return True
+
+    def _set_beside(self, num_skipped: int | Tensor, scaler: dict[str, Any] | None) -> None:
+        self._num_skipped.fill_(num_skipped)
+        if self._scaler is not None and scaler is not None:
+            self._scaler.load_state_dict(scaler)
 
     @property
     def copied(self) -> "Copied":
@@ -130,9 +130,11 @@ class _Beside:
 
 def _copied(group: Mapping[str, Any]) -> dict[str, Any]:
     """A group's options that an optimizer may change in place."""
-    options = {name: value for name, value in group.items() if name not in NOT_COPIED}
-    copies = {name: value.clone() for name, value in options.items() if isinstance(value, Tensor)}
-    return copies | {name: value for name, value in options.items() if isinstance(value, _PLAIN)}
+    return {
+        name: value.clone() if isinstance(value, Tensor) else value
+        for name, value in group.items()
+        if isinstance(value, (Tensor, *_PLAIN))
+    }
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mbgd.averaging.pieces import Owned, in_memory_order, with_strides
-from mbgd.step.pieces_state import StateKind, nested, order
+from mbgd.step.pieces_state import StateKind, of_parameters, order
 
 
 class WholeState:
@@ -48,12 +48,7 @@ class WholeState:
 
     def state(self) -> dict[Tensor, Any]:
         """The state of each parameter, in this memory."""
-        found: dict[Tensor, Any] = {}
-        for number, _, tree, kinds in self._entries:
-            parameter = self._owned.parameters[number]
-            if parameter not in found:  # that of the first piece
-                found[parameter] = nested(tree, {path: self._tensors[number, path] for path in kinds})
-        return found
+        return of_parameters(self._entries, self._owned.parameters, lambda *key: self._tensors[key])
 
 
 def own_parts(entries: Sequence[Any], tensors: Sequence[dict[str, Tensor]]) -> Iterator[Tensor]:
