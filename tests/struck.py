@@ -1,8 +1,9 @@
 """`python tests/struck.py …` is `mbgd train …` whose workers are struck in the middle of what they do.
 
 The environment variable STRIKES lists what befalls whom, as JSON: [seat, phase, how often the phase comes before that,
-counted from 1, the signal; 0: an exception]. Seats are the ranks of the first workers; those that come later have
-higher ones. STRUCK_SLOW: the seconds that each forward takes at least, so that others have the time to come.
+counted from 1, the signal; 0: an exception; negative: it only comes as many seconds late]. Seats are the ranks of the
+first workers; those that come later have higher ones. STRUCK_SLOW: the seconds that each forward takes at least, so
+that others have the time to come.
 """
 
 import json
@@ -38,6 +39,7 @@ class Small(nn.Module):
 
 def places() -> dict[str, tuple[Any, str]]:
     """By phase: what is called in it, as owner and name."""
+    from torch import distributed
     from torch.optim import AdamW
 
     from mbgd import trainer
@@ -73,6 +75,7 @@ def places() -> dict[str, tuple[Any, str]]:
         "ending": (trainer, "save_last"),
         "results": (RunFolder, "write_results"),
         # The first time is before training, where a lost worker ends the run.
+        "forming": (distributed, "init_process_group"),
         "building": (run, "build_trainer"),
         "handing over": (run, "hand_over"),
     }
@@ -87,7 +90,9 @@ def arm(phase: str, count: int, number: int) -> None:
         calls += 1
         if calls == count and not number:
             raise ArithmeticError("struck")
-        if calls == count:
+        if calls == count and number < 0:
+            time.sleep(-number)
+        elif calls == count:
             if phase == HALF_UPDATED:
                 spoil(arguments[0])
             os.kill(os.getpid(), number)

@@ -52,13 +52,14 @@ COUNTS = {
     "agreeing": NUM_STEPS,
     "ending": 1,
     "results": 1,
+    "forming": 2,
     "building": 2,
     "handing over": 2,
 }
 """By phase: about how often it comes in a run on a worker."""
 COUNTS_OF_SHARDING = {HALF_UPDATED: NUM_STEPS, "keeping": NUM_STEPS, "spreading": NUM_STEPS}
 OF_THE_MAIN_WORKER = ("saving", "results")
-AT_THE_SECOND_START = ("building", "handing over")
+AT_THE_SECOND_START = ("forming", "building", "handing over")
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ class Strike:
     seat: int
     phase: str
     count: int
-    kind: signal.Signals = signal.SIGKILL
+    kind: int = signal.SIGKILL
+    """A signal, or how many seconds late the worker comes: negative."""
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,18 @@ def test_a_lost_worker_s_pieces_are_with_the_others(tmp_path: Path, phase: str, 
         assert "go on after step" in survivors.check(folder, plan)
 
 
+def test_workers_that_come_late_to_broadcasts_of_a_lost_one_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    """One fails to send to the lost worker and so sends to nobody; the other waits for it, and it for the other."""
+    late = Strike(0, "spreading", 3, -2)
+    survivors.check(tmp_path, Schedule(3, (Strike(1, "spreading", 3), late), over_gloo=True, is_sharded=True))
+
+
+def test_a_worker_is_lost_while_the_others_form_a_group_with_it(tmp_path: Path) -> None:
+    strikes = (Strike(3, "averaging", 9), Strike(1, "forming", 2))
+    said = survivors.check(tmp_path, Schedule(4, strikes))
+    assert "2 workers go on after step" in said
+
+
 def test_a_worker_is_lost_before_the_pieces_are_kept(tmp_path: Path) -> None:
     said = survivors.check(tmp_path, Schedule(3, (Strike(1, "keeping", 1),), is_sharded=True))
     assert said.count("lost  ") == 1

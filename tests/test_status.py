@@ -44,7 +44,7 @@ def test_a_running_and_a_crashed_run(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "train.py"), "workers=2", *settings]
     with started_by_user(command, tmp_path) as process:
         deadline = time.monotonic() + 60
-        while not (run / "checkpoints/step-000000050").exists():
+        while not any((run / "checkpoints").glob("step-*")):  # each for a moment: new ones replace it
             assert process.poll() is None
             assert time.monotonic() < deadline, (tmp_path / "log").read_text()
             time.sleep(0.1)

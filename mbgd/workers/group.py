@@ -4,34 +4,23 @@ One process is a group of size 1: the same calls work and cost nothing.
 """
 
 import hashlib
-import importlib
 import os
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore
 
-from mbgd.errors import GroupChanged, WorkersLost
-from mbgd.workers import flight_recorder
 from mbgd.workers.devices import own_device
 from mbgd.workers.membership import Membership
 from mbgd.workers.messages import bytes_of, empty, message, value_of
 from mbgd.workers.parent import end_with_parent
+from mbgd.workers.process_group import ProcessGroup
 from mbgd.workers.process_settings import remembered
-from mbgd.workers.roll_call import RollCall, describe
-from mbgd.workers.store import join_store, of_this_round, stay_on_this_host
-from mbgd.workers.under_way import let_end
-
-SECONDS_FOR_THREADS_TO_END = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,10 +169,12 @@ def start_workers(
     local_num_workers = int(environment.get("LOCAL_WORLD_SIZE", str(num_workers)))
     put_back = remembered()
     backend, worker_device = own_device(backend, device, local_rank, local_num_workers)
-    roll_call = None
+    group = None
+    if num_workers > 1:
+        group = ProcessGroup(rank, num_workers, backend, worker_device, timeout_seconds, membership)
     try:
-        if num_workers > 1:
-            roll_call = _form_group(rank, num_workers, backend, worker_device, timeout_seconds, membership)
+        if group is not None:
+            group.form()
         yield Workers(
             rank=rank,
             num_workers=num_workers,
@@ -193,97 +184,16 @@ def start_workers(
             timeout_seconds=timeout_seconds,
             go_on=membership is not None,
         )
-        if num_workers > 1:
+        if group is not None:
             dist.barrier()
     except RuntimeError as error:
-        if num_workers > 1 and _is_of_exchange(error):
-            _explain(error, membership, roll_call, timeout_seconds)
+        if group is not None:
+            group.explain(error)
         raise
     finally:
         put_back()
-        _leave(membership, roll_call)
+        if group is not None:
+            group.leave()
     # Only after success: destroying nccl's group could wait for a failed peer.
     if num_workers > 1 and dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _leave(membership: Membership | None, roll_call: RollCall | None) -> None:
-    if membership is not None and dist.is_initialized():
-        let_end()
-        dist.destroy_process_group()  # wakes the others that wait for this worker, and makes room for a new group
-    if roll_call is not None:
-        roll_call.end()
-        # The group's threads still release tensors, for which they need the GIL. If the interpreter is shutting down by
-        # then, they abort the process.
-        time.sleep(SECONDS_FOR_THREADS_TO_END)
-
-
-def _explain(
-    error: RuntimeError, membership: Membership | None, roll_call: RollCall | None, timeout_seconds: float
-) -> None:
-    """Raise what a failed exchange means: others go on, or workers are missing. Returns if nothing more is known."""
-    if membership is not None and _others_go_on(membership, roll_call):
-        raise GroupChanged from error
-    if roll_call is not None and not isinstance(error, WorkersLost):
-        raise WorkersLost(describe(roll_call.missing(), timeout_seconds, str(error))) from error
-
-
-def _others_go_on(membership: Membership, roll_call: RollCall | None) -> bool:
-    """After a failed exchange: whether the launcher says that a worker is lost, or one is that does not answer."""
-    if membership.wait_for_change():
-        return True
-    if roll_call is None:
-        return False
-    if lost := roll_call.missing().lost:
-        membership.tell_silent(lost)
-    return bool(lost) and membership.wait_for_change()
-
-
-def _form_group(
-    rank: int,
-    num_workers: int,
-    backend: str,
-    device: torch.device,
-    timeout_seconds: float,
-    membership: Membership | None,
-) -> RollCall:
-    """Meet the other workers at the store and form the process group."""
-    stay_on_this_host()
-    is_later = membership is not None and membership.generation.number > 0
-    if membership is not None:
-        # Its functions keep the group that there is when it is imported, as default arguments. Then the group's
-        # connections would stay open, and the others would wait for this worker after it has left.
-        importlib.import_module("torch.distributed.nn.functional")
-        membership.meet(timeout_seconds)
-        store = membership.store
-    else:
-        of_run = PrefixStore(os.environ.get("TORCHELASTIC_RUN_ID", ""), join_store(timeout_seconds))
-        store = of_this_round(of_run, rank, num_workers, timeout_seconds)
-    flight_recorder.turn_on()
-    roll_call = RollCall(
-        store,
-        rank,
-        num_workers,
-        timeout_seconds,
-        # torch's recorder does not tell this group's exchanges from those of the groups before it.
-        exchanges=_unknown if is_later else partial(flight_recorder.exchanges, backend),
-        ends_unheard=backend == "nccl",
-    )
-    dist.init_process_group(
-        backend,
-        store=store,
-        rank=rank,
-        world_size=num_workers,
-        timeout=timedelta(seconds=max(timeout_seconds - roll_call.seconds, 1.0)),
-        device_id=device if backend == "nccl" else None,  # makes nccl connect, and fail, at once
-    )
-    return roll_call
-
-
-def _unknown(*, named: bool) -> None:
-    """In place of the exchanges that the recorder has."""
-
-
-def _is_of_exchange(error: RuntimeError) -> bool:
-    """Whether the error comes from an exchange between workers, not from a worker's own computation."""
-    return isinstance(error, dist.DistError | WorkersLost) or "gloo" in str(error)
