@@ -81,7 +81,7 @@ def places() -> dict[str, tuple[Any, str]]:
     }
 
 
-def arm(phase: str, count: int, number: int) -> None:
+def arm(phase: str, count: int, number: float) -> None:
     owner, name = places()[phase]
     function, calls = getattr(owner, name), 0
 
@@ -95,7 +95,7 @@ def arm(phase: str, count: int, number: int) -> None:
         elif calls == count:
             if phase == HALF_UPDATED:
                 spoil(arguments[0])
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), int(number))
         return function(*arguments, **keywords)
 
     setattr(owner, name, struck)

@@ -67,7 +67,7 @@ class Strike:
     seat: int
     phase: str
     count: int
-    kind: int = signal.SIGKILL
+    kind: float = signal.SIGKILL
     """A signal, or how many seconds late the worker comes: negative."""
 
 
@@ -81,7 +81,7 @@ class Schedule:
 
 
 def schedule(seed: int) -> Schedule:
-    """One to W − 1 of W workers are lost; sometimes others take their places."""
+    """One to W − 1 of W workers are lost; sometimes another comes late just then, or others take their places."""
     chance = random.Random(seed)
     num_workers = chance.randint(2, 4)
     seats = chance.sample(range(num_workers), chance.randint(1, num_workers - 1))
@@ -102,12 +102,15 @@ def schedule(seed: int) -> Schedule:
     if is_sharded:
         phase = chance.choice([*COUNTS_OF_SHARDING])
         strikes[0] = replace(strikes[0], phase=phase, count=chance.randint(1, COUNTS_OF_SHARDING[phase]))
+    left = [seat for seat in range(num_workers) if all(one.seat != seat for one in strikes)]
+    if chance.random() < 1 / 2:
+        strikes.append(replace(strikes[0], seat=chance.choice(left), kind=-0.5))
     return Schedule(num_workers, tuple(strikes), num_spare, over_gloo, is_sharded)
 
 
 def play(folder: Path, plan: Schedule) -> str:
     """Run it in an empty folder; returns what was printed."""
-    strikes = [[one.seat, one.phase, one.count, int(one.kind)] for one in plan.strikes]
+    strikes = [[one.seat, one.phase, one.count, float(one.kind)] for one in plan.strikes]
     environment = {STRIKES: json.dumps(strikes), "OMP_NUM_THREADS": "1"} | ({OVER_GLOO: "1"} if plan.over_gloo else {})
     if plan.num_spare:
         environment[SLOW] = "0.05"
@@ -158,7 +161,7 @@ def check(folder: Path, plan: Schedule) -> str:
 def describe(seeds: Mapping[int, str]) -> str:
     """What happened in the schedules of these seeds; each with the error, or an empty text."""
     plans, failed = [schedule(seed) for seed in seeds], {seed: error for seed, error in seeds.items() if error}
-    strikes = [strike for plan in plans for strike in plan.strikes]
+    strikes = [strike for plan in plans for strike in plan.strikes if strike.kind > 0]
     lines = [
         f"{len(plans):,} runs of {NUM_STEPS} steps, {len(strikes):,} workers struck; {len(failed)} did not end as they "
         "must",
@@ -171,6 +174,7 @@ def describe(seeds: Mapping[int, str]) -> str:
     lines.append("")
     for name, count in (
         *((f"{n} workers", Counter(plan.num_workers for plan in plans)[n]) for n in (2, 3, 4)),
+        ("another comes late", sum(any(one.kind < 0 for one in plan.strikes) for plan in plans)),
         ("others take their place", sum(plan.num_spare > 0 for plan in plans)),
         ("over gloo", sum(plan.over_gloo for plan in plans)),
         ("sharding=optimizer", sum(plan.is_sharded for plan in plans)),
