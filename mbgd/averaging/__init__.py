@@ -25,6 +25,7 @@ from mbgd.errors import UsageError
 from mbgd.task.trained import Trained
 from mbgd.workers import cuda
 from mbgd.workers.group import Workers
+from mbgd.workers.process_settings import set_deterministic
 
 
 class Averager(Protocol):
@@ -108,7 +109,7 @@ def prepare(settings: Averaging, plan: Plan, device: torch.device) -> None:
         )
     if device.type == "cuda":
         cuda.make_deterministic()
-    torch.use_deterministic_algorithms(True)
+    set_deterministic(2)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 

@@ -44,14 +44,15 @@ def typed(composed: DictConfig) -> Config:
     for key in _missing_keys(OmegaConf.to_container(composed)):
         found.append(f"{key} has no value. Give it one: {key}=…")
         OmegaConf.update(composed, key, None)  # so that references to it resolve, and other mistakes show, too
-    schema = values = OmegaConf.structured(Config)
+    schema = OmegaConf.structured(Config)
     _make_writable(schema)  # frozen classes make read-only sections, which cannot be merged into
+    values = schema.copy()
     for path, value in _typed_values(_resolved(composed), schema):
         part = value
         for key in reversed(path):
             part = {key: part}
         try:
-            values = OmegaConf.merge(values, part)
+            values.merge_with(part)  # in place: `OmegaConf.merge` copies all of the configuration for each of its keys
         except OmegaConfBaseException as error:
             reason = str(error.msg or error).splitlines()[0].rstrip(".").replace("bf16_true", "bf16-true")
             name = _shown(path)

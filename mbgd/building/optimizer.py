@@ -11,6 +11,7 @@ from mbgd.errors import UsageError
 from mbgd.optimizers.scaling import Scale, scale_lr
 from mbgd.task.parameter_groups import check_options, parameter_groups
 from mbgd.task.task import Task
+from mbgd.task.torch_calls import put_off_dynamo
 from mbgd.text.listing import shown
 
 KEYS_OF_OURS = ("groups", "lr_scale_with")
@@ -43,6 +44,7 @@ def make_optimizer(node: Any, task: Task, minibatch_size: int) -> tuple[torch.op
     more = {"named_parameters": list(named.items())} if takes_names else {}
     if takes_names and takes_groups:
         more["groups"] = groups
+    put_off_dynamo()
     optimizer = _made(node, task, *([] if more else [parameters]), **more)
     optimizers.check(optimizer)
     if not takes_groups:

@@ -27,6 +27,7 @@ from mbgd.task.extra_state import extra_state_kept
 from mbgd.task.objective import PerExample, Totals
 from mbgd.task.precision import autocast, parameter_dtype
 from mbgd.task.task import Task
+from mbgd.task.torch_calls import backward
 from mbgd.task.trained import GradientHooks, Trained
 from mbgd.text.listing import shown
 
@@ -154,7 +155,7 @@ class Trial:
                 f"{len(self._trained.with_gradient())} trainable parameters; there is nothing to train. Compute the "
                 "losses from the model's output without detach() or no_grad()."
             )
-        torch.autograd.backward(terms.losses, torch.full_like(terms.losses, scale))
+        backward([terms.losses], [torch.full_like(terms.losses, scale)])
         gradients = {name: p.grad for name, p in self._trained.by_name.items() if p.grad is not None}
         for name, gradient in gradients.items():
             if gradient.layout is not torch.strided:

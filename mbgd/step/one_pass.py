@@ -18,6 +18,7 @@ from mbgd.measuring.profiling import part
 from mbgd.step.update import Update
 from mbgd.task.objective import PerExample
 from mbgd.task.precision import autocast
+from mbgd.task.torch_calls import backward
 
 AfterForward = Callable[[PerExample, MicroBatch], None]
 """Called with a micro-batch's terms between its forward and its backward."""
@@ -91,7 +92,7 @@ class OnePass:
             with part("backward"):
                 # backward from the vector of losses, with gradient w_i for L_i, gives the gradient of Σ w_i L_i.
                 weights = self._update.backward_weights(terms, is_stand_in=micro_batch.is_stand_in)
-                torch.autograd.backward(terms.losses, weights)
+                backward([terms.losses], [weights])
         setup.buffers.end_micro_batch(micro_batch.number, micro_batch.size, is_stand_in=micro_batch.is_stand_in)
 
     def end(self) -> None:

@@ -31,6 +31,7 @@ from mbgd.task.coupled import Pair, WholeLoss
 from mbgd.task.objective import PerExample
 from mbgd.task.precision import autocast
 from mbgd.task.task import OBJECTIVE
+from mbgd.task.torch_calls import backward
 
 OF_LOSSES = 0x6C6F7373
 """In the place of a micro-batch's number, it keys what `losses` draws."""
@@ -95,7 +96,7 @@ class TwoPass:
             if is_last:
                 self._lap(FORWARD)
             with part("backward"):
-                torch.autograd.backward(*_that_count(roots, self._gradients(self._whole, micro_batch, start)))
+                backward(*_that_count(roots, self._gradients(self._whole, micro_batch, start)))
         self._setup.buffers.end_micro_batch(micro_batch.number, micro_batch.size, is_stand_in=micro_batch.is_stand_in)
 
     def end(self) -> None:

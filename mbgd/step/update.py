@@ -4,8 +4,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim import optimizer as of_torch
 
 from mbgd.checks.finite import Watch, Wrong
 from mbgd.checks.setup import Setup
@@ -16,6 +14,7 @@ from mbgd.step.norms import TotalNorm
 from mbgd.step.sharding import Sharded
 from mbgd.step.update_state import UpdateState
 from mbgd.task.objective import PerExample
+from mbgd.task.torch_calls import step_of
 from mbgd.task.trained import GradientHooks
 
 BeforeStep = Callable[[int, Tensor | None], None]
@@ -40,7 +39,7 @@ class Update:
         self._held: Sequence[Tensor] = setup.trained.parameters if sharded is None else sharded.tensors
         """What the optimizer holds and updates: the trained parameters, or this worker's pieces of them."""
         self._norm = TotalNorm(setup.trained.parameters) if sharded is None else sharded.norm
-        self._optimizer_step = _step_of(optimizer)
+        self._optimizer_step = step_of(optimizer)
         self.hooks = GradientHooks(setup.trained)
         self.before_step: list[BeforeStep] = []
         """Called in each step just before the optimizer's, with the gradients averaged, unscaled and clipped."""
@@ -234,28 +233,3 @@ def _divide(gradients: list[Tensor], weight: int | Tensor) -> None:
         by_dtype.setdefault(gradient.dtype, []).append(gradient)
     for dtype, of_dtype in by_dtype.items():
         torch._foreach_div_(of_dtype, weight.to(dtype))
-
-
-def _step_of(optimizer: Optimizer) -> Callable[[], object]:
-    """`optimizer.step` without torch's profiler record of each call, unless a profiler runs.
-
-    The record takes 25 µs, 7 % of the smallest models' steps. If `step` has hooks or was replaced, for example by a
-    scheduler that counts the calls, it is called normally.
-    """
-    recorded = type(optimizer).step
-    plain = getattr(recorded, "__wrapped__", None) if getattr(recorded, "hooked", False) else None
-    if plain is None:
-        return lambda: optimizer.step()
-
-    def step() -> object:
-        hangs_on = (
-            optimizer._optimizer_step_pre_hooks,
-            optimizer._optimizer_step_post_hooks,
-            of_torch._global_optimizer_pre_hooks,
-            of_torch._global_optimizer_post_hooks,
-            "step" in vars(optimizer),
-            torch._C._autograd._profiler_enabled(),
-        )
-        return optimizer.step() if any(hangs_on) else plain(optimizer)
-
-    return step
