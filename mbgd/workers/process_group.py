@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, Store, _set_pg_timeout
+from torch.distributed.distributed_c10d import PrefixStore, Store, _set_pg_timeout, _world
 
 from mbgd.errors import GroupChanged, WorkersLost
 from mbgd.workers import flight_recorder
@@ -60,6 +60,8 @@ class ProcessGroup:
         timeout = max(self._timeout_seconds - self._roll_call.seconds, 1.0)
         to_connect = min(timeout, SECONDS_TO_CONNECT_AGAIN) if self._is_later else timeout
         self._connects_again = self._is_later
+        # The names of groups, under which workers find each other in the store, count those that failed to form, too.
+        _world.group_count = 0
         with self._connections.noted():
             dist.init_process_group(
                 self._backend,
