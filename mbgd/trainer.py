@@ -63,6 +63,9 @@ class Trainer:
         self.progress = Progress(is_over=True)
         self._replicas = Replicas(setup.workers)
         state_of_task = TaskState(setup.task, setup.buffers)
+        self._state_of_task = state_of_task
+        self._of_last_step: Snapshot | None = None
+        """Weights and buffers after the last step, once an observer may have put others in their place."""
         self._compared = (state_of_task, self.train_step.update.state.copied)
         parts = (self.state, state_of_task, self.train_step.update.state, self.train_step.noise_scale, self.observers)
         self._parts = Parts(parts, setup.trained.by_name, setup.workers.device)
@@ -100,13 +103,17 @@ class Trainer:
         evaluation = self.progress.evaluation or {}
         if state.step > 0 and (problem := save_last(checkpoints, setup.workers, state.step, evaluation, self.snapshot)):
             setup.tell(f"warning: {problem}. The run's results are written all the same.")
+        if setup.workers.go_on:
+            self._of_last_step = self._state_of_task.snapshot(state.step)
+        metrics = state.metrics
         if weights_step := self.observers.at_end():
-            self.progress = Progress(-1)  # these are not the weights of the last step
-            state.metrics.update(self.evaluate())
+            if self._of_last_step is None:
+                self.progress = Progress(-1)  # these are not the weights of the last step
+            metrics = {**metrics, **self.evaluate()}
         self.train_step.end()
         seen, seen_before = (setup.plan.examples_seen(step) for step in (state.step, first_step))
         return Result(
-            metrics=state.metrics,
+            metrics=metrics,
             steps=state.step,
             examples_seen=seen,
             examples_per_second=(seen - seen_before) / self.log.clock.seconds(),
@@ -156,7 +163,10 @@ class Trainer:
         step = self.state.step
         if self.progress.step != step or not self.train_step.update.state.recall(step):
             return None
-        self.setup.buffers.put_back()  # forwards of a step that was not finished have changed them
+        if self._of_last_step is None:
+            self.setup.buffers.put_back()  # forwards of a step that was not finished have changed them
+        else:
+            self._state_of_task.restore(self._of_last_step)
         return Carried(self.snapshot(), self.progress, list(told))
 
     def take_over(self, carried: Carried) -> None:

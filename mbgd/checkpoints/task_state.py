@@ -36,6 +36,14 @@ class TaskState:
         _, others = extra_state.split(extra_state.extra_state(self._task))
         return {"extra_state": others, "export": self._export_names()}
 
+    def snapshot(self, step: int) -> Snapshot:
+        """Copies of all of it, after `step` steps, where the tensors are."""
+        tensors = {
+            file: {name: tensor.detach().clone() for name, tensor in named.items()}
+            for file, named in self.tensors().items()
+        }
+        return Snapshot(step, tensors, dict(self.values()))
+
     def objective(self) -> dict[str, Tensor]:
         """Parameters, buffers and extra-state tensors of the objective, on the CPU; empty if it has none."""
         tensors = self.tensors().get("objective", {})
