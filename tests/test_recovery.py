@@ -92,7 +92,7 @@ def test_a_worker_is_lost_while_the_state_is_gathered_for_a_checkpoint(tmp_path:
 
 def test_a_worker_is_lost_while_another_writes_histograms(tmp_path: Path) -> None:
     """With sharding each worker counts the gradient of its pieces; the step is not lost with one of them."""
-    overrides = (f"histograms.steps={survivors.NUM_STEPS}",)
+    overrides = (f"histograms.steps={survivors.NUM_STEPS + 1}",)  # in every step
     plan = Schedule(3, (Strike(1, "drawing", 9),), is_sharded=True, overrides=overrides)
     assert "2 workers go on after step" in survivors.check(tmp_path, plan)
     lines = (tmp_path / "run/observed/histograms.jsonl").read_text().splitlines()
@@ -126,7 +126,7 @@ def test_a_worker_is_lost_while_the_run_resumes(tmp_path: Path) -> None:
 def test_a_signal_comes_while_a_new_worker_does(tmp_path: Path, phase: str) -> None:
     """While it prepares, it ends without having trained; once the others count on it, it stops together with them."""
     strikes = [[0, "averaging", 6, int(signal.SIGKILL)], [2, phase, 1, -5]]
-    environment = {STRIKES: json.dumps(strikes), SLOW: "0.05", "OMP_NUM_THREADS": "1"}
+    environment = {STRIKES: json.dumps(strikes), SLOW: "0.3", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, PROGRAM, "workers=2", "recovery=continue", "--max-restarts=1", *OVERRIDES]
     with started_by_user(command, tmp_path, environment) as process:
         deadline = time.monotonic() + SECONDS
