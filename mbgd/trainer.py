@@ -63,9 +63,6 @@ class Trainer:
         self.progress = Progress(is_over=True)
         self._replicas = Replicas(setup.workers)
         state_of_task = TaskState(setup.task, setup.buffers)
-        self._state_of_task = state_of_task
-        self._of_last_step: Snapshot | None = None
-        """Weights and buffers after the last step, once an observer may have put others in their place."""
         self._compared = (state_of_task, self.train_step.update.state.copied)
         parts = (self.state, state_of_task, self.train_step.update.state, self.train_step.noise_scale, self.observers)
         self._parts = Parts(parts, setup.trained.by_name, setup.workers.device)
@@ -104,10 +101,10 @@ class Trainer:
         if state.step > 0 and (problem := save_last(checkpoints, setup.workers, state.step, evaluation, self.snapshot)):
             setup.tell(f"warning: {problem}. The run's results are written all the same.")
         if setup.workers.go_on:
-            self._of_last_step = self._state_of_task.snapshot(state.step)
+            self._compared[0].keep(state.step)  # an observer may put others in their place
         metrics = state.metrics
         if weights_step := self.observers.at_end():
-            if self._of_last_step is None:
+            if not setup.workers.go_on:
                 self.progress = Progress(-1)  # these are not the weights of the last step
             metrics = {**metrics, **self.evaluate()}
         self.train_step.end()
@@ -163,10 +160,7 @@ class Trainer:
         step = self.state.step
         if self.progress.step != step or not self.train_step.update.state.recall(step):
             return None
-        if self._of_last_step is None:
-            self.setup.buffers.put_back()  # forwards of a step that was not finished have changed them
-        else:
-            self._state_of_task.restore(self._of_last_step)
+        self._compared[0].put_back()  # forwards of a step that was not finished have changed buffers
         return Carried(self.snapshot(), self.progress, list(told))
 
     def take_over(self, carried: Carried) -> None:
