@@ -100,13 +100,17 @@ class Trainer:
         evaluation = self.progress.evaluation or {}
         if state.step > 0 and (problem := save_last(checkpoints, setup.workers, state.step, evaluation, self.snapshot)):
             setup.tell(f"warning: {problem}. The run's results are written all the same.")
+        if setup.workers.go_on:
+            self._compared[0].keep(state.step)  # an observer may put others in their place
+        metrics = state.metrics
         if weights_step := self.observers.at_end():
-            self.progress = Progress(-1)  # these are not the weights of the last step
-            state.metrics.update(self.evaluate())
+            if not setup.workers.go_on:
+                self.progress = Progress(-1)  # these are not the weights of the last step
+            metrics = {**metrics, **self.evaluate()}
         self.train_step.end()
         seen, seen_before = (setup.plan.examples_seen(step) for step in (state.step, first_step))
         return Result(
-            metrics=state.metrics,
+            metrics=metrics,
             steps=state.step,
             examples_seen=seen,
             examples_per_second=(seen - seen_before) / self.log.clock.seconds(),
@@ -156,7 +160,7 @@ class Trainer:
         step = self.state.step
         if self.progress.step != step or not self.train_step.update.state.recall(step):
             return None
-        self.setup.buffers.put_back()  # forwards of a step that was not finished have changed them
+        self._compared[0].put_back()  # forwards of a step that was not finished have changed buffers
         return Carried(self.snapshot(), self.progress, list(told))
 
     def take_over(self, carried: Carried) -> None:

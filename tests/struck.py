@@ -47,14 +47,18 @@ def places() -> dict[str, tuple[Any, str]]:
     from mbgd.averaging.reproducible import Reproducible
     from mbgd.averaging.sent_parameters import SentParameters
     from mbgd.checkpoints import format as checkpoint
+    from mbgd.checkpoints.together import TakenTogether
     from mbgd.cli import run
     from mbgd.evaluation.evaluator import Evaluations
     from mbgd.runs.run_folder import RunFolder
+    from mbgd.step.histograms import Histograms
     from mbgd.step.kept_pieces import KeptPieces
     from mbgd.step.observers import Observers
     from mbgd.step.sums import Sums
+    from mbgd.step.train_step import TrainStep
     from mbgd.task.task import Task
     from mbgd.tracking.recent import Recent
+    from mbgd.workers.membership import Membership
     from mbgd.workers.preemption import StopOnSignal
 
     return {
@@ -71,9 +75,13 @@ def places() -> dict[str, tuple[Any, str]]:
         "evaluating": (Evaluations, "__call__"),
         "asking": (Observers, "stop"),
         "saving": (checkpoint, "save_file"),
+        "taking": (TakenTogether, "_meet"),
+        "drawing": (Histograms, "after_update"),
         "agreeing": (StopOnSignal, "agreed"),
         "ending": (trainer, "save_last"),
         "results": (RunFolder, "write_results"),
+        "parting": (TrainStep, "end"),
+        "meeting": (Membership, "meet"),
         # The first time is before training, where a lost worker ends the run.
         "forming": (distributed, "init_process_group"),
         "building": (run, "build_trainer"),
@@ -91,6 +99,7 @@ def arm(phase: str, count: int, number: float) -> None:
         if calls == count and not number:
             raise ArithmeticError("struck")
         if calls == count and number < 0:
+            print(f"late in {phase}", flush=True)
             time.sleep(-number)
         elif calls == count:
             if phase == HALF_UPDATED:

@@ -78,6 +78,7 @@ class Schedule:
     num_spare: int = 0
     over_gloo: bool = False
     is_sharded: bool = False
+    overrides: tuple[str, ...] = ()
 
 
 def schedule(seed: int) -> Schedule:
@@ -118,7 +119,7 @@ def play(folder: Path, plan: Schedule) -> str:
     # Only where a worker stops do the others wait as long; waiting otherwise is a fault, and takes too long for a run.
     seconds = 6 if any(one.kind is signal.SIGSTOP for one in plan.strikes) else 600
     launcher += ["sharding=optimizer"] if plan.is_sharded else []
-    command = [sys.executable, PROGRAM, *launcher, *OVERRIDES, f"backend.timeout_seconds={seconds}"]
+    command = [sys.executable, PROGRAM, *launcher, *OVERRIDES, f"backend.timeout_seconds={seconds}", *plan.overrides]
     with started_by_user(command, folder, environment) as process:
         code = process.wait(SECONDS_FOR_A_RUN)
         said = (folder / "log").read_text()
@@ -137,11 +138,11 @@ def summary(folder: Path) -> dict[str, Any]:
 
 
 @cache
-def undisturbed() -> tuple[str, list[dict[str, Any]]]:
+def undisturbed(overrides: tuple[str, ...] = ()) -> tuple[str, list[dict[str, Any]]]:
     """The weights' hash and the metrics of a run to which nothing happens, on one worker."""
     with TemporaryDirectory() as name:
         folder = Path(name)
-        with started_by_user([sys.executable, PROGRAM, *OVERRIDES], folder, {STRIKES: "[]"}) as process:
+        with started_by_user([sys.executable, PROGRAM, *OVERRIDES, *overrides], folder, {STRIKES: "[]"}) as process:
             assert process.wait(SECONDS_FOR_A_RUN) == 0, (folder / "log").read_text()
         return summary(folder)["weights_sha256"], history(folder)
 
@@ -149,7 +150,7 @@ def undisturbed() -> tuple[str, list[dict[str, Any]]]:
 def check(folder: Path, plan: Schedule) -> str:
     """Play it; AssertionError unless the run ends as if nothing had happened. Returns what was printed."""
     said = play(folder, plan)
-    weights, lines = undisturbed()
+    weights, lines = undisturbed(plan.overrides)
     assert summary(folder)["weights_sha256"] == weights, f"other weights after {plan}"
     found = history(folder)
     different = next((pair for pair in zip_longest(found, lines) if pair[0] != pair[1]), None)

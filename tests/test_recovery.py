@@ -3,11 +3,13 @@
 A share of the schedules of `make chaos`, and what schedules do not hold.
 """
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,64 @@ def test_a_worker_is_lost_while_the_others_form_a_group_with_it(tmp_path: Path) 
 def test_a_worker_is_lost_before_the_pieces_are_kept(tmp_path: Path) -> None:
     said = survivors.check(tmp_path, Schedule(3, (Strike(1, "keeping", 1),), is_sharded=True))
     assert said.count("lost  ") == 1
+
+
+def test_a_worker_is_lost_while_the_state_is_gathered_for_a_checkpoint(tmp_path: Path) -> None:
+    """No checkpoint has failed: the others take it once they go on."""
+    plan = Schedule(3, (Strike(1, "taking", 3),), over_gloo=True, is_sharded=True)
+    said = survivors.check(tmp_path, plan)
+    assert "2 workers go on after step" in said
+    assert "could not be written" not in said
+
+
+def test_a_worker_is_lost_while_another_writes_histograms(tmp_path: Path) -> None:
+    """With sharding each worker counts the gradient of its pieces; the step is not lost with one of them."""
+    overrides = (f"histograms.steps={survivors.NUM_STEPS + 1}",)  # in every step
+    plan = Schedule(3, (Strike(1, "drawing", 9),), is_sharded=True, overrides=overrides)
+    assert "2 workers go on after step" in survivors.check(tmp_path, plan)
+    lines = (tmp_path / "run/observed/histograms.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [*range(1, survivors.NUM_STEPS + 1)]
+
+
+def test_a_worker_is_lost_once_the_best_weights_are_loaded(tmp_path: Path) -> None:
+    """The others still have the weights of the last step, with which they go on."""
+    overrides = ("early_stopping.load_best=true", "early_stopping.metric=eval/loss", "early_stopping.min_delta=0.1")
+    plan = Schedule(3, (Strike(1, "parting", 1),), overrides=overrides)
+    said = survivors.check(tmp_path, plan)
+    assert f"2 workers go on after step {survivors.NUM_STEPS}" in said
+    assert survivors.summary(tmp_path)["weights_step"] == 30
+
+
+def test_a_worker_that_stops_before_it_meets_the_others_is_ended(tmp_path: Path) -> None:
+    strikes = (Strike(1, "averaging", 9), Strike(2, "meeting", 2, signal.SIGSTOP))
+    said = survivors.check(tmp_path, Schedule(3, strikes))
+    assert "1 worker goes on after step" in said
+
+
+def test_a_worker_is_lost_while_the_run_resumes(tmp_path: Path) -> None:
+    """The checkpoint is whole, and is not blamed for it."""
+    plan = Schedule(3, tuple(Strike(seat, "averaging", 22) for seat in range(3)), is_sharded=True)
+    with pytest.raises(AssertionError, match="exit code 1"):
+        survivors.play(tmp_path, plan)
+    survivors.check(tmp_path, replace(plan, strikes=(Strike(1, "keeping", 1),)))
+
+
+@pytest.mark.parametrize("phase", ["building", "meeting"])
+def test_a_signal_comes_while_a_new_worker_does(tmp_path: Path, phase: str) -> None:
+    """While it prepares, it ends without having trained; once the others count on it, it stops together with them."""
+    strikes = [[0, "averaging", 6, int(signal.SIGKILL)], [2, phase, 1, -5]]
+    environment = {STRIKES: json.dumps(strikes), SLOW: "0.3", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, PROGRAM, "workers=2", "recovery=continue", "--max-restarts=1", *OVERRIDES]
+    with started_by_user(command, tmp_path, environment) as process:
+        deadline = time.monotonic() + SECONDS
+        while f"late in {phase}" not in (tmp_path / "log").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(SECONDS) == 75, (tmp_path / "log").read_text()
+    said = (tmp_path / "log").read_text()
+    assert "stopped by a signal after step" in said
+    assert "have not saved" not in said
 
 
 @pytest.mark.parametrize("seat", [0, 1])

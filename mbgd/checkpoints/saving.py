@@ -22,6 +22,7 @@ from mbgd.config.duration import whole
 from mbgd.errors import UsageError
 from mbgd.workers.group import Workers
 from mbgd.workers.log import write_to_log
+from mbgd.workers.process_group import is_of_exchange
 
 
 class CheckpointFolder:
@@ -108,6 +109,8 @@ class CheckpointFolder:
             writer = threading.Thread(target=self._write, args=(take(), dict(evaluation)), name="checkpoint writer")
             writer.start()
         except Exception as error:  # no memory for the snapshot, state that cannot be saved, no more threads
+            if is_of_exchange(error):
+                raise  # the state lies on workers of which some are lost
             self._failure = error
         else:
             self._writer = writer

@@ -19,6 +19,7 @@ class TaskState:
 
     def __init__(self, task: Task, buffers: Buffers) -> None:
         self._task, self._buffers = task, buffers
+        self._kept: Snapshot | None = None
 
     def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
         """All state tensors, not copied: under "model" and, if the objective has state, under "objective"."""
@@ -35,6 +36,25 @@ class TaskState:
         """Extra state that is not tensors, and the names that an export needs (see `_export_names`)."""
         _, others = extra_state.split(extra_state.extra_state(self._task))
         return {"extra_state": others, "export": self._export_names()}
+
+    def snapshot(self, step: int) -> Snapshot:
+        """Copies of all of it, after `step` steps, where the tensors are."""
+        tensors = {
+            file: {name: tensor.detach().clone() for name, tensor in named.items()}
+            for file, named in self.tensors().items()
+        }
+        return Snapshot(step, tensors, dict(self.values()))
+
+    def keep(self, step: int) -> None:
+        """Remember the state of now for `put_back`."""
+        self._kept = self.snapshot(step)
+
+    def put_back(self) -> None:
+        """Have the state that was kept; where none was, the buffers from before a step that was not finished."""
+        if self._kept is None:
+            self._buffers.put_back()
+        else:
+            self.restore(self._kept)
 
     def objective(self) -> dict[str, Tensor]:
         """Parameters, buffers and extra-state tensors of the objective, on the CPU; empty if it has none."""

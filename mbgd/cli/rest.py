@@ -57,6 +57,12 @@ class Rest:
             self._start(rank)
         return len(started)
 
+    def newcomers(self) -> set[int]:
+        """Process ids of workers that have not joined the others."""
+        members = self._roster.generation.seats
+        handlers = self._processes.subprocess_handlers
+        return {handlers[rank].proc.pid for seat, rank in self._places.items() if seat not in members}
+
     def ended(self) -> Any:
         """torch's result, once all have ended or one has failed; None before."""
         return self._processes.wait(0)

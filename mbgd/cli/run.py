@@ -8,7 +8,7 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -68,7 +68,7 @@ def _train(
     with suppress(RunComplete):
         if membership is not None and membership.is_newcomer:
             training.prepare(alone=backend.device is not DeviceName.cuda)
-            membership.join(backend.timeout_seconds)
+            membership.join(backend.timeout_seconds, training.notes_signals())
         while True:
             try:
                 with start_workers(
@@ -138,6 +138,11 @@ class Training:
         self._seeded = self._seeded or SeededData(self._config)
         if alone:
             build_trainer(self._config, Workers(), self._seeded)
+
+    def notes_signals(self) -> Callable[[], bool]:
+        """From now on a signal to stop does not end this process at once; returns whether there was one."""
+        self._stop = StopOnSignal(Workers(), self._membership)
+        return self._stop.is_asked
 
     def leave_group(self) -> None:
         """Take the state along, and free what belongs to the group."""

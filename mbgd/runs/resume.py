@@ -20,6 +20,7 @@ from mbgd.files.run_files import CONFIG, Count, Sha256
 from mbgd.runs.run_folder import RunFolder
 from mbgd.text.escaping import plain
 from mbgd.trainer import Trainer
+from mbgd.workers.process_group import is_of_exchange
 
 EVALUATION = "evaluation.json"
 """Next to the checkpoints: a hash of what their evaluations depend on, for checkpoints beyond a given step."""
@@ -212,6 +213,8 @@ def restore(trainer: Trainer, path: Path) -> None:
         lines = str(error).split("\n")  # the file's names of tensors and keys may need escaping
         raise UsageError("\n".join(plain(line) for line in lines)) from error
     except Exception as error:  # state that only the optimizer itself checks
+        if is_of_exchange(error):
+            raise
         raise UsageError(
             f"the checkpoint {path} does not fit this run ({type(error).__name__}: {plain(error)}). Move it out of the "
             "folder to go on from the one before, or give another run.dir."

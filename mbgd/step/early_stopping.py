@@ -65,7 +65,8 @@ class EarlyStopping:
         if value == value and (self._best is None or value < self._best - self.min_delta):
             self._best, self._num_without = value, 0
             if self.load_best:
-                self._of_best = self._snapshot(step)
+                assert self._task is not None
+                self._of_best = self._task.snapshot(step)
         else:
             self._num_without += 1
         return self._num_without >= self.patience
@@ -86,11 +87,3 @@ class EarlyStopping:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._best, self._num_without = state["best"], state["num_without"]
         self._of_best = Snapshot(**state["of_best"]) if "of_best" in state else None
-
-    def _snapshot(self, step: int) -> Snapshot:
-        assert self._task is not None
-        tensors = {
-            file: {name: tensor.detach().clone() for name, tensor in named.items()}
-            for file, named in self._task.tensors().items()
-        }
-        return Snapshot(step, tensors, dict(self._task.values()))

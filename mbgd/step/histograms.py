@@ -38,7 +38,8 @@ class Histograms:
 
     Bins are powers of two, so they are the same in every step and for every layer. The gradient is the one that the
     optimizer gets: averaged over the minibatch and clipped. The main worker alone computes them, on its device; where
-    each worker updates pieces of the parameters, it counts these, and the counts are added up.
+    each worker has the gradient of its pieces alone, it counts these, and the counts are added up. The workers exchange
+    them before the update: none can be lost between a step and the notes of it.
     """
 
     name = HISTOGRAMS
@@ -52,9 +53,12 @@ class Histograms:
         self._at: frozenset[int] = frozenset()
         self._is_main = True
         self._layers: list[str] = []
-        self._held: list[tuple[str, Tensor]] = []
-        """(layer, what this worker looks at): all parameters on the main worker, or each worker's pieces of them."""
+        self._parameters: list[tuple[str, Tensor]] = []
+        """(layer, parameter)."""
+        self._updated: list[tuple[str, Tensor]] = []
+        """(layer, what this worker updates): all parameters, or its pieces of them."""
         self._gradients: Counts = {}
+        """Of the whole parameters."""
         self._gather: Callable[[Any], list[Any]] = lambda counts: [counts]
         self._write: Callable[[int, Mapping[str, Any]], None] = lambda step, values: None
 
@@ -68,7 +72,8 @@ class Histograms:
         elif not workers.is_main:
             return
         self._at = spread(self.steps, trainer.setup.num_steps)
-        self._held = [(layer_of[name], one) for name, one in trained.updated()]
+        self._parameters = [(layer_of[name], one) for name, one in trained.by_name.items()]
+        self._updated = [(layer_of[name], one) for name, one in trained.updated()]
         trainer.train_step.update.before_step.append(self._before_step)
 
     def with_writer(self, write: Callable[[int, Mapping[str, Any]], None]) -> None:
@@ -76,16 +81,13 @@ class Histograms:
 
     def _before_step(self, step: int, divisor: Tensor | None) -> None:
         if step + 1 in self._at:
-            gradients = [(layer, one.grad) for layer, one in self._held if one.grad is not None]
-            self._gradients = _count_by_layer(gradients, divisor)
+            gradients = [(layer, one.grad) for layer, one in self._updated if one.grad is not None]
+            self._gradients = _added(self._gather(_count_by_layer(gradients, divisor)))
 
     def after_update(self, done: Done) -> None:
-        if done.step + 1 not in self._at:
+        if not self._is_main or done.step + 1 not in self._at:
             return
-        of_workers = self._gather([_count_by_layer(self._held), self._gradients])
-        if not self._is_main:
-            return
-        parameters, gradients = (_added(counts) for counts in zip(*of_workers, strict=True))
+        parameters, gradients = _count_by_layer(self._parameters), self._gradients
         layers = [
             Layer(layer, _trimmed(*parameters[layer]), _trimmed(*gradients[layer]) if layer in gradients else None)
             for layer in self._layers

@@ -8,8 +8,10 @@ next generation and form a new group.
 
 import json
 import os
+import signal
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 from torch.distributed.distributed_c10d import PrefixStore, Store
@@ -27,6 +29,9 @@ SECONDS_FOR_THE_LAUNCHER = 2.0
 SECONDS_BETWEEN_LOOKS = 0.02
 SECONDS_BETWEEN_QUESTIONS = 0.2
 """Between steps, a worker asks the store this often."""
+
+STOPPED = 128 + signal.SIGTERM
+"""Exit code of a newcomer that a signal has stopped: it has no state to save."""
 
 ON, NOW, SILENT, COMPLETE = "goes_on", "now", "silent", "complete"
 
@@ -80,6 +85,7 @@ class Membership:
         self._store, self._seat = store, seat
         self.generation = Generation(0, list(range(num_workers)))
         self._asked, self._has_changed = 0.0, False
+        self._has_just_joined = False
 
     @property
     def is_newcomer(self) -> bool:
@@ -113,8 +119,12 @@ class Membership:
             )
         self._store.set(ON, "")
 
-    def join(self, timeout_seconds: float) -> None:
-        """As a newcomer: wait until the others take this worker in; RunComplete where they are done."""
+    def join(self, timeout_seconds: float, stops: Callable[[], bool]) -> None:
+        """As a newcomer: wait until the others take this worker in; RunComplete where they are done.
+
+        stops(): whether a signal has asked this worker to stop. It ends then, unless it is taken in already: the others
+        count on it from there on, and stop together with it.
+        """
         self._store.set(f"come/{self._seat}", "")
         deadline = time.monotonic() + timeout_seconds
         while self.is_newcomer:
@@ -122,8 +132,12 @@ class Membership:
             if time.monotonic() > deadline:
                 raise WorkersLost("the other workers did not take this one in; they may have ended.")
             time.sleep(SECONDS_BETWEEN_LOOKS)
+            asked = stops()  # before the look, so that a worker that ends has not been taken in before the signal
             if self._store.check([NOW]):
                 self.generation = self._newest()
+            if asked and self.is_newcomer:
+                sys.exit(STOPPED)
+        self._has_just_joined = True
 
     def move_on(self) -> None:
         """Take over the newest generation."""
@@ -149,12 +163,14 @@ class Membership:
 
     def tell_silent(self, ranks: Sequence[int]) -> None:
         """Have the launcher end workers that do not answer, so that they cannot come back later."""
-        self._store.set(SILENT, json.dumps([self.generation.seats[rank] for rank in ranks]))
+        self._tell_silent([self.generation.seats[rank] for rank in ranks])
 
     def meet(self, timeout_seconds: float) -> None:
         """Wait until all workers of this generation are here; GroupChanged where one is lost on the way.
 
-        RunComplete where the others have ended with the run's results.
+        The launcher ends those that do not come in time, for they may be stopped. A worker that has just joined waits
+        as long as the others take: they come after a step and what follows it. RunComplete where they have ended
+        with the run's results.
         """
         store, deadline = self.store, time.monotonic() + timeout_seconds
         store.set(f"here/{self._seat}", "")
@@ -163,9 +179,16 @@ class Membership:
             if self._is_over():
                 raise GroupChanged
             self._check_complete()
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline and not self._has_just_joined:
+                self._tell_silent(missing)
+                if self.generation.number and self.wait_for_change():
+                    raise GroupChanged
                 raise WorkersLost(f"{len(missing)} of the workers that go on did not come.")
             time.sleep(SECONDS_BETWEEN_LOOKS)
+        self._has_just_joined = False
+
+    def _tell_silent(self, seats: Sequence[int]) -> None:
+        self._store.set(SILENT, json.dumps(seats))
 
     def _check_complete(self) -> None:
         if self._store.check([COMPLETE]):

@@ -46,6 +46,10 @@ class StopOnSignal:
             os._exit(128 + signal.SIGINT)  # the user insists: exit without waiting for anything
         self._asked = True
 
+    def is_asked(self) -> bool:
+        """Whether a signal has reached this worker."""
+        return self._asked
+
     def meet(self, workers: Workers) -> None:
         """From now on these workers agree."""
         self._stops, self._changes = Agreement(workers), Agreement(workers)

@@ -23,6 +23,11 @@ SECONDS_TO_CONNECT_AGAIN = 30.0
 SECONDS_FOR_THREADS_TO_END = 0.1
 
 
+def is_of_exchange(error: BaseException) -> bool:
+    """Whether an exchange failed, because others are lost or do not come: nothing that this worker did is wrong."""
+    return isinstance(error, dist.DistError | WorkersLost) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
 class ProcessGroup:
     """The group that one worker is in with the others."""
 
@@ -77,8 +82,7 @@ class ProcessGroup:
 
     def explain(self, error: RuntimeError) -> None:
         """Raise what a failed exchange means: others go on, or workers are missing. Returns where it was none."""
-        is_of_exchange = isinstance(error, dist.DistError | WorkersLost) or "gloo" in str(error)
-        if not (is_of_exchange or self._connects_again):
+        if not (is_of_exchange(error) or self._connects_again):
             return
         if self._membership is not None and self._others_go_on(self._membership):
             raise GroupChanged from error
