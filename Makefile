@@ -46,9 +46,11 @@ bench: $(INSTALLED)
 	python benchmarks/experiments.py
 
 # On a machine with a GPU, in under 9 minutes and without a network once .venv is there (benchmarks/gpu_setup.sh); on
-# others what a CPU can run of it. The benchmarks run even where a test fails.
+# others what a CPU can run of it. The benchmarks run even where a test fails. INT: where the time is over, pytest still
+# tells what has failed by then.
 gpu: $(INSTALLED)
-	timeout 300 python -m pytest tests/test_gpu.py tests/test_gpu_ready.py; tests=$$?; \
+	timeout --signal=INT --kill-after=10 300 python -m pytest --durations=15 tests/test_gpu.py tests/test_gpu_ready.py; \
+	tests=$$?; \
 	timeout 230 python benchmarks/gpu.py && exit $$tests
 
 $(INSTALLED): pyproject.toml constraints.txt

@@ -15,7 +15,7 @@ from PIL import Image
 import mbgd
 from mbgd.building import composing
 from mbgd.building.build import build_trainer, typed
-from mbgd.config import Settings, validate
+from mbgd.config import CudaGraphsName, Settings, validate
 
 CONF = Path(__file__).parent.parent / "conf"
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -204,3 +204,11 @@ def test_a_configuration_keeps_its_numbers() -> None:
     assert config.max_grad_norm == 1.0
     assert config.batch.size == 7
     assert config.precision is mbgd.Precision.fp64
+
+
+def test_a_configuration_has_cuda_graphs() -> None:
+    assert typed(composed_by_tools()).cuda_graphs is CudaGraphsName.off
+    assert typed(composed_by_tools("cuda_graphs=off")).cuda_graphs is CudaGraphsName.off
+    assert typed(composed_by_tools("cuda_graphs=auto")).cuda_graphs is CudaGraphsName.auto
+    with pytest.raises(mbgd.UsageError, match=r'YAML reads off as false: write "off", with quotes'):
+        typed(composed_by_tools("cuda_graphs=false"))

@@ -1,6 +1,7 @@
-"""The same training on GPUs as on the CPU: every test here runs on both, where there is a CUDA device.
+"""The same training on GPUs as on the CPU.
 
 `make gpu` runs this file. Without a GPU the same bodies run on the CPU, and what needs CUDA is skipped with the reason.
+With one they run there alone: its time is short, and the CPU's half runs elsewhere.
 Several workers share one GPU over gloo; nccl needs one GPU for each worker.
 """
 
@@ -24,7 +25,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mbgd
+import mbgd.averaging as averagings
 import mbgd.task.objective as task_objective
+from mbgd.averaging.host_memory.memory import CannotShareError
 from mbgd.checkpoints import format as checkpoint
 from mbgd.checkpoints import saving
 from mbgd.checkpoints.fingerprint import weights_sha256
@@ -33,9 +36,10 @@ from mbgd.checks.replicas import Replicas
 from mbgd.config import AveragingName, Checkpoint, NoiseScale, ShardingName
 from mbgd.data import digits
 from mbgd.measuring.clock import MOST_EVENTS, PARTS, StreamStopwatch
-from mbgd.models import CNN, GPT, MLP
+from mbgd.models import CNN, GPT, MLP, Linear, ResNet
 from mbgd.optimizers import Lamb, Lars, MuonAdamW
 from mbgd.runs.conditions import conditions
+from mbgd.step import two_pass
 from mbgd.step.graphed import Graphed
 from mbgd.step.histograms import histogram
 from mbgd.workers import cuda
@@ -49,7 +53,8 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 needs_two_gpus = pytest.mark.skipif(
     torch.cuda.device_count() < 2, reason=f"needs 2 GPUs; torch sees {torch.cuda.device_count()}"
 )
-on_devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+DEVICES = ["cuda"] if torch.cuda.is_available() else ["cpu", pytest.param("cuda", marks=needs_cuda)]
+on_devices = pytest.mark.parametrize("device", DEVICES)
 pytestmark = pytest.mark.gpu
 
 ADAMW = partial(torch.optim.AdamW, lr=0.01, fused=True)
@@ -182,6 +187,7 @@ def test_reproducible_gives_the_same_bits_on_any_number_of_workers_of_one_device
 
 
 def train_in_pieces(workers: mbgd.Workers, sharding: str) -> dict[str, tuple[str, str]]:
+    torch.use_deterministic_algorithms(True)  # so that with ddp, too, another run on a GPU repeats its bits
     found = {}
     for name, precision in itertools.product(MODELS, ("fp32", "fp16")):
         trainer = make_trainer(workers, name, "ddp", precision, sharding=ShardingName(sharding))
@@ -259,7 +265,10 @@ def test_every_collective_of_workers_that_share_a_device(device: str) -> None:
 class NoWaiting(TorchDispatchMode):
     """On a CPU, refuses the operations that would wait for a GPU: values read, or copied from Python's numbers."""
 
-    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "lift_fresh", "is_nonzero", "unique_dim")
+    WAITS = (
+        *("_local_scalar_dense", "is_nonzero", "equal", "lift_fresh", "_linalg_check_errors"),
+        *("nonzero", "masked_select", "unique_dim", "unique_consecutive", "_unique2", "repeat_interleave", "bincount"),
+    )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
@@ -324,6 +333,7 @@ def train_without_waiting(trainer: mbgd.Trainer) -> None:
         if device == "cpu":
             as_on_a_gpu(trainer)
             patch.setattr(task_objective, "reads_at_once", lambda device: False)
+            patch.setattr(two_pass, "check_repeated", lambda *_: None)  # on a GPU, in every hundredth step alone
         shards = trainer.setup.loader.shards(0, 11)
         if device == "cpu":  # where reading the examples has nothing to wait for
             shards = iter(list(shards))
@@ -336,6 +346,96 @@ def train_without_waiting(trainer: mbgd.Trainer) -> None:
     trainer.check()
     assert weights_sha256(trainer.setup.model) != before
     torch.use_deterministic_algorithms(False)
+
+
+def numbers() -> mbgd.InMemory:
+    inputs, generator = images().inputs, torch.Generator().manual_seed(0)
+    return mbgd.InMemory(inputs, torch.randint(-1, 2, (60, 3), generator=generator).float())
+
+
+def teacher() -> nn.Module:
+    torch.manual_seed(1)
+    return MLP((1, 8, 8), 10)
+
+
+IMAGE = (1, 8, 8)
+OTHERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], mbgd.InMemory], Callable[[], Any]]] = {
+    "resnet": (partial(ResNet, IMAGE, 10, depth=8, width=4), images, partial(mbgd.CrossEntropy, label_smoothing=0.1)),
+    "squared error": (partial(Linear, IMAGE, 3), numbers, mbgd.MeanSquaredError),
+    "huber": (partial(MLP, IMAGE, 3), numbers, mbgd.Huber),
+    "labels": (
+        partial(MLP, IMAGE, 3),
+        numbers,
+        partial(mbgd.BinaryCrossEntropy, pos_weight=[1.0, 2.0, 3.0], ignore_index=-1),
+    ),
+    "weighted classes": (
+        partial(MLP, IMAGE, 10),
+        images,
+        partial(mbgd.CrossEntropy, class_weights=[1.0] * 5 + [2.0] * 5, ignore_index=3, label_smoothing=0.1),
+    ),
+    "distillation": (partial(MLP, IMAGE, 10), images, lambda: mbgd.Distillation(teacher())),
+    "pairs": (partial(CNN, IMAGE, 10, channels=(4,)), images, partial(mbgd.InfoNCE, augment=mbgd.RandomCrops())),
+    "other side": (
+        partial(MLP, IMAGE, 10),
+        images,
+        partial(mbgd.InfoNCE, augment=mbgd.RandomCrops(), negatives="other"),
+    ),
+}
+
+
+@on_devices
+@pytest.mark.parametrize(
+    ("name", "precision"), list(zip(OTHERS, itertools.cycle(["fp32", "bf16", "fp16"]), strict=False))
+)
+def test_no_shipped_model_or_objective_waits_for_the_device(device: str, name: str, precision: str) -> None:
+    make_model, make_data, make_objective = OTHERS[name]
+    torch.manual_seed(0)
+    model = make_model()
+    trainer = mbgd.Trainer(
+        model,
+        make_objective(),
+        SGD(model.parameters()),
+        mbgd.Data(train=make_data()),
+        mbgd.Settings(
+            steps=12,
+            batch=mbgd.Batch(20, 5),
+            log_every_steps=1000,
+            max_grad_norm=1.0,
+            noise_scale=NoiseScale(every_steps=1),
+            precision=mbgd.Precision(precision),
+        ),
+        alone(device),
+    )
+    ema = mbgd.EMA(0.9)
+    ema.before_training(trainer)
+    ema.at_start(0)
+    trainer.train_step.observers.append(ema)
+    train_without_waiting(trainer)
+
+
+def train_together_without_waiting(workers: mbgd.Workers, averaging: str, sharding: str) -> list[str]:
+    def refuse(workers: mbgd.Workers) -> None:
+        raise CannotShareError("as GPUs, these workers send messages")
+
+    averagings.HostMemory = refuse  # type: ignore[assignment,misc]
+    described = []
+    for name, precision in zip(MODELS, ("fp16", "fp32", "bf16"), strict=True):
+        how = {"steps": 12, "log_every_steps": 1000, "sharding": ShardingName(sharding)}
+        trainer = make_trainer(workers, name, averaging, precision, SGD, **how, noise_scale=NoiseScale(every_steps=1))
+        train_without_waiting(trainer)
+        described.append(trainer.train_step.averaging.describe())
+        assert (trainer.train_step.sharded is None) == (sharding == "none")
+    return described
+
+
+@pytest.mark.parametrize(("device", "backend"), [("cpu", "gloo"), pytest.param("cuda", "nccl", marks=needs_two_gpus)])
+@pytest.mark.parametrize("sharding", ["none", "optimizer"])
+@pytest.mark.parametrize("averaging", ["ddp", "reproducible"])
+def test_steps_of_several_workers_do_not_wait_for_the_device(
+    averaging: str, sharding: str, device: str, backend: str
+) -> None:
+    found = run_workers(train_together_without_waiting, 2, averaging, sharding, backend=backend, device=device)
+    assert all(text.startswith(f"{averaging} over {backend}") for described in found for text in described)
 
 
 def muon(parameters: Any) -> torch.optim.Optimizer:
@@ -525,6 +625,7 @@ def test_what_no_graph_can_do_is_named_and_training_goes_on(also: Callable[[Tens
 @on_devices
 @pytest.mark.parametrize("fused", [True, False])
 def test_snapshots_do_not_tear_while_training_goes_on(device: str, fused: bool) -> None:
+    torch.use_deterministic_algorithms(True)  # so that another run on a GPU repeats its bits
     optimizer = partial(torch.optim.AdamW, lr=0.01, fused=fused)  # not fused: it counts steps on the host
     trainer = make_trainer(alone(device), "cnn with BatchNorm", optimizer=optimizer, steps=30, log_every_steps=100)
     shards = trainer.setup.loader.shards(0, 29)
@@ -543,6 +644,7 @@ def test_snapshots_do_not_tear_while_training_goes_on(device: str, fused: bool) 
     for shard in again.setup.loader.shards(15, 20):
         again.train_step(shard)
     assert all(torch.equal(tensor, kept[3][0][name]) for name, tensor in state(again).items())
+    torch.use_deterministic_algorithms(False)
 
 
 @on_devices
@@ -568,6 +670,46 @@ def test_fp16_skips_steps_that_overflow_and_unscales_the_others(device: str) -> 
         change, wanted_change = got[name] - before[name], wanted_state[name] - before[name]
         # fp16 rounds; a loss scale that was left in, or taken out twice, would be a factor of 2 at least.
         assert float((change - wanted_change).norm()) <= 0.1 * float(wanted_change.norm()) + 1e-6, name
+
+
+@on_devices
+def test_a_first_step_that_fp16_skips_leaves_no_momentum(device: str) -> None:
+    """torch's fused SGD begins with a momentum in memory as it is found."""
+    found = []
+    for fused in (True, False):
+        trainer = make_trainer(alone(device), "mlp with dropout", "ddp", "fp16", partial(SGD, fused=fused), steps=3)
+        weight = trainer.setup.model.layers[0].weight
+        with torch.no_grad():
+            weight.mul_(1e4)
+        used = [torch.full(p.shape, math.nan, device=device) for p in trainer.setup.model.parameters()]
+        del used  # memory that the momentum may get
+        shards = trainer.setup.loader.shards(0, 3)
+        trainer.train_step(next(shards))
+        with torch.no_grad():
+            weight.mul_(1e-4)
+        for shard in shards:
+            trainer.train_step(shard)
+        assert trainer.train_step.update.num_skipped == 1
+        found.append(state(trainer))
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(tensor, found[1][name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+@on_devices
+def test_fused_sgd_takes_parameters_that_are_trained_later(device: str) -> None:
+    torch.manual_seed(0)
+    model = MLP((1, 8, 8), 10, hidden=(16,))
+    before = model.layers[0].weight.detach().clone()
+    mbgd.Trainer(
+        model,
+        mbgd.CrossEntropy(),
+        SGD(model.parameters()),
+        mbgd.Data(train=images()),
+        mbgd.Settings(batch=mbgd.Batch(20), steps=6),
+        alone(device),
+        observers=[mbgd.Freeze(["layers.0.*"], until=3)],
+    ).fit()
+    assert not torch.equal(model.layers[0].weight.detach().cpu(), before)
 
 
 @on_devices
@@ -647,7 +789,7 @@ def test_where_the_time_of_a_step_goes() -> None:
 def test_more_laps_than_events_are_kept() -> None:
     stopwatch = StreamStopwatch()
     for _ in range(5 * MOST_EVENTS):
-        torch.cuda._sleep(1000)
+        torch.cuda._sleep(20_000)  # cycles: several times as long as the host takes for a lap
         stopwatch.lap("optimizer")
         stopwatch.lap("rest")
     seconds = stopwatch.seconds()

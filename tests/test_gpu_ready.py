@@ -26,11 +26,9 @@ import mbgd
 import mbgd.averaging as averagings
 from mbgd.averaging.host_memory.memory import CannotShareError
 from mbgd.batches.reading import BLOCK_BYTES, BLOCK_EXAMPLES, Batches, most_at_once
-from mbgd.building.build import typed
-from mbgd.building.composing import compose
 from mbgd.checks.graphs import obstacles
 from mbgd.cli.tools.compare import differing_conditions
-from mbgd.config import CompileName, CudaGraphsName, NoiseScale
+from mbgd.config import CompileName, NoiseScale
 from mbgd.measuring.garbage import ALL_EVERY_STEPS, YOUNG_EVERY_STEPS, collected_at_steps
 from mbgd.models import GPT, MLP
 from mbgd.runs.wording import plan_lines
@@ -169,6 +167,51 @@ def test_messages_that_are_staged_give_the_same_bits(sharding: str) -> None:
     results = run_workers(train_by_messages, 3, sharding)
     assert [bits for *bits, _ in results] == [wanted] * 3
     assert [collected for *_, collected in results] == [[0, 1, 2], [], []]
+
+
+def where_norms_begin(workers: mbgd.Workers, num_features: int) -> tuple[set[int], list[float]]:
+    """Places in memory of what `_foreach_norm` gets, counted from the start of the memory; and the norms."""
+
+    def refuse(workers: mbgd.Workers) -> None:
+        raise CannotShareError("this test sends messages")
+
+    averagings.HostMemory = refuse  # type: ignore[assignment,misc]
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(num_features, 9), torch.nn.Tanh(), torch.nn.Linear(9, 1))
+    inputs = torch.randn(24, num_features, generator=torch.Generator().manual_seed(0))
+    trainer = mbgd.Trainer(
+        model,
+        mbgd.MeanSquaredError(),
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        mbgd.Data(train=mbgd.InMemory(inputs, inputs[:, :1].sin())),
+        mbgd.Settings(
+            steps=6,
+            batch=mbgd.Batch(12, 2),
+            averaging=mbgd.Averaging(mbgd.AveragingName.reproducible),
+            max_grad_norm=0.1,
+            noise_scale=NoiseScale(every_steps=1),
+        ),
+        workers,
+    )
+    places: set[int] = set()
+    plain = torch._foreach_norm
+
+    def noted(tensors: list[Tensor], *more: Any) -> Any:
+        places.update(tensor.storage_offset() for tensor in tensors)
+        return plain(tensors, *more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "_foreach_norm", noted)
+        trainer.fit()
+    return places, trainer.train_step.noise_scale.values()["noise_scale"]
+
+
+def test_norms_of_gradients_do_not_depend_on_where_a_bucket_holds_them() -> None:
+    """On a GPU the alignment decides in which order a norm adds up."""
+    ((_, wanted),) = run_workers(where_norms_begin, 1, 5)
+    for places, norms in run_workers(where_norms_begin, 3, 5):
+        assert places == {0}
+        assert norms == wanted
 
 
 # What is read
@@ -647,14 +690,6 @@ def test_parts_without_graphs_are_named() -> None:
 def test_other_values_of_cuda_graphs_are_refused(value: Any) -> None:
     with pytest.raises(mbgd.UsageError, match=r"cuda_graphs=.*: it is one of off, auto"):
         mbgd.Settings(cuda_graphs=value)
-
-
-def test_a_configuration_has_cuda_graphs() -> None:
-    assert typed(compose([])).cuda_graphs is CudaGraphsName.off
-    assert typed(compose(["cuda_graphs=off"])).cuda_graphs is CudaGraphsName.off
-    assert typed(compose(["cuda_graphs=auto"])).cuda_graphs is CudaGraphsName.auto
-    with pytest.raises(mbgd.UsageError, match=r'YAML reads off as false: write "off", with quotes'):
-        typed(compose(["cuda_graphs=false"]))
 
 
 # Garbage

@@ -1,5 +1,7 @@
 """Gradients by parameter, and their addition where some parameters have none."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
@@ -34,6 +36,26 @@ def of_bucket(bucket: GradBucket) -> Gradients:
         has_strides = not parameter.is_contiguous() and torch.empty_like(parameter, device="meta").stride() == strides
         gradients[parameter] = gradient.as_strided(gradient.shape, strides) if has_strides else gradient
     return gradients
+
+
+def by_themselves(gradients: Gradients) -> Gradients:
+    """The gradients, each at the start of its memory; those that begin within other memory are copied.
+
+    On a GPU the order in which a norm adds up, and so its bits, depends on the alignment. DDP's buckets align nothing.
+    Source: foreach_reduce.cuh, `is_aligned`; Reduce.cuh, `input_vectorized_thread_reduce_impl`.
+    """
+    within = {parameter: gradient for parameter, gradient in gradients.items() if gradient.storage_offset()}
+    if not within:
+        return gradients
+    copies = [torch.empty_like(gradient) for gradient in within.values()]
+    torch._foreach_copy_(copies, list(within.values()))
+    return gradients | dict(zip(within, copies, strict=True))
+
+
+def separate(parameters: Sequence[Tensor]) -> None:
+    """Let whatever computes with `.grad`, such as a norm or an optimizer, find it aligned alike on any worker."""
+    for parameter, gradient in by_themselves({p: p.grad for p in parameters if p.grad is not None}).items():
+        parameter.grad = gradient
 
 
 def add_into_right(left: Gradients, right: Gradients) -> Gradients:

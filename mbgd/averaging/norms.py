@@ -5,12 +5,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from mbgd.averaging.gradients import by_themselves
+
 
 class MicroBatchNorms:
     """The squared norms of Σ w_i ∇L_i over each of this worker's micro-batches in one step.
 
     An averaging passes in the gradients, all at once or bucket by bucket. Their norms are summed in float64 and in the
-    order of the parameters, so that the bits do not depend on the buckets.
+    order of the parameters, so that the bits do not depend on the buckets, as each is aligned alike.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
@@ -28,7 +30,7 @@ class MicroBatchNorms:
             gradients = {p: grad - before[p] if p in before else grad for p, grad in gradients.items()}
         if gradients:
             # In the gradients' own dtype: on a CPU, norms in another dtype take twenty times as long.
-            norms = torch._foreach_norm(list(gradients.values()))
+            norms = torch._foreach_norm(list(by_themselves(dict(gradients)).values()))
             self._norms.setdefault(number, {}).update(zip(gradients, norms, strict=True))
 
     def squared(self, number: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mbgd.averaging.bucket_exchange import BucketExchange, most_nodes, nodes_of_workers
 from mbgd.averaging.ddp import check_exchanged, completed, used_anywhere, wrap
-from mbgd.averaging.gradients import Gradients, add_gradients, add_into_right, flat, of_bucket
+from mbgd.averaging.gradients import Gradients, add_gradients, add_into_right, flat, of_bucket, separate
 from mbgd.averaging.host_memory.exchange import Exchange, check_moved_on
 from mbgd.averaging.host_memory.memory import HostMemory
 from mbgd.averaging.host_memory.parameters import SharedParameters
@@ -148,8 +148,7 @@ class Reproducible:
         used = used_anywhere(parameters, self._workers)
         late = [parameter for parameter, is_used in zip(parameters, used, strict=True) if is_used]
         for index, parameter in enumerate(late):
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            parameter.grad = gradient
+            parameter.grad = gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             self._send(-1 - index, in_memory_order(gradient), {parameter: gradient})
 
     def _send(self, index: int, buffer: Tensor, gradients: Gradients) -> None:
@@ -190,13 +189,14 @@ class Reproducible:
         if self._memory is not None:
             notes = self._add_up(note, whole=whole)
         elif self._ddp is None:
-            total = fold(dict(self._counter.nodes), self._last.num_micro_batches, add_gradients)
-            for parameter, gradient in total.items():
-                parameter.grad = gradient
+            for p, gradient in fold(dict(self._counter.nodes), self._last.num_micro_batches, add_gradients).items():
+                p.grad = gradient
             self._trained.moved_on()
             notes = [note]
         while self._sent:  # all have the same number of rounds
             self._sent = [exchange for exchange in self._sent if exchange.advance()]
+        if self._memory is None:
+            separate(self._trained.parameters)
         self._counter.nodes.clear()
         if self._has_moved_on:
             self._has_moved_on = False

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mbgd.averaging.host_memory.layout import Layout, joined, whole_lines
+from mbgd.averaging.host_memory.layout import LINE_BYTES, LINE_BYTES_ON_GPU, Layout, joined, whole_lines
 from mbgd.averaging.pieces import Owned, Piece
 from mbgd.workers.group import Workers
 from mbgd.workers.under_way import UnderWay
@@ -26,8 +26,10 @@ class SentParameters:
         self._names, self._parameters = list(by_name), list(by_name.values())
         first_owner = {piece.parameter: rank for rank in reversed(range(len(of_workers))) for piece in of_workers[rank]}
         by_owner = sorted(range(len(self._parameters)), key=lambda number: (first_owner[number], number))
-        layout = Layout([self._parameters[number] for number in by_owner])
-        memory = torch.zeros(layout.num_bytes, dtype=torch.uint8, device=self._parameters[0].device)
+        device = self._parameters[0].device
+        self._line_bytes = LINE_BYTES_ON_GPU if device.type == "cuda" else LINE_BYTES
+        layout = Layout([self._parameters[number] for number in by_owner], self._line_bytes)
+        memory = torch.zeros(layout.num_bytes, dtype=torch.uint8, device=device)
         views = dict(zip(by_owner, layout.views(memory), strict=True))
         offsets = dict(zip(by_owner, layout.offsets, strict=True))
         self._views = [views[number] for number in range(len(by_owner))]
@@ -45,7 +47,7 @@ class SentParameters:
     def _range_of(self, piece: Piece, offset: int) -> tuple[int, int]:
         size = self._parameters[piece.parameter].element_size()
         begin = offset + piece.start * size
-        return begin, begin + whole_lines((piece.stop - piece.start) * size)
+        return begin, begin + whole_lines((piece.stop - piece.start) * size, self._line_bytes)
 
     def adopt(self) -> None:
         for parameter, view in zip(self._parameters, self._views, strict=True):

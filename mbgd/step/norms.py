@@ -11,9 +11,6 @@ from mbgd.averaging.pieces import Piece, block_on, in_memory_order, with_strides
 Gather = Callable[[Tensor], Sequence[Tensor]]
 """This worker's values → every worker's, by rank."""
 
-ABSENT = -1.0
-"""In place of the norm of a block that has no gradient."""
-
 
 class TotalNorm:
     """The norm of tensors like the parameters: of each block of elements, and then of these norms, in order.
@@ -26,12 +23,13 @@ class TotalNorm:
         self._dtype = reduce(torch.promote_types, (p.dtype.to_real() for p in parameters))
         self._nothing = torch.zeros((), device=parameters[0].device)
         self._strides = [torch.empty_like(p, device="meta").stride() for p in parameters]
+        self._counts = [len(range(0, max(p.numel(), 1), self._block)) for p in parameters]
 
     def __call__(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """Shape (), in the parameters' widest dtype. tensors: one for each parameter; None: it does not count."""
+        """Shape (), in the parameters' widest dtype. tensors: one for each parameter; None: it counts as zeros."""
         together = zip(tensors, self._strides, strict=True)
-        blocks = [block for one, strides in together if one is not None for block in self._blocks(one, strides)]
-        norms = torch._foreach_norm(blocks) if blocks else [self._nothing]
+        blocks = [None if one is None else self._blocks(one, strides) for one, strides in together]
+        norms = _norms(blocks, self._counts, self._nothing)
         total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(self._dtype) for norm in norms]))
         return total
 
@@ -59,19 +57,25 @@ class NormOfPieces:
                 order += [(piece.parameter, piece.start, first + at) for at in range(count)]
                 first += count
         self._order = torch.tensor([at for *_, at in sorted(order)], device=self._device)
+        self._nothing = torch.zeros((), device=self._device)
 
     def __call__(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """Shape (); tensors: one for each of this worker's pieces. Every worker calls this."""
-        blocks = [block for one in tensors if one is not None for block in self._blocks(one)]
-        mine = torch.full((self._most,), ABSENT, dtype=torch.float64, device=self._device)
-        if blocks:
-            counts = zip(tensors, self._counts, strict=True)
-            is_there = [one is not None for one, count in counts for _ in range(count)]
-            there = torch.tensor(is_there, device=self._device)
-            mine[: len(there)][there] = torch.stack([norm.double() for norm in torch._foreach_norm(blocks)])
-        norms = torch.cat(list(self._gather(mine)))[self._order]
-        total: Tensor = torch.linalg.vector_norm(norms[norms != ABSENT].to(self._dtype))
+        blocks = [None if one is None else self._blocks(one) for one in tensors]
+        mine = torch.zeros(self._most, dtype=torch.float64, device=self._device)
+        if norms := _norms(blocks, self._counts, self._nothing):
+            mine[: len(norms)] = torch.stack([norm.double() for norm in norms])
+        norms_of_all = torch.cat(list(self._gather(mine)))[self._order]
+        total: Tensor = torch.linalg.vector_norm(norms_of_all.to(self._dtype))
         return total
 
     def _blocks(self, piece: Tensor) -> Sequence[Tensor]:
         return torch.split(in_memory_order(piece), self._block)
+
+
+def _norms(blocks: Sequence[Sequence[Tensor] | None], counts: Sequence[int], nothing: Tensor) -> list[Tensor]:
+    """The norm of each block; `nothing` for every block of a tensor that is None. counts: of blocks."""
+    there = [block for of_one in blocks if of_one is not None for block in of_one]
+    norms = iter(torch._foreach_norm(there) if there else [])
+    pairs = zip(blocks, counts, strict=True)
+    return [nothing if of_one is None else next(norms) for of_one, count in pairs for _ in range(count)]

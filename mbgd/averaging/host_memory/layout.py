@@ -10,12 +10,14 @@ Kind = TypeVar("Kind")
 
 LINE_BYTES = 64
 """Each tensor is aligned to a cache line, which also suits the widest vector instructions."""
+LINE_BYTES_ON_GPU = 512
+"""As torch allocates memory there: kernels, and so bits, may depend on the alignment."""
 
 
 class Layout:
     """Each parameter's place in a row of bytes; those of one dtype lie together."""
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, parameters: Sequence[Tensor], line_bytes: int = LINE_BYTES) -> None:
         self._parameters = parameters
         self.offsets = [0] * len(parameters)
         self.dtypes: list[tuple[torch.dtype, int, int]] = []
@@ -26,7 +28,7 @@ class Layout:
             for number, parameter in enumerate(parameters):
                 if parameter.dtype == dtype:
                     self.offsets[number] = self.num_bytes
-                    self.num_bytes += whole_lines(parameter.nbytes)
+                    self.num_bytes += whole_lines(parameter.nbytes, line_bytes)
             self.dtypes.append((dtype, start, self.num_bytes))
 
     def views(self, row: Tensor) -> list[Tensor]:
@@ -38,9 +40,9 @@ class Layout:
         return views
 
 
-def whole_lines(num_bytes: int) -> int:
+def whole_lines(num_bytes: int, line_bytes: int = LINE_BYTES) -> int:
     """The number of bytes, rounded up to whole cache lines."""
-    return -(-num_bytes // LINE_BYTES) * LINE_BYTES
+    return -(-num_bytes // line_bytes) * line_bytes
 
 
 def joined(ranges: Iterable[tuple[Kind, int, int]]) -> list[tuple[Kind, int, int]]:
