@@ -12,6 +12,7 @@ from mbgd.checks.setup import Setup
 from mbgd.config import Precision
 from mbgd.errors import UsageError
 from mbgd.step.done import Norms
+from mbgd.step.momentum import FirstMomentum
 from mbgd.step.norms import TotalNorm
 from mbgd.step.sharding import Sharded
 from mbgd.step.update_state import UpdateState
@@ -54,6 +55,7 @@ class Update:
             first_scale = 2.0 ** (16 - (settings.batch.size * setup.findings.losses_per_example - 1).bit_length())
             self._scaler = torch.amp.GradScaler(device.type, init_scale=first_scale)
         self._is_fused = all(group.get("fused") for group in optimizer.param_groups)
+        self._first_momentum = FirstMomentum(optimizer, may_skip=self._scaler is not None)
         # A fused optimizer divides the gradients by its attribute `grad_scale` as it reads them, at no cost. The
         # attribute is meant for torch.amp.GradScaler and is float32: exact for whole numbers up to 2^24.
         self._divides_in_kernel = (
@@ -163,6 +165,7 @@ class Update:
             if self._watch.found():
                 return norm  # before the optimizer changes anything
         self._set_learning_rate(step)
+        self._first_momentum.before_step()
         for look in self.before_step:
             look(step, self._scale(weight) if in_kernel else None)
         if in_kernel:
