@@ -36,7 +36,12 @@ def large(model: nn.Module, batch: Any) -> mbgd.PerExample:
 
 
 def trained(
-    workers: mbgd.Workers, fused: bool, precision: str = "fp32", frozen_until: int | None = None, **more: Any
+    workers: mbgd.Workers,
+    fused: bool,
+    precision: str = "fp32",
+    frozen_until: int | None = None,
+    sharding: str = "none",
+    **more: Any,
 ) -> tuple[mbgd.Result, dict[str, Tensor]]:
     torch.manual_seed(0)
     model, examples = Two(), mbgd.InMemory(torch.randn(32, 4), torch.randint(3, (32,)))
@@ -47,19 +52,19 @@ def trained(
         large,
         optimizer,
         mbgd.Data(train=examples),
-        mbgd.Settings(steps=20, batch=mbgd.Batch(8), precision=precision),  # type: ignore[arg-type]
+        mbgd.Settings(steps=20, batch=mbgd.Batch(8), precision=precision, sharding=sharding),  # type: ignore[arg-type]
         workers,
         observers=observers,
     )
     return made.fit(), {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
-def test_a_first_step_that_fp16_skips_leaves_no_momentum_behind(num_workers: int) -> None:
+@pytest.mark.parametrize(("num_workers", "sharding"), [(1, "none"), (2, "none"), (2, "optimizer")])
+def test_a_first_step_that_fp16_skips_leaves_no_momentum_behind(num_workers: int, sharding: str) -> None:
     # Which steps overflow depends on how the minibatch is cut.
     plain, expected = run_workers(trained, num_workers, False, "fp16")[0]
     assert 0 < plain.num_skipped_steps < 15
-    for result, found in run_workers(trained, num_workers, True, "fp16"):
+    for result, found in run_workers(trained, num_workers, True, "fp16", None, sharding):
         assert result.num_skipped_steps == plain.num_skipped_steps
         for name, tensor in found.items():
             torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-5)
@@ -67,7 +72,8 @@ def test_a_first_step_that_fp16_skips_leaves_no_momentum_behind(num_workers: int
 
 def test_parameters_that_come_later_begin_their_momentum_as_without_the_fused_kernel() -> None:
     _, expected = trained(mbgd.Workers(), fused=False, frozen_until=5)
-    for _, found in [trained(mbgd.Workers(), True, frozen_until=5), *run_workers(trained, 2, True, "fp32", 5)]:
+    on_two = [one for how in ("none", "optimizer") for one in run_workers(trained, 2, True, "fp32", 5, how)]
+    for _, found in [trained(mbgd.Workers(), True, frozen_until=5), *on_two]:
         for name, tensor in found.items():
             torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-7)
 
