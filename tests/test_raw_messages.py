@@ -67,6 +67,8 @@ def test_a_sweep_over_an_unknown_experiment_is_refused(tmp_path: Path) -> None:
         (["~epochs"], "~epochs leaves out a setting that is needed. Give it a value: epochs=…"),
         (["~batch"], "~batch leaves out a setting that is needed"),
         (["~ema.decay"], "Give it a value: ema.decay=…, or ema.decay=null where it may be"),
+        (["batch.size=${nothing.here}"], "batch.size refers to a key that does not exist: Interpolation key"),
+        (["run.name=${oc.env:MBGD_IS_NOT_SET}"], "run.name cannot be resolved: KeyError"),
         (["-m", "model=mlp,null"], "names none of the choices of model"),
         (["model.hidden=128"], "model.hidden=128; it takes a list of numbers, such as model.hidden=[128]"),
         (["optimizer.lr=fast"], "optimizer.lr=fast; it takes a number"),
