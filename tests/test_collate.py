@@ -167,6 +167,8 @@ def test_a_function_that_leaves_out_examples_of_larger_batches_is_refused_at_the
         ),
         ([(1, torch.ones(2)), (1, torch.ones(3))], r"\[1\] has shape \(2,\) in one and \(3,\) in another"),
         ([[1, 2], [1]], "an example has 2 values in one and 1 in another"),
+        ([{"a": (1, None)}] * 2, r"a\[1\] is a NoneType. Set data.collate to a function that makes"),
+        ([[1, object()]], r"\[1\] is a object"),
         ([torch.ones(2), "text"], r"an example has shape \(2,\) in one and \(\) in another"),
     ],
 )

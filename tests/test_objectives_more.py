@@ -336,6 +336,10 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
         r"output has shape \(5, 2\) and the targets \(5,\); binary cross-entropy needs equal shapes, because",
     ),
     "huber shapes": (lambda: mbgd.Huber()(Outputs(5), (inputs_of(5), drawn(5))), r"the Huber loss needs equal shapes"),
+    "bce of targets outside 0 to 1": (
+        lambda: mbgd.BinaryCrossEntropy()(Outputs(5), (inputs_of(5), drawn(5, 5) * 3)),
+        r"targets lie outside 0 to 1, for example",
+    ),
     "pos_weight": (lambda: mbgd.BinaryCrossEntropy(pos_weight=[1.0, -1.0]), r"must be ≥ 0 and finite"),
     "number of pos_weights": (
         lambda: mbgd.BinaryCrossEntropy(pos_weight=[1.0, 2.0])(Outputs(3), (inputs_of(5), drawn(5, 3))),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import mbgd
 from mbgd.checkpoints.task_state import exported
 from mbgd.errors import ReplicasDiffer
+from mbgd.task.objective import TAKEN
 
 from processes import run_workers
 
@@ -353,6 +354,103 @@ def test_metrics_may_differ_between_training_and_evaluation() -> None:
     assert "train/trained" in metrics
     assert metrics["eval/evaluated"] == metrics["eval/loss"]
     assert "eval/trained" not in metrics
+
+
+def test_a_metric_may_not_have_a_name_of_the_trainers_own() -> None:
+    def named(name: str, in_evaluation: bool) -> Callable[[nn.Module, Any], mbgd.PerExample]:
+        def objective(model: nn.Module, batch: Any) -> mbgd.PerExample:
+            terms = squared(model, batch)
+            ours = name if model.training is not in_evaluation else "own"
+            return mbgd.PerExample(terms.losses, metrics={ours: terms.losses.detach()})
+
+        return objective
+
+    for name in ("loss", "learning_rate", "gradient_norm", "epoch"):
+        for in_evaluation in (False, True):
+            said = refusal(Case(Linear, lambda: named(name, in_evaluation)))  # noqa: B023
+            assert f"a metric named '{name}', which is the name of a metric of the trainer's own" in said
+
+
+def test_all_names_that_the_trainer_logs_are_taken() -> None:
+    lines: list[dict[str, Any]] = []
+
+    class Lines:
+        def log(self, step: int, metrics: Any) -> None:
+            lines.append(dict(metrics))
+
+        def progress(self, step: int) -> None: ...
+
+    case = Case(Linear, settings={"noise_scale": mbgd.NoiseScale(every_steps=1), "log_every_steps": 1})
+    trainer_of(ONE, case, "reproducible", 3).fit(Lines())
+    halves = mbgd.Settings(batch=mbgd.Batch(8), steps=2, precision="fp16")  # type: ignore[arg-type]
+    model = Linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    examples = mbgd.Data(train=mbgd.InMemory(*data()))
+    mbgd.Trainer(model, squared, optimizer, examples, halves).fit(Lines())
+    names = {name.partition("/")[2] for line in lines for name in line if not name.startswith("time/")}
+    assert {"noise_scale", "skipped_steps", "weights_sha256", "examples_sha256"} <= names
+    assert names == set(TAKEN)
+
+
+def by_broadcasting(model: nn.Module, batch: Any) -> mbgd.PerExample:
+    inputs, targets = batch
+    return mbgd.PerExample((model(inputs) - targets.flatten()) ** 2)
+
+
+@pytest.mark.parametrize("size", [1, 4, 8])
+def test_losses_of_pairs_of_examples_are_refused(size: int) -> None:
+    model = Wide(1).double()
+    with pytest.raises(mbgd.UsageError, match="one for each pair of examples"):
+        trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), by_broadcasting, batch=mbgd.Batch(size=size)).fit()
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4])
+def test_as_many_losses_as_examples_are_taken_where_that_is_by_chance(width: int) -> None:
+    model = Wide(width).double()
+
+    def objective(model: nn.Module, batch: Any) -> mbgd.PerExample:
+        return mbgd.PerExample((model(batch[0]) - batch[1][:, None]) ** 2)
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    trainer(model, optimizer, objective, batch=mbgd.Batch(size=max(width, 2))).fit()
+
+
+class Wide(nn.Linear):
+    def __init__(self, width: int) -> None:
+        super().__init__(4, width)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_weights_that_are_not_finite_are_refused(late: bool) -> None:
+    calls = []
+
+    def objective(model: nn.Module, batch: Any) -> mbgd.PerExample:
+        calls.append(1)
+        losses = squared(model, batch).losses
+        weights = torch.ones_like(losses)
+        weights[1] = torch.nan if len(calls) > 12 * late else 1.0
+        return mbgd.PerExample(losses, weights)
+
+    model = Linear().double()
+    said = r"not finite at step \d+; it is not for the examples" if late else r"weights whose sum .* is nan"
+    with pytest.raises(mbgd.UsageError, match=said):
+        trainer(model, torch.optim.SGD(model.parameters(), lr=0.01), objective, steps=20).fit()
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+class Stream(torch.utils.data.IterableDataset[Tensor]):
+    def __len__(self) -> int:
+        return 4
+
+    def __iter__(self) -> Any:
+        return iter(torch.ones(4))
+
+
+def test_a_dataset_without_items_by_number_is_refused_even_if_it_has_a_length() -> None:
+    model = Linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(mbgd.UsageError, match=r"\(Stream\) has no length, or no items by number"):
+        mbgd.Trainer(model, squared, optimizer, mbgd.Data(train=Stream()), mbgd.Settings(steps=1))
 
 
 def test_mistakes_in_the_last_evaluation_examples_are_found_before_training() -> None:

@@ -24,6 +24,11 @@ def collated(examples: list[Any], collate: Collate | None) -> Any:
                     "pads them (and give the padding weight 0 in the objective), or let the dataset return equal "
                     "shapes."
                 ) from error
+            if unknown := _unknown(examples[0], ""):
+                raise UsageError(
+                    f"examples cannot be stacked into one batch: {unknown}. Set data.collate to a function that makes "
+                    "a batch of such examples, or leave this out of the dataset's examples."
+                ) from error
             raise
     with undisturbed():
         key_reading(0)
@@ -35,6 +40,19 @@ def collated(examples: list[Any], collate: Collate | None) -> Any:
                 "in augmented(index, key)."
             )
     return batch
+
+
+def _unknown(example: Any, path: str) -> str:
+    """Where an example has a value that torch does not stack, and its type; empty if there is none."""
+    if isinstance(example, Mapping):
+        return next((found for key in example if (found := _unknown(example[key], f"{path}.{key}"))), "")
+    if isinstance(example, list | tuple):
+        return next((found for n, one in enumerate(example) if (found := _unknown(one, f"{path}[{n}]"))), "")
+    try:
+        default_collate([example])
+    except Exception:
+        return f"{path.lstrip('.') or 'an example'} is a {type(example).__name__}"
+    return ""
 
 
 def _first_difference(examples: list[Any]) -> str:

@@ -92,7 +92,8 @@ class Data:
 
 def check_dataset(name: str, dataset: Any) -> None:
     """Raise UsageError unless the dataset is map-style and not empty."""
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+    is_stream = isinstance(dataset, torch.utils.data.IterableDataset)  # has a __getitem__ that only raises
+    if is_stream or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise UsageError(
             f"the {name} dataset ({type(dataset).__name__}) has no length, or no items by number; a dataset must be "
             "map-style (__len__ and __getitem__), so that every example goes to exactly one worker."

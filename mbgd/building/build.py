@@ -81,7 +81,8 @@ def _resolved(composed: DictConfig) -> Any:
         reason = str(error.msg or error).splitlines()[0]
         named = re.search(r"Interpolation key '([^']+)' not found", reason)
         meant = did_you_mean(named[1], _keys(composed)) if named else ""
-        raise UsageError(f"{error.full_key} refers to a key that does not exist: {reason}.{meant}") from error
+        problem = "refers to a key that does not exist" if named else "cannot be resolved"
+        raise UsageError(f"{error.full_key} {problem}: {reason.rstrip('.')}.{meant}") from error
 
 
 def _mistyped(path: str, reason: str, value: Any, schema: DictConfig) -> tuple[str, list[str]]:

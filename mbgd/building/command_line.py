@@ -5,10 +5,11 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 from mbgd.building import switching
 from mbgd.building.configuration import OURS, spelled_out
+from mbgd.config import Config
 from mbgd.config.renamed import RENAMED_BEGINS, new_name
 from mbgd.errors import USAGE, UsageError
 from mbgd.text.suggestions import did_you_mean
@@ -29,7 +30,7 @@ def check_arguments(arguments: Sequence[str], groups: Path = OURS) -> None:
     parser.error = refuse  # type: ignore[method-assign]
     parser.parse_args(list(arguments))
     for argument in arguments:
-        if problem := _no_choice(argument, groups):
+        if problem := _no_choice(argument, groups) or _left_out(argument, groups):
             raise UsageError(problem)
 
 
@@ -90,6 +91,15 @@ def _no_choice(argument: str, groups: Path) -> str:
     choices = ", ".join(sorted(path.stem for path in (groups / key).glob("*.yaml")))
     out = "without it there is none" if key == "experiment" else f"~{key} leaves the group out"
     return f"{argument} names none of the choices of {key} ({choices}); {out}."
+
+
+def _left_out(argument: str, groups: Path) -> str:
+    """What is wrong with `~epochs`: a value that conf/ does not state would count, or none."""
+    key = argument[1:].partition("=")[0]
+    section = key.partition(".")[0]
+    if not argument.startswith("~") or (groups / section).is_dir() or section not in get_type_hints(Config):
+        return ""
+    return f"{argument} leaves out a setting that is needed. Give it a value: {key}=…, or {key}=null where it may be."
 
 
 def _how_to_quote(override: str) -> str:

@@ -98,7 +98,7 @@ def describe(
 
 
 def examples_not_finite(shard: Shard, forward: Callable[[int, Examples], PerExample], indices: Indices) -> list[int]:
-    """Numbers of this worker's examples whose loss is not finite; computes the micro-batches once more.
+    """Numbers of this worker's examples whose loss, times its weight, is not finite; computes micro-batches again.
 
     indices: the numbers of all examples of the minibatch.
     """
@@ -108,7 +108,9 @@ def examples_not_finite(shard: Shard, forward: Callable[[int, Examples], PerExam
             continue
         with torch.no_grad():
             terms = forward(shard.step, examples)
-        losses: Tensor = terms.losses if terms.weights is None else terms.losses.where(terms.weights != 0, 0.0)
+        losses: Tensor = terms.losses
+        if terms.weights is not None:
+            losses = losses.where(terms.weights != 0, 0.0) * terms.weights
         wrong = (~losses.isfinite()).flatten(1).any(1) if losses.dim() > 1 else ~losses.isfinite()
         start = examples.micro_batch.start - shard.minibatch.start
         found += [int(indices[start + position]) for position in wrong.nonzero().flatten().tolist()]

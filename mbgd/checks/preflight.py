@@ -24,7 +24,7 @@ from mbgd.config import AveragingName, Precision, Settings
 from mbgd.errors import UsageError
 from mbgd.task.buffers import Buffers
 from mbgd.task.extra_state import extra_state_kept
-from mbgd.task.objective import PerExample, Totals
+from mbgd.task.objective import PerExample, Totals, check_metric_names
 from mbgd.task.precision import autocast, parameter_dtype
 from mbgd.task.task import Task
 from mbgd.task.torch_calls import backward
@@ -83,6 +83,7 @@ class Trial:
                 by_losses = moved_by_losses(self._task, self._task.pair, self._buffers, lambda: self._encode(few))
                 moving = [name for name in moving if name not in by_losses]
             self._check_used(terms)
+            self._check_shape(terms, few)
             self._buffers.put_back()
             self._trained.put_back_flags()
             self._trained.start_step()
@@ -91,6 +92,7 @@ class Trial:
             unused = tuple(n for n, p in self._trained.by_name.items() if p.requires_grad and n not in gradients)
             Sizes(self._task, self._buffers, self._plan, self._settings, self._encode)(first_minibatch, moving)
             moving = [name for name in moving if name in self._buffers.tensors()]  # without caches
+            check_metric_names(terms.metrics)
             names = tuple(sorted(terms.metrics))
             self._check_weights(terms, first_minibatch, names)
         shape = shapes[-1] if shapes else None
@@ -164,6 +166,23 @@ class Trial:
                     "measured. Make the layer with sparse=False."
                 )
         return terms, gradients
+
+    def _check_shape(self, terms: PerExample, few: Indices) -> None:
+        """UsageError if the losses have a second dimension of examples, as torch broadcasts (N, 1) against (N,)."""
+        if self._task.pair is not None or len(few) not in terms.losses.shape[1:]:
+            return
+        shapes = []
+        for number in (2, 3):
+            self._buffers.put_back()
+            with torch.no_grad():
+                # The same example, so that padding does not depend on the number.
+                shapes.append(self._forward(few[:1].repeat(number)).losses.shape)
+        if any(sizes == (2, 3) for sizes in list(zip(*shapes, strict=False))[1:]):
+            raise UsageError(
+                f"objective returned losses of shape {tuple(terms.losses.shape)} for {len(few)} examples: one for each "
+                "pair of examples. This happens where outputs of shape (N, 1) meet targets of shape (N,), which torch "
+                "broadcasts. Give both one shape, such as outputs.squeeze(1). A loss of pairs: docs/coupled_losses.md."
+            )
 
     def _check_used(self, terms: PerExample) -> None:
         if not any(parameter.grad is not None for parameter in self._trained.parameters):

@@ -8,7 +8,7 @@ import sysconfig
 import traceback
 from pathlib import Path
 
-AROUND = ("mbgd", "torch", "hydra", "omegaconf")
+AROUND = ("mbgd", "torch", "hydra", "omegaconf", "antlr4")
 """Packages whose frames are left out."""
 
 MOST_FRAMES = 6

@@ -20,7 +20,7 @@ from mbgd.errors import UsageError
 from mbgd.evaluation.metrics import WholeSetMetrics, check
 from mbgd.task.extra_state import extra_state_kept
 from mbgd.task.modes import evaluating
-from mbgd.task.objective import NUM_SUMS, PerExample, Totals
+from mbgd.task.objective import NUM_SUMS, PerExample, Totals, check_metric_names
 from mbgd.task.precision import autocast, parameter_dtype
 from mbgd.text.listing import shown
 
@@ -78,6 +78,7 @@ class Evaluator:
                 with _told_of(position, self.name):
                     (batch,) = read(self.dataset, [indices], num_workers=0, **self._how)
                     terms = self._task(batch, len(indices))
+                    check_metric_names(terms.metrics)
                     names = self._names(terms, names if position == "last" else None)
                     terms.sums(names)
                 if self._metrics and position == "first":

@@ -10,7 +10,7 @@ from mbgd.checks.setup import Setup
 from mbgd.config import Precision
 from mbgd.errors import UsageError
 from mbgd.step.done import Norms
-from mbgd.step.momentum import Momentum
+from mbgd.step.momentum import FirstMomentum
 from mbgd.step.norms import TotalNorm
 from mbgd.step.sharding import Sharded
 from mbgd.step.update_state import UpdateState
@@ -53,7 +53,7 @@ class Update:
             # torch's default first scale, 2^16, is for a mean loss; ours is a sum over up to the whole minibatch.
             first_scale = 2.0 ** (16 - (settings.batch.size * setup.findings.losses_per_example - 1).bit_length())
             self._scaler = torch.amp.GradScaler(device.type, init_scale=first_scale)
-        self._momentum = Momentum(optimizer, may_skip=self.may_skip)
+        self._first_momentum = FirstMomentum(optimizer, may_skip=self.may_skip)
         self._is_fused = all(group.get("fused") for group in optimizer.param_groups)
         # A fused optimizer divides the gradients by its attribute `grad_scale` as it reads them, at no cost. The
         # attribute is meant for torch.amp.GradScaler and is float32: exact for whole numbers up to 2^24.
@@ -164,7 +164,7 @@ class Update:
             if self._watch.found():
                 return norm  # before the optimizer changes anything
         self._set_learning_rate(step)
-        self._momentum.begin()
+        self._first_momentum.before_step()
         for look in self.before_step:
             look(step, self._scale(weight) if in_kernel else None)
         if in_kernel:

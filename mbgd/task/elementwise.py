@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mbgd.errors import UsageError
-from mbgd.task.objective import PerExample, Predictions
+from mbgd.task.objective import PerExample, Predictions, reads_at_once
 
 
 class MeanSquaredError:
@@ -69,6 +69,7 @@ class BinaryCrossEntropy:
         if self.ignore_index is not None:
             counts = targets != self.ignore_index
             weights, of_targets = counts.to(wide.dtype), of_targets.masked_fill(~counts, 0.0)
+        of_targets = self._in_range(of_targets)
         losses = F.binary_cross_entropy_with_logits(
             wide, of_targets, reduction="none", pos_weight=self._pos_weight(wide)
         )
@@ -98,6 +99,19 @@ class BinaryCrossEntropy:
                 "dimension: objective.class_dim=-1."
             )
         return weight if self.class_dim == -1 else weight.view(-1, *[1] * (logits.dim() - 2))
+
+    def _in_range(self, targets: Tensor) -> Tensor:
+        """The targets; UsageError if one is not from 0 to 1, where the loss has no lower bound.
+
+        On a GPU, where reading them would wait, such a target becomes nan, and the trainer finds the loss.
+        """
+        if not reads_at_once(targets.device):
+            return targets.masked_fill((targets < 0) | (targets > 1), math.nan)
+        if targets.numel():
+            lowest, highest = torch.aminmax(targets.detach())
+            if lowest.item() < 0 or highest.item() > 1:
+                self.check_targets(targets, num_classes=1)
+        return targets
 
     def check_targets(self, targets: Tensor, *, num_classes: int) -> None:
         """Raise UsageError unless every target is from 0 to 1, or `ignore_index`."""

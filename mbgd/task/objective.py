@@ -7,7 +7,7 @@ look at each other, the objective is a pair of methods instead: `Coupled`.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol, TypeGuard
@@ -39,7 +39,8 @@ class PerExample:
     """w_i ≥ 0, same shape as `losses`; 0 leaves an example (or token) out. None: all 1."""
     metrics: Mapping[str, MetricValues] = field(default_factory=dict)
     """Per-example values, same shape as `losses`, or functions that return them (called only when they are logged).
-    A metric's mean is taken over the examples whose weight is not 0, each counted once."""
+    A metric's mean is taken over the examples whose weight is not 0, each counted once. Names of the trainer's own
+    metrics, such as loss and learning_rate, are taken."""
     predictions: Predictions | Callable[[], Predictions] | None = None
     """Outputs and targets, whose first dimensions are the losses' shape, or a function that returns both: the input of
     the metrics of the whole evaluation set (`Evaluation.metrics`). Used in evaluations alone."""
@@ -155,6 +156,33 @@ def _rows_of(values: Callable[[], Tensor], start: int, stop: int) -> Callable[[]
     return lambda: values()[start:stop]
 
 
+TAKEN = (
+    "loss",
+    "learning_rate",
+    "gradient_norm",
+    "parameter_norm",
+    "update_ratio",
+    "epoch",
+    "noise_scale",
+    "gradient_variance",
+    "skipped_steps",
+    "examples_sha256",
+    "weights_sha256",
+)
+"""Names of what the trainer itself logs as train/… and eval/…."""
+
+
+def check_metric_names(names: Iterable[object]) -> None:
+    """Raise UsageError if the objective gives one of its metrics a name that the trainer's own metrics have."""
+    for name in names:
+        if not isinstance(name, str) or name in TAKEN:
+            rule = "is the name of a metric of the trainer's own" if name in TAKEN else "is no text"
+            raise UsageError(
+                f"objective returned a metric named {name!r}, which {rule}; one of the two would be lost. "
+                "Give it another name."
+            )
+
+
 NUM_SUMS = 4
 
 
@@ -203,6 +231,11 @@ class Totals:
             raise UsageError(
                 f"objective returned {int(negative)} negative weights {where}; weights must be ≥ 0 "
                 "(0 leaves an example out)."
+            )
+        if not math.isfinite(weight):
+            raise UsageError(
+                f"objective returned weights whose sum {where} is {weight}; weights must be finite and ≥ 0 (0 leaves "
+                "an example out)."
             )
         if weight == 0:
             raise UsageError(
