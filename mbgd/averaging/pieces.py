@@ -34,12 +34,15 @@ class Piece:
 
 
 def cut_in_blocks(parameters: Sequence[Tensor], num_workers: int) -> list[list[Piece]]:
-    """Each worker's pieces by rank: blocks in order, cut so that all workers have about as many bytes."""
+    """Each worker's pieces by rank: blocks in order, cut so that all workers have about as many bytes.
+
+    One element is no block of its own: as a piece it could not be told from a count of steps of shape (1,).
+    """
     length = block_on(parameters[0].device)
     blocks = [
-        (Piece(number, start, min(start + length, p.numel())), p.element_size())
+        (Piece(number, start, stop if p.numel() - (stop := start + length) > 1 else p.numel()), p.element_size())
         for number, p in enumerate(parameters)
-        for start in range(0, max(p.numel(), 1), length)
+        for start in range(0, max(p.numel() - 1, 1), length)
     ]
     total = max(sum((block.stop - block.start) * size for block, size in blocks), 1)
     of_workers: list[list[Piece]] = [[] for _ in range(num_workers)]
@@ -107,8 +110,9 @@ class OwnedParameters(Protocol):
     owned: Owned
 
     @property
-    def allocate(self) -> Callable[[int], Tensor] | None:
-        """Gives N bytes of zeroed memory that all workers share, uint8; None where they share none."""
+    def allocate(self) -> Callable[[int], tuple[Tensor, Tensor]] | None:
+        """Gives N bytes of zeroed memory that all workers share, mapped twice as by `HostMemory.allocate_once`; None
+        where they share none."""
 
     def adopt(self) -> None:
         """Take over the values that the parameters have now, alike on all workers."""

@@ -9,12 +9,20 @@ from torch.optim import Optimizer
 
 from mbgd.errors import UsageError
 
+HOLDS_PIECES = "_mbgd_holds_pieces"
+"""Attribute of an optimizer that holds pieces of parameters in place of these: one trainer's, while that trains."""
+
 
 def check(optimizer: Any) -> None:
     """UsageError unless the trainer supports `optimizer`, an object or a class."""
     kind = optimizer if isinstance(optimizer, type) else type(optimizer)
     if not issubclass(kind, Optimizer):
         raise UsageError(f"optimizer is a {kind.__name__}; it must be a torch.optim.Optimizer.")
+    if hasattr(optimizer, HOLDS_PIECES):
+        raise UsageError(
+            f"the optimizer ({kind.__name__}) holds pieces of the parameters for another Trainer, whose fit has not "
+            "ended (sharding=optimizer). Make a new optimizer and restore the last checkpoint, or use sharding=none."
+        )
     if needs_closure(kind):
         raise UsageError(
             f"optimizer {kind.__name__} computes the loss several times in one step: its step() takes a closure. The "

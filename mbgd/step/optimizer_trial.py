@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim import optimizer as of_torch
 
 from mbgd.files.state_tree import Flattening
 
-METHODS = ("step", "state_dict")
+METHODS = ("step", "state_dict", "load_state_dict")
 """Those that an object may have replaced by bound methods of others; a copy has its class's."""
 STEP_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
@@ -24,6 +25,12 @@ class Kind:
 
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')} {tuple(self.shape)}"
+
+
+def has_step_hooks(optimizer: Optimizer) -> bool:
+    """Whether torch calls hooks before or after `step`, of this optimizer or of all."""
+    of_all = of_torch._global_optimizer_pre_hooks or of_torch._global_optimizer_post_hooks
+    return bool(of_all) or any(getattr(optimizer, hooks, None) for hooks in STEP_HOOKS)
 
 
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:

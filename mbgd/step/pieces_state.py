@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mbgd.averaging.pieces import Owned, cut_out
+from mbgd.averaging.pieces import Owned, cut_out, with_strides
 from mbgd.checkpoints.keeper import Keeper
+from mbgd.checks.optimizers import HOLDS_PIECES
+from mbgd.errors import UsageError
 from mbgd.files.state_tree import Flattening, unflatten
 from mbgd.workers.group import Workers
 
@@ -64,9 +66,14 @@ class PiecesState(ABC):
         self.whole.state_dict = self._whole_state_dict  # type: ignore[method-assign]
         self.holds_pieces = False
         """Whether the optimizer holds them in place of the parameters."""
+        self._num_known = 0
+        """Number of entries of the pieces' state when each was found to belong to a piece."""
 
     def hold(self) -> None:
-        """Give the optimizer this worker's pieces in place of the parameters, until `release`."""
+        """Give the optimizer this worker's pieces in place of the parameters, until `release`; every worker calls this.
+
+        Raises CannotShareError, on every worker alike.
+        """
         if self.holds_pieces:
             return
         self.holds_pieces = True
@@ -74,6 +81,8 @@ class PiecesState(ABC):
         self.whole.state = defaultdict(dict, self._optimizer.state)
         hold_pieces(self._optimizer, self._owned)
         self._optimizer.state_dict = self._whole_state_dict  # type: ignore[method-assign]
+        setattr(self._optimizer, HOLDS_PIECES, True)
+        self._optimizer.load_state_dict = _refuse_to_load  # type: ignore[method-assign]
         self._distribute()
 
     def release(self) -> None:
@@ -89,10 +98,12 @@ class PiecesState(ABC):
 
     def _give_back(self) -> None:
         self.holds_pieces = False
-        del self._optimizer.state_dict
+        del self._optimizer.state_dict, self._optimizer.load_state_dict
+        delattr(self._optimizer, HOLDS_PIECES)
         for group, whole in zip(self._optimizer.param_groups, self.whole.param_groups, strict=True):
             group.update(whole)
-        self._optimizer.state = defaultdict(dict, self.whole.state)
+        self._optimizer.state.clear()  # an optimizer around another may share it
+        self._optimizer.state.update(self.whole.state)
 
     def replace(self, restore: Callable[[], None]) -> None:
         """Let `restore` give `whole` another state, and keep the pieces' parts of it."""
@@ -113,9 +124,23 @@ class PiecesState(ABC):
     def together(self, checkpoints: Keeper) -> Keeper:
         """The checkpoints, taken while the whole state is there."""
 
-    @abstractmethod
     def after_update(self) -> None:
-        """Called when this worker has updated its pieces, before all wait for each other."""
+        """Called when this worker has updated its pieces, before all wait for each other.
+
+        UsageError if the optimizer has made state that belongs to none of its pieces, and so to no checkpoint.
+        """
+        if len(self._optimizer.state) == self._num_known:
+            return
+        pieces = set(map(id, self._owned.tensors))
+        if strangers := [key for key in self._optimizer.state if id(key) not in pieces]:
+            key = strangers[0]
+            told = f"a tensor of shape {tuple(key.shape)}" if isinstance(key, Tensor) else repr(key)
+            raise UsageError(
+                f"the optimizer {type(self._optimizer).__name__} has made state for {told}, which is none of its "
+                "parameters. With sharding=optimizer each worker has the state of its parameters alone, and no "
+                "checkpoint would have this. Use sharding=none."
+            )
+        self._num_known = len(self._optimizer.state)
 
     @abstractmethod
     def settle(self) -> None:
@@ -139,16 +164,7 @@ class PiecesState(ABC):
     def _distribute(self) -> None:
         """Take the pieces' state and the groups' options from `whole`, whose state may be given away."""
         self._optimizer.state.clear()
-        for piece, tensor in zip(self._owned.pieces, self._owned.tensors, strict=True):
-            parameter = self._owned.parameters[piece.parameter]
-            if of_parameter := self.whole.state.get(parameter):
-                flattening = Flattening()
-                tree = flattening(of_parameter, "state")
-                parts = {
-                    name: (cut_out(one, piece) if one.shape == parameter.shape else one).clone()
-                    for name, one in flattening.tensors.items()
-                }
-                self._optimizer.state[tensor] = nested(tree, parts)
+        self._optimizer.state.update(state_of_pieces(self.whole.state, self._owned))
         self._copy_options(self.whole, self._optimizer)
         self.whole.state.clear()
         self._place()
@@ -166,7 +182,7 @@ class PiecesState(ABC):
         """Of this worker: each piece with state, as JSON values, and its tensors by path."""
         entries, tensors = [], []
         for piece, tensor in zip(self._owned.pieces, self._owned.tensors, strict=True):
-            if not (state := self._optimizer.state.get(tensor)):
+            if (state := self._optimizer.state.get(tensor)) is None:
                 continue
             parameter, flattening = self._owned.parameters[piece.parameter], Flattening()
             tree = flattening(state, str(piece.parameter))
@@ -182,9 +198,58 @@ class PiecesState(ABC):
         return entries, tensors
 
 
+def _refuse_to_load(*_: Any, **__: Any) -> None:
+    raise UsageError(
+        "optimizer.load_state_dict during training: with sharding=optimizer the optimizer then holds pieces of the "
+        "parameters. Load the state before Trainer.fit or after it, or use sharding=none."
+    )
+
+
+def state_of_pieces(whole: Mapping[Tensor, Any], owned: Owned) -> dict[Tensor, Any]:
+    """The state of this worker's pieces, in memory of its own. whole: that of the parameters."""
+    found: dict[Tensor, Any] = {}
+    for piece, tensor in zip(owned.pieces, owned.tensors, strict=True):
+        parameter = owned.parameters[piece.parameter]
+        if parameter not in whole:
+            continue
+        flattening = Flattening()
+        tree = flattening(whole[parameter], "state")
+        is_part = tensor.shape != parameter.shape
+        parts = {
+            name: (
+                cut_out(with_strides(one, parameter.stride()), piece)
+                if is_part and one.shape == parameter.shape
+                else one
+            ).clone()
+            for name, one in flattening.tensors.items()
+        }
+        found[tensor] = nested(tree, parts)
+    return found
+
+
 def nested(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     """The state of a piece or parameter, from its nesting and its tensors by path."""
     return unflatten(tree, lambda path, _: tensors[path])
+
+
+def lacking(of_workers: Sequence[Iterable[Any]], owned: Owned) -> str:
+    """Why the pieces' state is not that of whole parameters; empty if it is.
+
+    of_workers: each worker's pieces with state, as `PiecesState.described` gives them.
+    """
+    paths = {(number, start): set(kinds) for entries in of_workers for number, start, _, kinds in entries}
+    wanted: dict[int, set[str]] = {}
+    for (number, _), of_piece in paths.items():
+        wanted[number] = wanted.get(number, set()) | of_piece
+    for pieces in owned.of_workers:
+        for piece in pieces:
+            has = paths.get((piece.parameter, piece.start))
+            if piece.parameter in wanted and (has is None or has != wanted[piece.parameter]):
+                return (
+                    f"the optimizer has made other state for some elements of trained parameter number "
+                    f"{piece.parameter} than for others, so it cannot be that of the whole parameter"
+                )
+    return ""
 
 
 def of_parameters(

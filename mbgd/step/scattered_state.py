@@ -16,7 +16,7 @@ from mbgd.checkpoints.keeper import Keeper
 from mbgd.checkpoints.together import TakenTogether
 from mbgd.errors import UsageError
 from mbgd.files.memory import available_bytes
-from mbgd.step.pieces_state import PiecesState
+from mbgd.step.pieces_state import PiecesState, lacking
 from mbgd.step.whole_state import WholeState, own_parts
 from mbgd.workers.group import Workers
 
@@ -36,7 +36,6 @@ class ScatteredState(PiecesState):
         self._is_here = False
         """Whether `whole` has the state of now."""
         self._why_not = ""
-        self.hold()
 
     @property
     def is_everywhere(self) -> bool:
@@ -50,9 +49,6 @@ class ScatteredState(PiecesState):
 
     def together(self, checkpoints: Keeper) -> Keeper:
         return TakenTogether(checkpoints, self._workers, self)
-
-    def after_update(self) -> None:
-        pass
 
     def settle(self) -> None:
         pass
@@ -119,7 +115,7 @@ class ScatteredState(PiecesState):
     def _of_own_pieces(self) -> Iterator[None]:
         """In this context `whole` has the state of this worker's pieces, as if that were the whole."""
         for piece, tensor in zip(self._owned.pieces, self._owned.tensors, strict=True):
-            if state := self._optimizer.state.get(tensor):
+            if (state := self._optimizer.state.get(tensor)) is not None:
                 self.whole.state.setdefault(self._owned.parameters[piece.parameter], state)
         self._is_here = True
         try:
@@ -138,8 +134,9 @@ class ScatteredState(PiecesState):
         except UsageError as error:
             told = {"entries": [], "why": str(error)}
         of_workers = self._workers.gather_values(told)
-        self._why_not = next((one["why"] for one in of_workers if one["why"]), "")
-        return mine, tensors, [one["entries"] for one in of_workers]
+        entries = [one["entries"] for one in of_workers]
+        self._why_not = next((one["why"] for one in of_workers if one["why"]), "") or lacking(entries, self._owned)
+        return mine, tensors, entries
 
     def _allocate(self, whole: WholeState, num_takers: int, *, to_host: bool) -> str:
         """Make memory for the whole state; why that failed, or an empty text."""

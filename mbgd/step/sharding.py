@@ -18,7 +18,8 @@ from mbgd.errors import UsageError
 from mbgd.optimizers import Lamb, Lars, MuonAdamW
 from mbgd.step.kept_pieces import KeptPieces
 from mbgd.step.norms import NormOfPieces
-from mbgd.step.optimizer_trial import STEP_HOOKS
+from mbgd.step.optimizer_trial import has_step_hooks
+from mbgd.step.overlaps import overlapping
 from mbgd.step.pieces_state import PiecesState
 from mbgd.step.scattered_state import ScatteredState
 from mbgd.step.sharding_trial import state_bytes, works_in_pieces
@@ -40,12 +41,15 @@ LEAST_STATE_BYTES = 2**26
 class Sharded:
     """The optimizer's work in pieces, of which this worker has its own."""
 
+    optimizer: Optimizer
     parameters: OwnedParameters
     state: PiecesState
     norm: NormOfPieces
     replicas: Replicas
     averaging: Averager
     names: list[str]
+    """Of the trained parameters."""
+    strides: list[tuple[int, ...]]
     """Of the trained parameters."""
     compares_before: Callable[[int], bool]
     """compares_before(n): whether the parameters are compared before step number n is made."""
@@ -59,12 +63,38 @@ class Sharded:
 
     def begin(self, step: int) -> None:
         """Share the parameters' values of now, which may have been restored or set; ReplicasDiffer if they differ."""
-        self.state.hold()
+        self._check_strides()
+        self.hold()
         self._compare(step)
         self.parameters.adopt()
 
+    def _check_strides(self) -> None:
+        """UsageError where a parameter has got another memory format, which would be lost: kernels give other bits."""
+        together = zip(self.names, self.parameters.owned.parameters, self.strides, strict=True)
+        if changed := [name for name, parameter, strides in together if parameter.stride() != strides]:
+            raise UsageError(
+                f"since the trainer was made, the order in memory has changed of the parameters {shown(changed)}. With "
+                "sharding=optimizer they lie in memory that the trainer has made. Set it before Trainer(…), as with "
+                "model.to(memory_format=torch.channels_last), or use sharding=none."
+            )
+
+    def hold(self) -> None:
+        """Give the optimizer the pieces; UsageError, on every worker alike, if their state has no room."""
+        try:
+            self.state.hold()
+        except CannotShareError as error:
+            raise UsageError(f"sharding: for the optimizer's state {error}. Use sharding=none.") from error
+
     def before_update(self, step: int) -> None:
-        """Call before step number `step`; ReplicasDiffer where workers have copies that something else has changed."""
+        """Call before step number `step`; ReplicasDiffer where workers have copies that something else has changed.
+
+        UsageError where the optimizer's step has got hooks, which would see pieces of the parameters and gradients.
+        """
+        if has_step_hooks(self.optimizer):
+            raise UsageError(
+                f"before step {step}: since the trainer was made, a hook was registered on the optimizer's step. With "
+                "sharding=optimizer it would see pieces of the parameters and gradients alone. Use sharding=none."
+            )
         if self.compares_before(step):
             self._compare(step)
 
@@ -163,12 +193,14 @@ def _sharded(setup: Setup, averaging: Averager, of_workers: list[list[Piece]]) -
         stays_in_place = _stays_in_place(optimizer)
         state = SharedState(optimizer, owned, parameters.allocate, workers, stays_in_place=stays_in_place)
     return Sharded(
+        optimizer,
         parameters,
         state,
         NormOfPieces(setup.trained.parameters, of_workers, workers.rank, averaging.gather),
         Replicas(workers),
         averaging,
         names,
+        [parameter.stride() for parameter in owned.parameters],
         compares_before=(lambda step: False) if averaging.shares_memory else _Compares(setup),
         kept=kept,
     )
@@ -200,12 +232,14 @@ def _obstacle(setup: Setup) -> str:
     kind = type(optimizer)
     if not optimizer.state.keys() <= set(parameters):
         return "the optimizer has state that belongs to no parameter"
-    if any(getattr(optimizer, hooks, None) for hooks in STEP_HOOKS) or "step" in vars(optimizer):
+    if has_step_hooks(optimizer) or "step" in vars(optimizer):
         return "the optimizer's step has hooks or was replaced"
     if kind.state_dict is not Optimizer.state_dict or kind.load_state_dict is not Optimizer.load_state_dict:
         return f"{kind.__name__} has a state_dict of its own"
     if any(p.is_complex() for p in parameters):
         return "some parameters are complex"
+    if names := overlapping(setup.task, setup.trained.by_name):
+        return f"{names[0]} and {names[1]} lie in the same memory, which the parameters would leave"
     return ""
 
 

@@ -25,7 +25,8 @@ class UpdateState:
         names: dict[Tensor, str] = {parameter: name for name, parameter in setup.trained.by_name.items()}
         whole = setup.optimizer if sharded is None else sharded.state.whole
         self._optimizer = OptimizerState(whole, has_schedule=setup.settings.schedule is not None, names=names)
-        self._groups = setup.optimizer.param_groups
+        self._given = setup.optimizer
+        """With sharding it holds pieces during training."""
         self._sharded, self._scaler, self._num_skipped = sharded, scaler, num_skipped
 
     def problems(self) -> list[str]:
@@ -74,7 +75,7 @@ class UpdateState:
         """Keep what this worker alone has of the state after `step` steps, for the others."""
         if self._sharded is not None and self._sharded.kept is not None:
             scaler = None if self._scaler is None else self._scaler.state_dict()
-            beside = _Beside(list(map(_copied, self._groups)), self._num_skipped.clone(), scaler)
+            beside = _Beside(list(map(_copied, self._given.param_groups)), self._num_skipped.clone(), scaler)
             self._sharded.kept.keep(step, self._sharded.state, beside)
 
     def recall(self, step: int) -> bool:
@@ -88,7 +89,7 @@ class UpdateState:
         beside: _Beside | None = None if kept is None else kept.recall(step, self._sharded.state)
         if beside is None:
             return False
-        for group, options in zip(self._groups, beside.groups, strict=True):
+        for group, options in zip(self._given.param_groups, beside.groups, strict=True):
             group.update(options)
         self._set_beside(beside.num_skipped, beside.scaler)
         return True
@@ -109,7 +110,7 @@ class UpdateState:
 
     def beside_pieces(self) -> dict[str, Any]:
         """What every worker has a copy of in any case."""
-        groups = [{k: v for k, v in group.items() if isinstance(v, _PLAIN)} for group in self._groups]
+        groups = [{k: v for k, v in group.items() if isinstance(v, _PLAIN)} for group in self._given.param_groups]
         return {"groups": groups, **self._beside()}
 
     def _beside(self) -> dict[str, Any]:

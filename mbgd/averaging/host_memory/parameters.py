@@ -45,13 +45,13 @@ class SharedParameters:
             value = with_strides(self._parameters[piece.parameter].detach(), shared.stride())
             cut_out(shared, piece).copy_(cut_out(value, piece))
         self._memory.barrier()  # all have written
-        _libc.madvise(self._own_pages.data_ptr(), self._own_pages.nbytes, _DONTNEED)
+        show_shared(self._own_pages)
         for parameter, seen in zip(self._parameters, self._seen, strict=True):
             parameter.data = seen
 
-    def allocate(self, num_bytes: int) -> Tensor:
-        """`num_bytes` of zeroed memory that all workers share: uint8; raises CannotShareError, on all alike."""
-        return self._memory.allocate_once(num_bytes)[0]
+    def allocate(self, num_bytes: int) -> tuple[Tensor, Tensor]:
+        """`HostMemory.allocate_once`; raises CannotShareError, on all alike."""
+        return self._memory.allocate_once(num_bytes)
 
     def spread(self) -> None:
         """Wait until all owners have updated their pieces, which then are there."""
@@ -64,6 +64,11 @@ class SharedParameters:
         if _same_bytes(self._own_pages, self._all_pages):
             return moved
         return moved + [name for name, _, seen, shared in together if not _same_bytes(seen, shared)]
+
+
+def show_shared(own: Tensor) -> None:
+    """Let the second mapping of `HostMemory.allocate_once` show what is shared, also where this process wrote to it."""
+    _libc.madvise(own.data_ptr(), own.nbytes, _DONTNEED)
 
 
 def _same_bytes(one: Tensor, other: Tensor) -> bool:
