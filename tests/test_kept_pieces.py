@@ -86,6 +86,7 @@ def fill(workers: mbgd.Workers) -> list[str]:
     optimizer = torch.optim.SGD(parameters, lr=0.1)
     kept = KeptPieces(optimizer, owned, workers)
     state = ScatteredState(optimizer, owned, workers)
+    state.hold()
     kept.keep(0, state, "beside")
     workers.barrier()
     assert kept.recall(1, state) is None

@@ -38,6 +38,7 @@ class Values(msgspec.Struct):
     noise_scale: Annotated[list[Finite], msgspec.Meta(min_length=3, max_length=3)] | None = None
     run: dict[str, str | int | float | bool | None] | None = None
     tracking: dict[str, str] = {}
+    examples: dict[str, str] = {}
     evaluation: dict[str, Number] = {}
     extra_state: dict[str, Any] = {}
     export: dict[str, str] = {}

@@ -198,6 +198,15 @@ def _form_and_content(dataset: Any, end: str) -> tuple[str, str]:
     return form(example), content(example)
 
 
+def of_training_examples(data: Data) -> dict[str, str]:
+    """The forms and contents of the first and the last training example, by which other data can be told later.
+
+    Without those that a generator of the dataset's own changes from one reading to the next.
+    """
+    found = {end: {_look(data.train, end) for _ in range(NUM_LOOKS)} for end in ("first", "last")}
+    return {end: looks.pop() for end, looks in found.items() if len(looks) == 1}
+
+
 def _differs(workers: Workers, dataset: Any, end: str) -> bool:
     """Whether an example really differs, and not only by what a generator of the dataset's own draws."""
     looks = [_form_and_content(dataset, end) for _ in range(NUM_LOOKS)]
