@@ -43,13 +43,14 @@ def _tensors_of(task: Task) -> Iterator[tuple[str, Tensor]]:
                     yield plain_name(f"{prefix}.{name}" if prefix else name), tensor
 
 
-def _tensors_in(value: Any) -> Iterator[Tensor]:
+def _tensors_in(value: Any, around: frozenset[int] = frozenset()) -> Iterator[Tensor]:
+    """around: ids of the containers around it, of which it may be one itself."""
     if isinstance(value, Tensor):
         if value.layout is torch.strided and not nn.parameter.is_lazy(value):
             yield value
-    elif isinstance(value, list | tuple | dict):
+    elif isinstance(value, list | tuple | dict) and id(value) not in around:
         for one in value.values() if isinstance(value, dict) else value:
-            yield from _tensors_in(one)
+            yield from _tensors_in(one, around | {id(value)})
 
 
 def _range_of(tensor: Tensor) -> tuple[int, int]:
