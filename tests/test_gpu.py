@@ -42,6 +42,7 @@ from mbgd.runs.conditions import conditions
 from mbgd.step import two_pass
 from mbgd.step.graphed import Graphed
 from mbgd.step.histograms import histogram
+from mbgd.task import elementwise
 from mbgd.workers import cuda
 from mbgd.workers.group import start_workers
 
@@ -332,11 +333,13 @@ def train_without_waiting(trainer: mbgd.Trainer) -> None:
     with pytest.MonkeyPatch.context() as patch:
         if device == "cpu":
             as_on_a_gpu(trainer)
-            patch.setattr(task_objective, "reads_at_once", lambda device: False)
+            for module in (task_objective, elementwise):
+                patch.setattr(module, "reads_at_once", lambda device: False)
             patch.setattr(two_pass, "check_repeated", lambda *_: None)  # on a GPU, in every hundredth step alone
         shards = trainer.setup.loader.shards(0, 11)
         if device == "cpu":  # where reading the examples has nothing to wait for
             shards = iter(list(shards))
+        trainer.train_step.begin(0)
         for _ in range(3):  # what is allocated, compiled and remembered once
             trainer.train_step(next(shards))
         before = weights_sha256(trainer.setup.model)
