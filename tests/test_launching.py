@@ -138,6 +138,7 @@ def test_a_small_model_gets_one_thread_unless_a_number_is_given(monkeypatch: pyt
 
 def test_a_worker_of_another_launcher_is_not_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     launching.check_started(split(["workers=2"])[0])
     with pytest.raises(UsageError, match="workers=4 on a worker of 2"):

@@ -236,6 +236,10 @@ def test_a_token_is_predicted_from_those_up_to_its_own() -> None:
     [
         (lambda: GPT((1, 8, 8), 10), "sequences of token ids"),
         (lambda: GPT((8,), 10, width=10, num_heads=3), "model.num_heads=3"),
+        (
+            lambda: GPT((8,), 10)(torch.ones(2, 9, dtype=torch.int64)),
+            "sequences of 9 tokens, but it has a context of 8",
+        ),
         (lambda: GPT((8,), 10)(torch.randn(2, 8)), "torch.float32; it takes token ids"),
         (lambda: MLP((8,), 10)(torch.ones(2, 8, dtype=torch.int64)), "the mlp got inputs of dtype torch.int64"),
         (
@@ -247,6 +251,21 @@ def test_a_token_is_predicted_from_those_up_to_its_own() -> None:
 def test_what_a_gpt_cannot_be(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(mbgd.UsageError, match=message):
         make()
+
+
+@pytest.mark.parametrize("which", ["train", "evaluation"])
+def test_more_tokens_than_the_model_has_vectors_for_are_refused(which: str) -> None:
+    model = GPT((4,), 9, num_layers=1, num_heads=1, width=4)
+    fits, larger = (TokenWindows(np.arange(9), [0, 9], context=4, vocabulary=n, ignore_index=-100) for n in (9, 10))
+    data = {"train": fits, "evaluation": fits} | {which: larger}
+    with pytest.raises(mbgd.UsageError, match="a vocabulary of 9 tokens, but the data of 10"):
+        mbgd.Trainer(
+            model,
+            mbgd.CrossEntropy(ignore_index=-100),
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            mbgd.Data(**data),
+            mbgd.Settings(steps=1, batch=mbgd.Batch(1)),
+        )
 
 
 SIZE, SEED, NUM_STEPS = 13, 5, 10

@@ -40,6 +40,7 @@ from mbgd.trainer import Trainer
 from mbgd.workers.group import Workers, num_workers_from_environment, start_workers
 from mbgd.workers.log import start_log
 from mbgd.workers.membership import Membership, members_of_launcher
+from mbgd.workers.place import place
 from mbgd.workers.preemption import EXIT_CODE, StopOnSignal
 
 
@@ -61,7 +62,7 @@ def _train(
 ) -> tuple[Result, RunFolder] | None:
     """Train on this worker; the main one also opens the trackers, and returns the result and the locked folder."""
     backend, membership = config.backend, None
-    launched_rank = int(os.environ.get("RANK", "0"))
+    launched_rank = place().rank
     if config.recovery is Recovery.continue_ and num_workers_from_environment() > 1:
         membership = members_of_launcher(backend.timeout_seconds)
     training = Training(composed, config, choices, trackers, membership, launched_rank)
