@@ -53,7 +53,7 @@ def run(composed: Any, choices: Mapping[str, Any]) -> None:
         done = _train(composed, config, choices, trackers)
     if done is not None and not config.tracking.quiet:
         result, folder = done
-        report = folder.path / REPORT if config.tracking.report else None
+        report = folder.path / REPORT if REPORT in trackers.closed else None
         print(wording.describe_end(result, report, console.width()))
 
 
