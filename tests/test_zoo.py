@@ -256,16 +256,27 @@ def test_what_a_gpt_cannot_be(make: Callable[[], Any], message: str) -> None:
 @pytest.mark.parametrize("which", ["train", "evaluation"])
 def test_more_tokens_than_the_model_has_vectors_for_are_refused(which: str) -> None:
     model = GPT((4,), 9, num_layers=1, num_heads=1, width=4)
-    fits, larger = (TokenWindows(np.arange(9), [0, 9], context=4, vocabulary=n, ignore_index=-100) for n in (9, 10))
-    data = {"train": fits, "evaluation": fits} | {which: larger}
-    with pytest.raises(mbgd.UsageError, match="a vocabulary of 9 tokens, but the data of 10"):
-        mbgd.Trainer(
-            model,
-            mbgd.CrossEntropy(ignore_index=-100),
-            torch.optim.SGD(model.parameters(), lr=0.1),
-            mbgd.Data(**data),
-            mbgd.Settings(steps=1, batch=mbgd.Batch(1)),
-        )
+
+    def windows(vocabulary: int) -> TokenWindows:
+        ids, boundaries = np.arange(9, dtype=np.uint16), np.array([0, 9])
+        return TokenWindows(ids, boundaries, context=4, vocabulary=vocabulary, ignore_index=-100)
+
+    def in_memory(*ids: int) -> mbgd.InMemory:
+        return mbgd.InMemory(torch.tensor([[*ids]]), torch.tensor([[0, 1, 2, 3]]))
+
+    for other, message in (
+        (windows(10), "a vocabulary of 9 tokens, but the data of 10"),
+        (in_memory(0, 3, 12, 8), "a vocabulary of 9 tokens, but the data of 13"),
+        (in_memory(0, 3, -1, 8), "the data's inputs hold -1; a token id is at least 0"),
+    ):
+        with pytest.raises(mbgd.UsageError, match=message):
+            mbgd.Trainer(
+                model,
+                mbgd.CrossEntropy(ignore_index=-100),
+                torch.optim.SGD(model.parameters(), lr=0.1),
+                mbgd.Data(**{"train": windows(9), "evaluation": windows(9)} | {which: other}),
+                mbgd.Settings(steps=1, batch=mbgd.Batch(1)),
+            )
 
 
 SIZE, SEED, NUM_STEPS = 13, 5, 10

@@ -28,9 +28,16 @@ def check_targets(dataset: Any, objective: Any, output_shape: torch.Size | None)
 
 
 def check_vocabulary(dataset: Any, model: Any) -> None:
-    """UsageError where a dataset of token ids says that it has more than the model has vectors for."""
+    """UsageError where a dataset of token ids says, or holds in memory, more than the model has vectors for."""
     of_data, of_model = getattr(dataset, "vocabulary", None), getattr(model, "vocabulary", None)
-    if isinstance(of_data, int) and isinstance(of_model, int) and of_data > of_model:
+    if not isinstance(of_model, int):
+        return
+    ids = getattr(dataset, "inputs", None)
+    if isinstance(ids, Tensor) and ids.numel() and ids.dtype in (torch.int32, torch.int64):  # what embeddings take
+        if ids.min() < 0:
+            raise UsageError(f"the data's inputs hold {int(ids.min())}; a token id is at least 0.")
+        of_data = int(ids.max()) + 1
+    if isinstance(of_data, int) and of_data > of_model:
         raise UsageError(
             f"the {type(model).__name__} has a vocabulary of {of_model} tokens, but the data of {of_data}: larger ids "
             "have no vector. Set model.num_outputs to that number, or null to take it from the data."
