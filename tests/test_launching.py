@@ -129,8 +129,10 @@ def test_a_small_model_gets_one_thread_unless_a_number_is_given(monkeypatch: pyt
         assert chosen(of_large) == 3
         assert chosen(of_small, Averaging(num_threads=3)) == 3
         assert chosen(of_small, Averaging(name=AveragingName.reproducible)) == 3  # which has set them before
-        assert chosen(of_large, RANK="1", WORLD_SIZE=str(os.cpu_count()), LOCAL_RANK="1") == 1  # a core each
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        several = str(max(2, os.cpu_count() or 1))
+        assert chosen(of_large, RANK="1", WORLD_SIZE=several) == 3  # on how many hosts is not known
+        assert chosen(of_large, LOCAL_RANK="1", LOCAL_WORLD_SIZE=several) == 1  # a core each
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
             monkeypatch.delenv(name)
         assert chosen(of_small, OMP_NUM_THREADS="3") == 3
         assert chosen(of_small, OMP_NUM_THREADS="3", MBGD_THREADS_SHARED_OUT="1") == 1

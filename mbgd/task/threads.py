@@ -70,6 +70,8 @@ def choose(settings: Averaging, device: torch.device, plan: Plan, work: Work) ->
         torch.set_num_threads(1)
         why.append("small model; averaging.num_threads: more")
         return
+    if "LOCAL_WORLD_SIZE" not in os.environ:
+        return  # how many workers share this host is not known
     # Launchers that bind each worker to cores of its own leave it fewer than the host has.
     num_cores, num_workers = os.cpu_count() or 1, place().local_num_workers
     share = max(1, num_cores // num_workers)
