@@ -129,6 +129,7 @@ def test_a_small_model_gets_one_thread_unless_a_number_is_given(monkeypatch: pyt
         assert chosen(of_large) == 3
         assert chosen(of_small, Averaging(num_threads=3)) == 3
         assert chosen(of_small, Averaging(name=AveragingName.reproducible)) == 3  # which has set them before
+        monkeypatch.setattr(threads, "_num_own_cores", os.cpu_count)  # as where no launcher binds workers to cores
         several = str(max(2, os.cpu_count() or 1))
         assert chosen(of_large, RANK="1", WORLD_SIZE=several) == 3  # on how many hosts is not known
         assert chosen(of_large, LOCAL_RANK="1", LOCAL_WORLD_SIZE=several) == 1  # a core each
