@@ -71,7 +71,7 @@ def train(folder: Path, *, stop_at: int | None = None, **settings: Any) -> str |
     path = opened.checkpoints_path
     checkpoints = saving.create(config.checkpoint, opened.path, path, must_match(PLAIN), trainer.setup.workers)
     opened.write_config(yaml.safe_dump(PLAIN))
-    tracker = Trackers([JsonLines(opened.metrics_path), Record(opened.path, trainer, report=False)])
+    tracker = Trackers([JsonLines(opened.metrics_path), Record(opened.path, trainer)])
     try:
         with told_of_its_end(tracker):
             result = trainer.fit(tracker, checkpoints, None if stop_at is None else StopAt(stop_at))

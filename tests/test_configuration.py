@@ -144,6 +144,21 @@ def test_the_rule_holds_for_configurations_of_ones_own(tmp_path: Path, monkeypat
     assert composed_by_tools("experiment=first", "optimizer=sgd").optimizer == composed("optimizer=sgd").optimizer
 
 
+@pytest.mark.parametrize("plus", ["", "+"])
+def test_sections_of_users_names_take_new_keys(plus: str) -> None:
+    metric = "{_target_: torchmetrics.F1Score}"
+    config = composing.compose(
+        [
+            f"{plus}init.rename={{l.*: x.*}}",
+            f"{plus}evaluation.metrics.f1={metric}",
+            f"{plus}observers.mine._target_=my.Own",
+        ]
+    )
+    assert config.init.rename == {"l.*": "x.*"}
+    assert config.evaluation.metrics.f1 == {"_target_": "torchmetrics.F1Score"}
+    assert config.observers.mine == {"_target_": "my.Own"}
+
+
 def test_all_mistakes_at_once() -> None:
     with pytest.raises(mbgd.UsageError) as caught:
         typed(

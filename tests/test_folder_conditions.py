@@ -86,6 +86,17 @@ def test_a_full_folder_is_told_at_the_start_and_at_the_end(
         assert train(disk / "run") is None  # complete
 
 
+def test_a_report_that_could_not_be_written_is_not_named_at_the_end(tmp_path: Path) -> None:
+    for size, is_there in (("144k", False), ("2m", True)):
+        with mounted(tmp_path / size, f"size={size}") as disk:
+            command = [sys.executable, "-m", "mbgd", "train", "model=linear", "steps=1", f"run.dir={disk}/run"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            assert (disk / "run/report.html").exists() == is_there
+            assert ("\nreport  " in done.stdout) == is_there
+            assert ("report.html could not be closed (OSError: [Errno 28]" in done.stdout) != is_there
+
+
 def test_a_folder_that_may_only_be_read(tmp_path: Path) -> None:
     with mounted(tmp_path / "disk", "size=4m") as disk:
         train(disk / "run", stop_at=5)

@@ -78,6 +78,19 @@ def test_a_photograph_stands_upright_and_deep_grey_keeps_its_scale(tmp_path: Pat
         assert abs(decode(str(tmp_path / name), 8, 1) - wanted).max() <= 3, name
 
 
+def test_numbers_of_unknown_range_are_no_grey_and_16_bits_in_any_format_are(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 255, 64, dtype=np.uint8)[None].repeat(64, 0)
+    for array, reason in ((ramp.astype(np.int32), "32-bit"), (ramp.astype(np.float32), "floating-point")):
+        with pytest.raises(ValueError, match=f"its pixels are {reason} numbers of unknown range"):
+            decode(str(save(Image.fromarray(array), tmp_path / "unknown.tiff")), 64, 1)
+    deep = ramp.astype(np.uint16) * 257
+    (tmp_path / "deep.pgm").write_bytes(b"P5 64 64 65535\n" + deep.astype(">u2").tobytes())
+    for name in ("deep.png", "deep.tiff"):
+        save(Image.fromarray(deep), tmp_path / name)
+    for name in ("deep.png", "deep.tiff", "deep.pgm"):
+        assert (decode(str(tmp_path / name), 64, 1)[..., 0] == ramp).all(), name
+
+
 def save(image: Image.Image, path: Path) -> Path:
     image.save(path)
     return path

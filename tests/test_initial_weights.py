@@ -80,6 +80,14 @@ def test_names_are_changed_by_patterns(tmp_path: Path) -> None:
     assert note.startswith("init        9 of 9 tensors")
 
 
+def test_tensors_of_other_shapes_are_left_out_by_other_names(tmp_path: Path) -> None:
+    save_file(tensors(net(5)), tmp_path / "w.safetensors")
+    model, rename = net(), {"0.weight": "left out"}
+    note = load_weights(model, tmp_path / "w.safetensors", strict=False, rename=rename)
+    assert note.startswith("init        8 of 9 tensors")
+    assert "not in the file: 0.weight; not in the model: left out" in note
+
+
 def test_strict_false_loads_what_fits_by_name_and_lists_the_rest(tmp_path: Path) -> None:
     source, model = net(), net()
     kept = {name: one for name, one in tensors(source).items() if not name.startswith("2.")}
@@ -95,6 +103,9 @@ def test_strict_false_loads_what_fits_by_name_and_lists_the_rest(tmp_path: Path)
     ("content", "options", "message"),
     [
         ({}, {}, "not in the file"),
+        ({"a": torch.ones(1)}, {}, r"Use another file, or init.rename for names that differ.$"),
+        ({"2.bias": torch.ones(2)}, {}, r"or init.strict=false to load what fits.$"),
+        (tensors(net(5)), {"strict": False}, r"To load the others alone, init.rename takes these to names that"),
         (tensors(net(5)), {"strict": False}, r"other shapes: 0.weight \(4, 5\) in the file, \(4, 3\) in the model"),
         (
             tensors(net()),

@@ -129,6 +129,12 @@ def test_a_small_model_gets_one_thread_unless_a_number_is_given(monkeypatch: pyt
         assert chosen(of_large) == 3
         assert chosen(of_small, Averaging(num_threads=3)) == 3
         assert chosen(of_small, Averaging(name=AveragingName.reproducible)) == 3  # which has set them before
+        monkeypatch.setattr(threads, "_num_own_cores", os.cpu_count)  # as where no launcher binds workers to cores
+        several = str(max(2, os.cpu_count() or 1))
+        assert chosen(of_large, RANK="1", WORLD_SIZE=several) == 3  # on how many hosts is not known
+        assert chosen(of_large, LOCAL_RANK="1", LOCAL_WORLD_SIZE=several) == 1  # a core each
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+            monkeypatch.delenv(name)
         assert chosen(of_small, OMP_NUM_THREADS="3") == 3
         assert chosen(of_small, OMP_NUM_THREADS="3", MBGD_THREADS_SHARED_OUT="1") == 1
     finally:
@@ -138,6 +144,7 @@ def test_a_small_model_gets_one_thread_unless_a_number_is_given(monkeypatch: pyt
 
 def test_a_worker_of_another_launcher_is_not_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     launching.check_started(split(["workers=2"])[0])
     with pytest.raises(UsageError, match="workers=4 on a worker of 2"):

@@ -329,6 +329,16 @@ def test_parameters_are_frozen_and_unfrozen_as_in_plain_torch(averaging: str) ->
                 assert found["sha256"] == alone["sha256"]
 
 
+@pytest.mark.parametrize("start", [2, 5])
+def test_an_average_that_has_not_begun_is_told(capsys: pytest.CaptureFixture[str], start: int) -> None:
+    class StopAfterThree:
+        def after_evaluation(self, step: int, metrics: dict[str, float]) -> bool:
+            return step == 3
+
+    trainer(mbgd.Workers(), [mbgd.EMA(0.9, start=start), StopAfterThree()]).fit()
+    assert ("the moving average has not begun" in capsys.readouterr().out) == (start == 5)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -351,6 +361,10 @@ def test_parameters_are_frozen_and_unfrozen_as_in_plain_torch(averaging: str) ->
             "evaluations give eval/loss",
         ),
         (lambda: trainer(mbgd.Workers(), [mbgd.EMA(0.9), mbgd.EMA(0.99)]), "two are named ema"),
+        (lambda: trainer(mbgd.Workers(), [mbgd.EMA(start=9)], steps=9), "first update the average after step 10, but"),
+        (lambda: trainer(mbgd.Workers(), [mbgd.EMA(every_steps="3 epochs")]), "ema.every_steps=3 epochs first update"),
+        (lambda: trainer(mbgd.Workers(), [mbgd.Freeze(["head.*"], 9)], steps=9), "unfreeze.at=9, but the run ends"),
+        (lambda: trainer(mbgd.Workers(), [mbgd.Freeze(["head.*"], "9 epochs")]), "unfreeze.at=9 epochs, but the run"),
     ],
 )
 def test_mistakes_are_refused(make: Any, message: str) -> None:

@@ -236,6 +236,10 @@ def test_a_token_is_predicted_from_those_up_to_its_own() -> None:
     [
         (lambda: GPT((1, 8, 8), 10), "sequences of token ids"),
         (lambda: GPT((8,), 10, width=10, num_heads=3), "model.num_heads=3"),
+        (
+            lambda: GPT((8,), 10)(torch.ones(2, 9, dtype=torch.int64)),
+            "sequences of 9 tokens, but it has a context of 8",
+        ),
         (lambda: GPT((8,), 10)(torch.randn(2, 8)), "torch.float32; it takes token ids"),
         (lambda: MLP((8,), 10)(torch.ones(2, 8, dtype=torch.int64)), "the mlp got inputs of dtype torch.int64"),
         (
@@ -247,6 +251,32 @@ def test_a_token_is_predicted_from_those_up_to_its_own() -> None:
 def test_what_a_gpt_cannot_be(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(mbgd.UsageError, match=message):
         make()
+
+
+@pytest.mark.parametrize("which", ["train", "evaluation"])
+def test_more_tokens_than_the_model_has_vectors_for_are_refused(which: str) -> None:
+    model = GPT((4,), 9, num_layers=1, num_heads=1, width=4)
+
+    def windows(vocabulary: int) -> TokenWindows:
+        ids, boundaries = np.arange(9, dtype=np.uint16), np.array([0, 9])
+        return TokenWindows(ids, boundaries, context=4, vocabulary=vocabulary, ignore_index=-100)
+
+    def in_memory(*ids: int) -> mbgd.InMemory:
+        return mbgd.InMemory(torch.tensor([[*ids]]), torch.tensor([[0, 1, 2, 3]]))
+
+    for other, message in (
+        (windows(10), "a vocabulary of 9 tokens, but the data of 10"),
+        (in_memory(0, 3, 12, 8), "a vocabulary of 9 tokens, but the data of 13"),
+        (in_memory(0, 3, -1, 8), "the data's inputs hold -1; a token id is at least 0"),
+    ):
+        with pytest.raises(mbgd.UsageError, match=message):
+            mbgd.Trainer(
+                model,
+                mbgd.CrossEntropy(ignore_index=-100),
+                torch.optim.SGD(model.parameters(), lr=0.1),
+                mbgd.Data(**{"train": windows(9), "evaluation": windows(9)} | {which: other}),
+                mbgd.Settings(steps=1, batch=mbgd.Batch(1)),
+            )
 
 
 SIZE, SEED, NUM_STEPS = 13, 5, 10

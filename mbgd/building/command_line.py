@@ -106,6 +106,11 @@ def _how_to_quote(override: str) -> str:
     key, equals, value = override.partition("=")
     if not equals:
         return f"{override} is neither an option nor key=value."
+    if re.match(r"""\{\s*["']""", value):
+        return (
+            f"Hydra cannot read the value of {key}. The keys of a dict stand without quotation marks, and the whole in "
+            f"quotation marks for the shell, such as {shlex.quote(key + '={name: value}')}"
+        )
     if value[:1] in ("[", "{"):
         example = shlex.quote(f'{key}=["a b", c]')
         return (

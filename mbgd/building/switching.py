@@ -1,9 +1,12 @@
 """Keys that a configuration file sets for one choice of a group, such as an experiment's `optimizer.lr` for adamw, do
-not apply to another: they are dropped where the command line chooses differently."""
+not apply to another: they are dropped where the command line chooses differently. Sections whose keys are users' own
+names take new keys."""
 
 import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
+
+NAMED_BY_USERS = ("init.rename", "evaluation.metrics", "observers")
 
 dropped: list[str] = []
 """One message for each file of the last composition whose keys were dropped."""
@@ -39,7 +42,19 @@ def _compose(self: Any, defaults: Sequence[Any], repo: Any) -> Any:
                     f"{one.shown} sets {', '.join(keys)} for {group}={meant}; with {group}={now.name} that does not "
                     "apply"
                 )
-    return _by_hydra[0](self, defaults, _Without(repo, strange) if strange else repo)
+    composed = _by_hydra[0](self, defaults, _Without(repo, strange) if strange else repo)
+    _let_users_name(composed)
+    return composed
+
+
+def _let_users_name(composed: Any) -> None:
+    """Open the sections whose keys are names that users give: `init.rename={l.*: x.*}` needs no + then."""
+    from omegaconf import DictConfig, OmegaConf
+
+    for name in NAMED_BY_USERS:
+        node = OmegaConf.select(composed, name, throw_on_missing=False)
+        if isinstance(node, DictConfig):
+            OmegaConf.set_struct(node, False)
 
 
 class _File:

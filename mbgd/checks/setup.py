@@ -13,7 +13,7 @@ from mbgd.batches.plan import Plan, count_steps, make_plan
 from mbgd.checks import batch_norm, optimizers
 from mbgd.checks.preflight import Findings, Trial
 from mbgd.checks.same_program import check_same_program
-from mbgd.checks.targets import check_skipping, check_targets
+from mbgd.checks.targets import check_skipping, check_targets, check_vocabulary
 from mbgd.config import AveragingName, BatchNormOver, Config, Duration, Precision, Settings, resolved, validate
 from mbgd.config.duration import whole
 from mbgd.errors import UsageError
@@ -96,6 +96,7 @@ def set_up(
     buffers = Buffers(task, workers.device)
     for dataset in (data.train, *data.evaluation_sets.values()):
         check_skipping(dataset, objective)
+        check_vocabulary(dataset, model)
     findings = Trial(task, trained, buffers, data, plan, settings, workers.device)(loader.minibatch_indices(0))
     check_targets(data.train, objective, findings.output_shape)
     buffers.expect(findings.moving_buffers)

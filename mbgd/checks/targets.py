@@ -1,4 +1,4 @@
-"""Whether targets and objective fit, as far as both tell without computing."""
+"""Whether data, model and objective fit, as far as they tell without computing."""
 
 from typing import Any
 
@@ -25,3 +25,20 @@ def check_targets(dataset: Any, objective: Any, output_shape: torch.Size | None)
     check, targets = getattr(objective, "check_targets", None), getattr(dataset, "targets", None)
     if check is not None and isinstance(targets, Tensor) and output_shape is not None:
         check(targets, num_classes=output_shape[getattr(objective, "class_dim", None) or -1])
+
+
+def check_vocabulary(dataset: Any, model: Any) -> None:
+    """UsageError where a dataset of token ids says, or holds in memory, more than the model has vectors for."""
+    of_data, of_model = getattr(dataset, "vocabulary", None), getattr(model, "vocabulary", None)
+    if not isinstance(of_model, int):
+        return
+    ids = getattr(dataset, "inputs", None)
+    if isinstance(ids, Tensor) and ids.numel() and ids.dtype in (torch.int32, torch.int64):  # what embeddings take
+        if ids.min() < 0:
+            raise UsageError(f"the data's inputs hold {int(ids.min())}; a token id is at least 0.")
+        of_data = int(ids.max()) + 1
+    if isinstance(of_data, int) and of_data > of_model:
+        raise UsageError(
+            f"the {type(model).__name__} has a vocabulary of {of_model} tokens, but the data of {of_data}: larger ids "
+            "have no vector. Set model.num_outputs to that number, or null to take it from the data."
+        )

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mbgd.errors import UsageError
+from mbgd.workers.place import place
 
 PER_HOST_WITHOUT_GPU = 2
 """Number of workers for workers=auto on a host without a GPU."""
@@ -154,7 +155,8 @@ def started_by_launcher() -> bool:
 
 
 def check_started(wanted: Wanted) -> None:
-    """UsageError if a worker's command asks for another number of workers than were started."""
+    """UsageError if a worker's place is contradictory, or its command asks for another number of workers."""
+    place()
     size = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))
     if wanted.workers not in (None, size):
         raise UsageError(

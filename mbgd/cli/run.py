@@ -40,6 +40,7 @@ from mbgd.trainer import Trainer
 from mbgd.workers.group import Workers, num_workers_from_environment, start_workers
 from mbgd.workers.log import start_log
 from mbgd.workers.membership import Membership, members_of_launcher
+from mbgd.workers.place import place
 from mbgd.workers.preemption import EXIT_CODE, StopOnSignal
 
 
@@ -52,7 +53,7 @@ def run(composed: Any, choices: Mapping[str, Any]) -> None:
         done = _train(composed, config, choices, trackers)
     if done is not None and not config.tracking.quiet:
         result, folder = done
-        report = folder.path / REPORT if config.tracking.report else None
+        report = folder.path / REPORT if REPORT in trackers.closed else None
         print(wording.describe_end(result, report, console.width()))
 
 
@@ -61,7 +62,7 @@ def _train(
 ) -> tuple[Result, RunFolder] | None:
     """Train on this worker; the main one also opens the trackers, and returns the result and the locked folder."""
     backend, membership = config.backend, None
-    launched_rank = int(os.environ.get("RANK", "0"))
+    launched_rank = place().rank
     if config.recovery is Recovery.continue_ and num_workers_from_environment() > 1:
         membership = members_of_launcher(backend.timeout_seconds)
     training = Training(composed, config, choices, trackers, membership, launched_rank)

@@ -16,7 +16,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from mbgd.errors import UsageError
 from mbgd.workers import log as worker_log
+from mbgd.workers.place import place
 
 SECONDS_FOR_THE_OTHERS = 3.0
 """How long a worker that has failed waits for the others of its host to fail with the same error."""
@@ -32,17 +34,21 @@ def tell(text: str, *, is_consequence: bool = False) -> None:
     is_consequence: the error is that another worker was lost; printed only if no worker reports a cause.
     """
     environment = os.environ
-    rank, size = environment.get("RANK"), int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    try:
+        rank, num_workers, _, size = place()
+    except UsageError:  # the text says so, or comes before anything depends on it
+        _print(text, [])
+        return
     file = environment.get(ERROR_FILE)
     if file is None or size == 1:
-        _print(text, [] if rank is None or environment.get("WORLD_SIZE") == "1" else [int(rank)])
+        _print(text, [] if num_workers == 1 else [rank])
         return
     with suppress(OSError):
         temporary = Path(file + ".tmp")  # so that nobody reads an incomplete file
         temporary.write_text(json.dumps(_record(text, is_consequence=is_consequence)))
         temporary.replace(file)
     told = _wait_for_the_others(Path(file), size)
-    mine = int(rank or "0")
+    mine = rank
     if is_consequence:
         others = [one for of_rank, one in told.items() if of_rank != mine]
         if any(not one["is_consequence"] for one in others) or min(told, default=mine) < mine:

@@ -18,6 +18,8 @@ Pixels = NDArray[np.uint8]
 
 MODES = {1: "L", 3: "RGB"}
 DRAFT_FACTOR = 2
+SCALED_TO_16_BITS = ("PNG", "PPM")
+"""Formats whose values Pillow scales to 16 bits, though it may hold them in 32."""
 
 
 class Images:
@@ -134,10 +136,11 @@ def decode(file: str | BytesIO, size: int, channels: int) -> Pixels:
         # Decode a JPEG at 1/2, 1/4 or 1/8 of its size if that leaves enough pixels: several times as fast.
         image.draft(None, (DRAFT_FACTOR * size, DRAFT_FACTOR * size))
         ImageOps.exif_transpose(image, in_place=True)
+        if image.mode == "F" or (image.mode == "I" and opened.format not in SCALED_TO_16_BITS):
+            kind = "floating-point" if image.mode == "F" else "32-bit"
+            raise ValueError(f"its pixels are {kind} numbers of unknown range")
         if image.mode.startswith("I"):  # Pillow would clip 16-bit values at 255
             image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-        elif image.mode == "F":
-            raise ValueError("its pixels are floating-point numbers of unknown range")
         if image.mode != MODES[channels]:
             image = image.convert(MODES[channels])
         return np.asarray(ImageOps.fit(image, (size, size))).reshape(size, size, channels)

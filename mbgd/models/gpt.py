@@ -38,6 +38,7 @@ class GPT(nn.Module):
             )
         if num_heads < 1 or width % num_heads:
             raise UsageError(f"model.width={width} with model.num_heads={num_heads}; each head takes an equal share.")
+        self.vocabulary = num_outputs
         self.tokens = nn.Embedding(num_outputs, width)
         self.positions = nn.Embedding(input_shape[0], width)
         self.dropout = nn.Dropout(dropout)
@@ -51,6 +52,12 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         if tokens.is_floating_point():
             raise UsageError(f"the gpt got inputs of dtype {tokens.dtype}; it takes token ids, which are integers.")
+        if tokens.shape[1] > self.positions.num_embeddings:
+            raise UsageError(
+                f"the gpt got sequences of {tokens.shape[1]} tokens, but it has a context of "
+                f"{self.positions.num_embeddings}. Set data.context to that, or model.input_shape to null to take it "
+                "from the data."
+            )
         positions = self.positions.weight[: tokens.shape[1]]
         stream = self.dropout(self.tokens(tokens) + positions)
         for block in self.blocks:

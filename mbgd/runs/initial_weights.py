@@ -63,10 +63,17 @@ def load_weights(model: nn.Module, source: Path, *, strict: bool, rename: Mappin
     left_out = [f"not in the file: {shown(sorted(missing), MOST_NAMES)}"] if missing else []
     left_out += [f"not in the model: {shown(sorted(map(plain, unexpected)), MOST_NAMES)}"] if unexpected else []
     if found or (strict and left_out) or not common:
+        if found:
+            remedy = (
+                "Use another file, or train a model of these shapes. To load the others alone, init.rename takes these "
+                "to names that the model does not have, with init.strict=false."
+            )
+        elif common:
+            remedy = "Use another file, init.rename for names that differ, or init.strict=false to load what fits."
+        else:
+            remedy = "Use another file, or init.rename for names that differ."
         raise UsageError(
-            f"init.from={plain(source)}: the weights do not fit the model. "
-            + "; ".join(found + left_out)
-            + ". Use another file, init.rename for names that differ, or init.strict=false to load what fits by name."
+            f"init.from={plain(source)}: the weights do not fit the model. {'; '.join(found + left_out)}. {remedy}"
         )
     with torch.no_grad():
         for name in common:

@@ -1,4 +1,4 @@
-"""`run.json`: the plan, environment, code and ending of a run; and the report made from its folder."""
+"""`run.json`: the plan, environment, code and ending of a run; then the report made from its folder."""
 
 import platform
 import sys
@@ -20,10 +20,10 @@ from mbgd.trainer import Trainer
 
 
 class Record:
-    """Writes run.json at the start; at the end adds how the run ended, and writes report.html if wanted."""
+    """Writes run.json at the start; at the end adds how the run ended."""
 
-    def __init__(self, folder: Path, trainer: Trainer, *, report: bool) -> None:
-        self._folder, self._report = folder, report
+    def __init__(self, folder: Path, trainer: Trainer) -> None:
+        self._folder = folder
         self._record: dict[str, Any] = {
             "plan": plan_lines(trainer),
             "numbers": numbers(trainer),
@@ -52,10 +52,24 @@ class Record:
     def close(self, ending: Ending) -> None:
         self._record["ending"] = {"outcome": ending.outcome.value, "message": ending.message}
         self._write()
-        if self._report:
-            from mbgd.report import write_report
-
-            write_report([self._folder], self._folder / REPORT)
 
     def _write(self) -> None:
         write_atomically(self._folder / "run.json", (strict_json.dumps(self._record, indent=2) + "\n").encode())
+
+
+class Report:
+    """Writes report.html at the end, after all that it is made from."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def progress(self, step: int) -> None:
+        pass
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        pass
+
+    def close(self, ending: Ending) -> None:
+        from mbgd.report import write_report
+
+        write_report([self._folder], self._folder / REPORT)

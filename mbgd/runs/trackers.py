@@ -6,8 +6,9 @@ from pathlib import Path
 
 from mbgd.config import Config, Tracking, WandbMode
 from mbgd.errors import UsageError
+from mbgd.files.run_files import REPORT
 from mbgd.runs import wording
-from mbgd.runs.record import Record
+from mbgd.runs.record import Record, Report
 from mbgd.runs.run_folder import RunFolder
 from mbgd.tracking import console, wandb_sink
 from mbgd.tracking.base import Tracker, Trackers
@@ -37,7 +38,9 @@ def open_trackers(trackers: Trackers, config: Config, folder: RunFolder, trainer
     tracking, path = config.tracking, folder.path
     trackers.open("metrics.jsonl", lambda: JsonLines(folder.metrics_path))
     trackers.open("observed", lambda: ObservedLines(path))
-    trackers.open("run.json", lambda: Record(path, trainer, report=tracking.report))
+    trackers.open("run.json", lambda: Record(path, trainer))
+    if tracking.report:
+        trackers.open(REPORT, lambda: Report(path))
     if not tracking.quiet:
         trackers.open("the terminal's progress", lambda: _terminal(trainer, path))
     if _uses_wandb(tracking):

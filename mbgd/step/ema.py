@@ -1,6 +1,6 @@
 """The exponential moving average of the weights."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,13 +53,24 @@ class EMA:
         self._average: list[Tensor] = []
         """Empty until it begins."""
         self._may_skip = False
+        self._tell: Callable[[str], None] | None = None
 
     @property
     def start(self) -> int:
         return whole(self._durations["start"])
 
     def before_training(self, trainer: Any) -> None:
+        """UsageError where the run ends before the average is updated once."""
+        given = dict(self._durations)
         self._durations = {name: in_steps(one, trainer.setup.plan) for name, one in self._durations.items()}
+        first, num_steps = self.start + whole(self._durations["every_steps"]), trainer.setup.num_steps
+        if 0 < num_steps < first:
+            raise UsageError(
+                f"ema.start={given['start']} and ema.every_steps={given['every_steps']} first update the average after "
+                f"step {first}, but the run ends after step {num_steps}: it would be no average. Make them smaller, or "
+                "train longer."
+            )
+        self._tell = trainer.setup.tell
         self._trained = list(trainer.setup.trained.parameters)
         self._parameters = {name: _real(p.detach()) for name, p in trainer.setup.trained.by_name.items()}
         self._may_skip = trainer.train_step.update.may_skip
@@ -84,6 +95,13 @@ class EMA:
             torch._foreach_lerp_(self._average, parameters, [(share * is_made).to(p.dtype) for p in parameters])
         else:
             torch._foreach_lerp_(self._average, parameters, share)
+
+    def at_end(self) -> None:
+        if not self._average and self._tell is not None:
+            self._tell(
+                f"warning: the run ended before ema.start={self.start}: the moving average has not begun, and "
+                "model_ema.safetensors holds the model's own weights."
+            )
 
     def decay_after(self, step: int) -> float:
         """The decay d of the update after `step` steps."""

@@ -31,8 +31,15 @@ class Freeze:
         self._frozen: list[nn.Parameter] = []
 
     def before_training(self, trainer: Any) -> None:
-        """UsageError where a pattern matches no parameter, or none is left to train."""
-        self.until = None if self.until is None else in_steps(self.until, trainer.setup.plan)
+        """UsageError where a pattern matches no parameter, none is left to train, or the run ends before `until`."""
+        given, num_steps = self.until, trainer.setup.num_steps
+        if given is not None:
+            self.until = in_steps(given, trainer.setup.plan)
+            if 0 < num_steps <= self.until:
+                raise UsageError(
+                    f"unfreeze.at={given}, but the run ends after step {num_steps}: the frozen parameters would never "
+                    "be trained. Make it smaller, train longer, or set null to keep them frozen."
+                )
         by_name: dict[str, nn.Parameter] = trainer.setup.trained.by_name
         for pattern in self.patterns:
             matched = [parameter for name, parameter in by_name.items() if fnmatchcase(name, pattern)]

@@ -14,6 +14,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from mbgd.batches.plan import Plan
 from mbgd.config import Averaging, AveragingName
+from mbgd.workers.place import place
 
 SMALL = 2**22
 """Up to this many multiplications in a micro-batch's forward, one thread is as fast: a few milliseconds at most."""
@@ -58,14 +59,27 @@ def work_counted(model: nn.Module) -> Iterator[Work]:
 
 
 def choose(settings: Averaging, device: torch.device, plan: Plan, work: Work) -> None:
-    """Use one thread for a small model, unless the number of threads is set."""
+    """Use one thread for a small model, and a worker's share of the cores, unless the number of threads is set."""
     why.clear()
     is_said = "OMP_NUM_THREADS" in os.environ and SHARED_OUT not in os.environ
     is_said = is_said or settings.num_threads is not None or settings.name is AveragingName.reproducible
     if is_said or device.type != "cpu" or torch.get_num_threads() == 1:
         return
     size = min(plan.minibatch_size, plan.num_examples)
-    if work.per_example * size / plan.num_micro_batches(size) > SMALL:
+    if work.per_example * size / plan.num_micro_batches(size) <= SMALL:
+        torch.set_num_threads(1)
+        why.append("small model; averaging.num_threads: more")
         return
-    torch.set_num_threads(1)
-    why.append("small model; averaging.num_threads: more")
+    if "LOCAL_WORLD_SIZE" not in os.environ:
+        return  # how many workers share this host is not known
+    # Launchers that bind each worker to cores of its own leave it fewer than the host has.
+    num_cores, num_workers = os.cpu_count() or 1, place().local_num_workers
+    share = max(1, num_cores // num_workers)
+    if num_workers > 1 and _num_own_cores() == num_cores and torch.get_num_threads() > share:
+        torch.set_num_threads(share)
+        why.append(f"{num_workers} workers share {num_cores} cores; averaging.num_threads: more")
+
+
+def _num_own_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -71,6 +71,8 @@ class Trackers:
 
     def __init__(self, trackers: Sequence[Tracker] = ()) -> None:
         self._trackers = [(type(tracker).__name__, tracker) for tracker in trackers]
+        self.closed: list[str] = []
+        """Names of those that have closed without an error: what they write is there."""
 
     def open(self, name: str, opened: Callable[[], Tracker]) -> None:
         """Add the tracker that `opened` returns; name: its name in warnings."""
@@ -90,6 +92,7 @@ class Trackers:
         for name, tracker in self._trackers:
             with optional(f"{name} could not be closed", "Training is not affected."):
                 tracker.close(ending)
+                self.closed.append(name)
 
     def _tell(self, call: Callable[[Tracker], None]) -> None:
         for named in tuple(self._trackers):

@@ -19,6 +19,7 @@ from mbgd.workers.devices import own_device
 from mbgd.workers.membership import Membership
 from mbgd.workers.messages import bytes_of, empty, message, value_of
 from mbgd.workers.parent import end_with_parent
+from mbgd.workers.place import place
 from mbgd.workers.process_group import ProcessGroup
 from mbgd.workers.process_settings import remembered
 
@@ -143,7 +144,7 @@ class Workers:
 
 def num_workers_from_environment() -> int:
     """WORLD_SIZE, as torchrun or another launcher sets it; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return place().num_workers
 
 
 @contextmanager
@@ -161,12 +162,9 @@ def start_workers(
     membership: names the workers instead; GroupChanged where some of them are lost and the others go on.
     """
     end_with_parent()
-    environment = os.environ
     if membership is not None:
-        environment |= membership.environment()
-    rank, num_workers = int(environment.get("RANK", "0")), num_workers_from_environment()
-    local_rank = int(environment.get("LOCAL_RANK", "0"))
-    local_num_workers = int(environment.get("LOCAL_WORLD_SIZE", str(num_workers)))
+        os.environ.update(membership.environment())
+    rank, num_workers, local_rank, local_num_workers = place()
     put_back = remembered()
     backend, worker_device = own_device(backend, device, local_rank, local_num_workers)
     group = None

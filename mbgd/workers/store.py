@@ -17,6 +17,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from mbgd.errors import WorkersLost
+from mbgd.workers.place import check_meeting_point
 
 STORE = "MBGD_STORE"
 """Environment variable with the path of the file."""
@@ -40,6 +41,7 @@ def join_store(timeout_seconds: float) -> Store:
     timeout = timedelta(seconds=timeout_seconds)
     path = os.environ.get(STORE)
     if path is None:
+        check_meeting_point()
         store: Store = next(rendezvous("env://", timeout=timeout))[0]
         return store
     if sys.platform == "linux":  # kept open: the store outlives the process that made it
