@@ -19,6 +19,7 @@ from torch.distributed import HashStore
 
 import mbgd
 from mbgd.checkpoints.handover import Carried, Progress
+from mbgd.cli.rest import signals_held
 from mbgd.errors import UsageError
 from mbgd.tracking.base import Trackers
 from mbgd.tracking.recent import Recent
@@ -31,6 +32,8 @@ from survivors import OVERRIDES, PROGRAM, Schedule, Strike
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 180
+SECONDS_TO_STOP = 25
+"""Less than the launcher gives its workers."""
 
 
 @pytest.mark.parametrize("seed", [0, 5, 12, 13, 22, 25])
@@ -193,6 +196,50 @@ def test_survivors_stop_at_a_signal_and_the_run_resumes(tmp_path: Path) -> None:
     weights, lines = survivors.undisturbed()
     assert survivors.summary(tmp_path)["weights_sha256"] == weights
     assert survivors.history(tmp_path) == lines
+
+
+@pytest.mark.parametrize(
+    ("phase", "number"), [("stopping", signal.SIGTERM), ("stopping", signal.SIGINT), ("leaving", signal.SIGUSR1)]
+)
+def test_a_worker_is_lost_while_all_stop_at_a_signal(tmp_path: Path, phase: str, number: int) -> None:
+    """The launcher still tells the others, which save."""
+    environment = {STRIKES: f'[[1, "{phase}", 1, {int(signal.SIGKILL)}]]', SLOW: "0.05", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, PROGRAM, "workers=3", "recovery=continue", "--max-restarts=1", *OVERRIDES]
+    with started_by_user(command, tmp_path, environment) as process:
+        deadline = time.monotonic() + SECONDS
+        while "step 1/" not in (tmp_path / "log").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(number)
+        began = time.monotonic()
+        assert process.wait(SECONDS) == 75, (tmp_path / "log").read_text()
+        assert time.monotonic() - began < SECONDS_TO_STOP
+    said = (tmp_path / "log").read_text()
+    assert "lost  " in said
+    assert "stopped by a signal after step" in said
+    assert "error" not in said
+    survivors.play(tmp_path, Schedule(2, ()))
+    weights, lines = survivors.undisturbed()
+    assert survivors.summary(tmp_path)["weights_sha256"] == weights
+    assert survivors.history(tmp_path) == lines
+
+
+def test_a_signal_waits_until_the_launcher_has_answered() -> None:
+    """Half of an answer would leave the workers waiting."""
+    done = []
+
+    def stop(number: int, frame: Any) -> None:
+        done.append("stopped")
+
+    before = signal.signal(signal.SIGUSR1, stop)
+    try:
+        with signals_held():
+            signal.raise_signal(signal.SIGUSR1)
+            done.append("answered")
+        assert done == ["answered", "stopped"]
+        assert signal.getsignal(signal.SIGUSR1) is stop
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_another_launcher_is_refused(tmp_path: Path) -> None:

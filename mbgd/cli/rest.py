@@ -6,6 +6,10 @@ A worker that ends by itself with an error ends the run, as ever: the others wou
 import os
 import signal
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from torch.distributed import FileStore  # type: ignore[attr-defined]
@@ -13,7 +17,12 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.elastic.multiprocessing.subprocess_handler import get_subprocess_handler
 
 from mbgd.workers.membership import SEAT, Roster, common_store
+from mbgd.workers.preemption import EXIT_CODE as PREEMPTED
+from mbgd.workers.preemption import SIGNALS
 from mbgd.workers.store import STORE
+
+SECONDS_BETWEEN_LOOKS = 0.1
+"""As torch's agent does."""
 
 
 class Rest:
@@ -27,6 +36,7 @@ class Rest:
         self._places = {seat: seat for seat in self._roster.generation.seats}
         """Seat → local rank, of the workers that train or are about to."""
         self._next_seat = len(self._places)
+        self._stops = False
 
     def goes_on(self) -> bool:
         """Whether the workers train, and go on without lost ones."""
@@ -35,16 +45,34 @@ class Rest:
     def look(self, num_spare: int) -> int:
         """Take out lost workers, and let new ones in; returns how many were started in place of lost ones.
 
-        num_spare: how many may be. The last that train are not taken out: with them the run is lost.
+        num_spare: how many may be. The last that train are not taken out: with them the run is lost. A signal that
+        comes meanwhile waits: half of this would leave the others without an answer.
         """
+        with signals_held():
+            return self._look(num_spare)
+
+    def stop(self, number: signal.Signals, seconds: float) -> None:
+        """Pass a signal on, and wait until all workers have ended; those that save still go on without lost ones."""
+        self._stops = True
+        for handler in self._processes.subprocess_handlers.values():
+            if handler.proc.poll() is None:
+                handler.close(death_sig=number)
+        deadline = time.monotonic() + seconds
+        while any(self._poll(rank) is None for rank in self._places.values()) and time.monotonic() < deadline:
+            self.look(0)
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+
+    def _look(self, num_spare: int) -> int:
         for seat in self._roster.silent():
             self._end(seat)
         codes = {seat: self._poll(rank) for seat, rank in self._places.items()}
-        if 0 in codes.values():
+        if {0, PREEMPTED} & {*codes.values()}:  # its results, or the state at which all stop, are saved
             self._roster.complete()
         members = self._roster.generation.seats
-        # A worker that has not joined yet harms nobody, whatever it ends with.
-        lost = {seat: code for seat, code in codes.items() if code and (code < 0 or seat not in members)}
+        # A worker that has not joined yet harms nobody, whatever it ends with; where all stop, it ends by itself.
+        lost = {
+            seat: code for seat, code in codes.items() if code and (code < 0 if seat in members else not self._stops)
+        }
         seats = [seat for seat in members if seat not in lost]
         if not seats:
             return 0
@@ -106,3 +134,24 @@ class Rest:
         )
         processes._running_local_ranks.add(rank)
         self._places[seat], self._next_seat = rank, seat + 1
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Signals that have a handler, and come inside, are handled at its end."""
+    came: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+
+    handlers = {int(number): signal.getsignal(number) for number in SIGNALS}
+    held = {number: handler for number, handler in handlers.items() if callable(handler)}
+    try:
+        for name in held:
+            signal.signal(name, note)
+        yield
+    finally:
+        for number, handler in held.items():
+            signal.signal(number, handler)
+        for number in came[:1]:
+            signal.raise_signal(number)
