@@ -16,14 +16,16 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed import HashStore
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 
 import mbgd
 from mbgd.checkpoints.handover import Carried, Progress
-from mbgd.cli.rest import signals_held
+from mbgd.cli.rest import Rest, signals_held
 from mbgd.errors import UsageError
 from mbgd.tracking.base import Trackers
 from mbgd.tracking.recent import Recent
 from mbgd.workers.membership import Membership, Roster
+from mbgd.workers.store import STORE
 
 import survivors
 from own_processes import started_by_user
@@ -222,6 +224,36 @@ def test_a_worker_is_lost_while_all_stop_at_a_signal(tmp_path: Path, phase: str,
     weights, lines = survivors.undisturbed()
     assert survivors.summary(tmp_path)["weights_sha256"] == weights
     assert survivors.history(tmp_path) == lines
+
+
+def test_a_worker_lost_after_the_launcher_has_looked_is_lost_at_the_next_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch, which looks in between, would end the run for it."""
+    monkeypatch.setenv(STORE, str(tmp_path / "store"))
+    environments: dict[int, dict[str, str]] = {rank: {} for rank in range(3)}
+    arguments: dict[int, tuple[str]] = dict.fromkeys(range(3), ("100",))
+    processes = start_processes("sleep", "sleep", arguments, environments, DefaultLogsSpecs())
+    try:
+        rest = Rest(processes, "run", 0)
+        first, second, _ = (processes.subprocess_handlers[rank].proc for rank in range(3))
+        kill(first)
+        rest.look(0)
+        kill(second)
+        assert rest.ended() is None
+        rest.look(0)
+        assert rest.ended() is None
+        assert list(processes.subprocess_handlers) == [2]
+        kill(processes.subprocess_handlers[2].proc)
+        rest.look(0)
+        assert rest.ended().is_failed()
+    finally:
+        processes.close()
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
 
 
 def test_a_signal_waits_until_the_launcher_has_answered() -> None:

@@ -36,6 +36,8 @@ class Rest:
         self._places = {seat: seat for seat in self._roster.generation.seats}
         """Seat → local rank, of the workers that train or are about to."""
         self._next_seat = len(self._places)
+        self._seen: dict[int, int | None] = {}
+        """Seat → exit code at the last look."""
         self._stops = False
 
     def goes_on(self) -> bool:
@@ -65,7 +67,7 @@ class Rest:
     def _look(self, num_spare: int) -> int:
         for seat in self._roster.silent():
             self._end(seat)
-        codes = {seat: self._poll(rank) for seat, rank in self._places.items()}
+        codes = self._seen = {seat: self._poll(rank) for seat, rank in self._places.items()}
         if {0, PREEMPTED} & {*codes.values()}:  # its results, or the state at which all stop, are saved
             self._roster.complete()
         members = self._roster.generation.seats
@@ -92,8 +94,12 @@ class Rest:
         return {handlers[rank].proc.pid for seat, rank in self._places.items() if seat not in members}
 
     def ended(self) -> Any:
-        """torch's result, once all have ended or one has failed; None before."""
-        return self._processes.wait(0)
+        """torch's result, once all have ended or one has failed; None before.
+
+        As of the last look: torch would end the run for a worker that is lost after it.
+        """
+        codes = [self._seen[seat] for seat in self._places if seat in self._seen]
+        return self._processes.wait(0) if any(codes) or None not in codes else None
 
     def _poll(self, rank: int) -> int | None:
         code: int | None = self._processes.subprocess_handlers[rank].proc.poll()
