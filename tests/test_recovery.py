@@ -155,6 +155,32 @@ def test_a_new_worker_takes_the_place_of_a_lost_one(tmp_path: Path, seat: int) -
     assert survivors.summary(tmp_path)["num_workers"] == 2
 
 
+def test_a_new_worker_with_other_code_is_refused_and_the_others_go_on(tmp_path: Path) -> None:
+    """They still run the code that the file had when they began."""
+    code = tmp_path / "own.py"
+    code.write_text("from struck import Small\n\n\nclass Net(Small):\n    pass\n")
+    environment = {
+        STRIKES: f'[[0, "averaging", 12, {int(signal.SIGKILL)}]]',
+        SLOW: "0.1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}",
+    }
+    command = [sys.executable, PROGRAM, "workers=2", "recovery=continue", "--max-restarts=1", *OVERRIDES]
+    with started_by_user([*command, "model._target_=own.Net"], tmp_path, environment) as process:
+        deadline = time.monotonic() + SECONDS
+        while "step 1/" not in (tmp_path / "log").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        code.write_text(code.read_text() + "\n    def extra_repr(self):\n        return 'other code'\n")
+        assert process.wait(SECONDS) == 0, (tmp_path / "log").read_text()
+    said = (tmp_path / "log").read_text()
+    assert "a new worker does not run the program that the others run: code of own: " in said
+    assert "2 workers go on after" not in said
+    weights, lines = survivors.undisturbed()
+    assert survivors.summary(tmp_path)["weights_sha256"] == weights
+    assert survivors.history(tmp_path) == lines
+
+
 def test_a_frozen_worker_is_ended_and_the_others_go_on(tmp_path: Path) -> None:
     said = survivors.check(tmp_path, Schedule(3, (Strike(1, "forward", 30, signal.SIGSTOP),)))
     assert "2 workers go on after step" in said
