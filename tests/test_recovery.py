@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -275,6 +276,41 @@ def test_a_worker_lost_after_the_launcher_has_looked_is_lost_at_the_next_look(
         assert rest.ended().is_failed()
     finally:
         processes.close()
+
+
+def test_a_lost_worker_s_own_processes_end_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its loader processes hold its connections open: the others would wait until these notice."""
+    monkeypatch.setenv(STORE, str(tmp_path / "store"))
+    script = f"cd {tmp_path}; sleep 100 & echo $! > new-$RANK; mv new-$RANK child-$RANK; wait"
+    environments = {rank: {"RANK": str(rank)} for rank in range(2)}
+    arguments: dict[int, tuple[str, str]] = dict.fromkeys(range(2), ("-c", script))
+    processes = start_processes("sh", "sh", arguments, environments, DefaultLogsSpecs())
+    try:
+        rest = Rest(processes, "run", 0)
+        wait_for(lambda: all((tmp_path / f"child-{rank}").exists() for rank in range(2)))
+        children = [Path("/proc") / (tmp_path / f"child-{rank}").read_text().strip() for rank in range(2)]
+        kill(processes.subprocess_handlers[0].proc)
+        assert not has_ended(children[0])
+        rest.look(0)
+        wait_for(lambda: has_ended(children[0]))
+        assert not has_ended(children[1])
+    finally:
+        processes.close()
+
+
+def has_ended(process: Path) -> bool:
+    """process: its folder in /proc."""
+    try:
+        return ") Z" in (process / "stat").read_text()  # nobody has asked for its exit code
+    except OSError:
+        return True
+
+
+def wait_for(what: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:

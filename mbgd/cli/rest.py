@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -116,6 +116,9 @@ class Rest:
         """Forget a lost worker, with num_left that train; returns its local rank."""
         rank = self._places.pop(seat)
         process = self._processes.subprocess_handlers.pop(rank).proc
+        with suppress(ProcessLookupError):
+            # Loader processes notice its end after seconds, and until then hold its connections to the others open.
+            os.killpg(process.pid, signal.SIGKILL)
         self._processes._running_local_ranks.discard(rank)
         how = f"exit code {code}" if code > 0 else signal.Signals(-code).name
         rest = f"{num_left} workers go on" if num_left > 1 else "1 worker goes on"
