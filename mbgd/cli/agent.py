@@ -79,9 +79,8 @@ class Agent(LocalElasticAgent):  # type: ignore[misc, unused-ignore]
         super()._shutdown(death_sig or signal.SIGTERM, timeout)
 
     def exit_codes(self) -> list[int]:
-        """Exit codes of the workers of this host that have ended, of those that have trained."""
-        newcomers = set() if self._rest is None else self._rest.newcomers()
-        return [code for pid, code in self._ended().items() if pid not in newcomers]
+        """Exit codes of the workers of this host that have ended."""
+        return list(self._ended().values())
 
     def _ended(self) -> dict[int, int]:
         """The exit codes of the workers of this host that have ended, by process id."""

@@ -38,7 +38,6 @@ class Rest:
         self._next_seat = len(self._places)
         self._seen: dict[int, int | None] = {}
         """Seat → exit code at the last look."""
-        self._stops = False
 
     def goes_on(self) -> bool:
         """Whether the workers train, and go on without lost ones."""
@@ -54,8 +53,13 @@ class Rest:
             return self._look(num_spare)
 
     def stop(self, number: signal.Signals, seconds: float) -> None:
-        """Pass a signal on, and wait until all workers have ended; those that save still go on without lost ones."""
-        self._stops = True
+        """Pass a signal on, and wait until all workers have ended; those that save still go on without lost ones.
+
+        New ones that have not joined the others have nothing to save, and are ended at once.
+        """
+        members = self._roster.generation.seats
+        for seat in [seat for seat in self._places if seat not in members]:
+            self._forget(seat)
         for handler in self._processes.subprocess_handlers.values():
             if handler.proc.poll() is None:
                 handler.close(death_sig=number)
@@ -71,10 +75,8 @@ class Rest:
         if {0, PREEMPTED} & {*codes.values()}:  # its results, or the state at which all stop, are saved
             self._roster.complete()
         members = self._roster.generation.seats
-        # A worker that has not joined yet harms nobody, whatever it ends with; where all stop, it ends by itself.
-        lost = {
-            seat: code for seat, code in codes.items() if code and (code < 0 if seat in members else not self._stops)
-        }
+        # A worker that has not joined yet harms nobody, whatever it ends with.
+        lost = {seat: code for seat, code in codes.items() if code and (code < 0 or seat not in members)}
         seats = [seat for seat in members if seat not in lost]
         if not seats:
             return 0
@@ -86,12 +88,6 @@ class Rest:
         for rank in started:
             self._start(rank)
         return len(started)
-
-    def newcomers(self) -> set[int]:
-        """Process ids of workers that have not joined the others."""
-        members = self._roster.generation.seats
-        handlers = self._processes.subprocess_handlers
-        return {handlers[rank].proc.pid for seat, rank in self._places.items() if seat not in members}
 
     def ended(self) -> Any:
         """torch's result, once all have ended or one has failed; None before.
@@ -114,20 +110,26 @@ class Rest:
 
     def _take_out(self, seat: int, code: int, num_left: int) -> int:
         """Forget a lost worker, with num_left that train; returns its local rank."""
-        rank = self._places.pop(seat)
-        process = self._processes.subprocess_handlers.pop(rank).proc
-        with suppress(ProcessLookupError):
-            # Loader processes notice its end after seconds, and until then hold its connections to the others open.
-            os.killpg(process.pid, signal.SIGKILL)
-        self._processes._running_local_ranks.discard(rank)
+        rank, pid = self._forget(seat)
         how = f"exit code {code}" if code > 0 else signal.Signals(-code).name
         rest = f"{num_left} workers go on" if num_left > 1 else "1 worker goes on"
         print(
-            f"lost        process {process.pid} ended by {how}; {rest}",
+            f"lost        process {pid} ended by {how}; {rest}",
             file=sys.stderr,
             flush=True,
         )
         return rank
+
+    def _forget(self, seat: int) -> tuple[int, int]:
+        """End a worker and the processes that it has started; returns its local rank and its process id."""
+        rank = self._places.pop(seat)
+        process = self._processes.subprocess_handlers.pop(rank).proc
+        self._processes._running_local_ranks.discard(rank)
+        with suppress(ProcessLookupError):
+            # Loader processes notice its end after seconds, and until then hold its connections to the others open.
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return rank, process.pid
 
     def _start(self, rank: int) -> None:
         """Start a worker in place of a lost one; it joins the others when it is ready."""
