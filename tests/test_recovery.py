@@ -182,6 +182,19 @@ def test_a_new_worker_with_other_code_is_refused_and_the_others_go_on(tmp_path: 
     assert survivors.history(tmp_path) == lines
 
 
+def test_the_folder_cannot_be_written_by_the_next_main_worker(tmp_path: Path) -> None:
+    """The run ends, and as one that had begun: exit code 2 says that nothing has."""
+    environment = {STRIKES: f'[[0, "averaging", 12, {int(signal.SIGKILL)}]]', SLOW: "0.1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, PROGRAM, "workers=2", "recovery=continue", *OVERRIDES]
+    with started_by_user(command, tmp_path, environment) as process:
+        wait_for(lambda: "step 1/" in (tmp_path / "log").read_text())
+        (tmp_path / "run/.writable.tmp").mkdir()  # in the place of the file that is written to try
+        assert process.wait(SECONDS) == 1, (tmp_path / "log").read_text()
+    said = (tmp_path / "log").read_text()
+    assert "error: run.dir=run cannot be written" in said
+    assert said.count("error") == 1
+
+
 def test_a_frozen_worker_is_ended_and_the_others_go_on(tmp_path: Path) -> None:
     said = survivors.check(tmp_path, Schedule(3, (Strike(1, "forward", 30, signal.SIGSTOP),)))
     assert "2 workers go on after step" in said

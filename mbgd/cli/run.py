@@ -77,6 +77,10 @@ def _train(
                     return training.on(workers)
             except GroupChanged:
                 assert membership is not None
+            except UsageError as error:
+                if training.has_begun:
+                    error.exit_code = FAILED
+                raise
             training.leave_group()
             membership.move_on()
     return None
@@ -105,7 +109,7 @@ class Training:
         self._checkpoints: Keeper | None = None
         self._stop: StopOnSignal | None = None
         self._carried: Carried | None = None
-        self._writes = self._has_begun = self._has_log = False
+        self.has_begun = self._writes = self._has_log = False
 
     def on(self, workers: Workers) -> tuple[Result, RunFolder] | None:
         """Train in this group from its start, or from where the group before it was."""
@@ -115,9 +119,9 @@ class Training:
         self.prepare()
         trainer = build_trainer(self._config, workers, self._seeded)
         carried = None if self._membership is None else hand_over(workers, self._carried)
-        if carried is None and self._has_begun:
+        if carried is None and self.has_begun:
             raise WorkersLost("no worker that is left has the whole state. The run goes on from its last checkpoint.")
-        if self._membership is not None and not self._has_begun and workers.is_main:
+        if self._membership is not None and not self.has_begun and workers.is_main:
             self._membership.describe({**trainer.setup.program, **of_config})
         folder = self._folder = self._open_folder(workers)
         if not self._has_log:
@@ -127,8 +131,9 @@ class Training:
             self._go_on(trainer, folder, carried)
         elif not self._begin(trainer, folder):
             return None
-        self._trainer, self._carried, self._has_begun = trainer, None, True
+        self._trainer, self._carried = trainer, None
         self._open(trainer, folder)
+        self.has_begun = True
         self._tracker.catch_up(carried.told if carried is not None else ())
         return self._fit(trainer, folder)
 
@@ -222,9 +227,6 @@ class Training:
             result = trainer.fit(self._tracker, self._checkpoints, self._stop, profiler)
             if workers.is_main:
                 folder.write_results(result, trainer)
-        except UsageError as error:
-            error.exit_code = FAILED
-            raise
         except Preempted as stopped:
             stopped.folder = str(folder.path)
             raise
