@@ -26,7 +26,7 @@ class GroupChanged(RuntimeError):  # noqa: N818  (nothing went wrong)
 
 
 class RunComplete(RuntimeError):  # noqa: N818  (as above)
-    """The others have completed the run before this worker could join them."""
+    """The others have completed or saved the run before this worker could join them."""
 
 
 class Preempted(Exception):  # noqa: N818  (nothing went wrong)

@@ -43,6 +43,7 @@ def places() -> dict[str, tuple[Any, str]]:
     from torch.optim import AdamW
 
     from mbgd import trainer
+    from mbgd.after_step import AfterStep
     from mbgd.averaging.host_memory.parameters import SharedParameters
     from mbgd.averaging.reproducible import Reproducible
     from mbgd.averaging.sent_parameters import SentParameters
@@ -60,6 +61,7 @@ def places() -> dict[str, tuple[Any, str]]:
     from mbgd.tracking.recent import Recent
     from mbgd.workers.membership import Membership
     from mbgd.workers.preemption import StopOnSignal
+    from mbgd.workers.process_group import ProcessGroup
 
     return {
         "forward": (Task, "forward"),
@@ -78,10 +80,12 @@ def places() -> dict[str, tuple[Any, str]]:
         "taking": (TakenTogether, "_meet"),
         "drawing": (Histograms, "after_update"),
         "agreeing": (StopOnSignal, "agreed"),
+        "stopping": (AfterStep, "_save_and_stop"),
         "ending": (trainer, "save_last"),
         "results": (RunFolder, "write_results"),
         "parting": (TrainStep, "end"),
         "meeting": (Membership, "meet"),
+        "leaving": (ProcessGroup, "leave"),
         # The first time is before training, where a lost worker ends the run.
         "forming": (distributed, "init_process_group"),
         "building": (run, "build_trainer"),

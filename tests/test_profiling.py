@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 import time
 from itertools import islice
 from pathlib import Path
@@ -22,9 +23,9 @@ from processes import run_workers
 NUM_MICRO_BATCHES = 2  # of each worker
 
 
-def read(folder: Path, rank: int = 0) -> list[Any]:
+def read(folder: Path, worker: str = "0") -> list[Any]:
     """What the trace of a worker shows as bars, by time."""
-    with gzip.open(folder / "profile" / f"worker-{rank}.json.gz") as file:
+    with gzip.open(folder / "profile" / f"worker-{worker}.json.gz") as file:
         events = json.load(file)["traceEvents"]
     return sorted((event for event in events if event["ph"] == "X"), key=lambda event: event["ts"])
 
@@ -54,7 +55,7 @@ def test_each_worker_traces_the_parts_of_each_step(tmp_path: Path, averaging: st
     profiled = run_workers(train, 2, str(tmp_path), "steps:3-4", averaging)
     assert sorted(path.name for path in (tmp_path / "profile").iterdir()) == ["worker-0.json.gz", "worker-1.json.gz"]
     for rank in range(2):
-        events = read(tmp_path, rank)
+        events = read(tmp_path, str(rank))
         steps = [event for event in events if event["name"].startswith("step ")]
         assert [step["name"] for step in steps] == ["step 3", "step 4"]
         for step in steps:
@@ -72,18 +73,23 @@ def test_each_worker_traces_the_parts_of_each_step(tmp_path: Path, averaging: st
 
 
 def test_only_steps_that_are_still_to_come_are_traced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def steps_traced(profile: str, num_steps_done: int, stop_after: int) -> list[str]:
+    def steps_traced(profile: str, num_steps_done: int, stop_after: int, worker: str = "0") -> list[str]:
         profiler = profiling.create(profile, tmp_path, mbgd.Workers(), quiet=False)
         for _ in islice(profiler.steps(range(num_steps_done, 12), num_steps_done), stop_after):
             torch.ones(1).add(1)
-        return [event["name"] for event in read(tmp_path) if event["name"].startswith("step")]
+        return [event["name"] for event in read(tmp_path, worker) if event["name"].startswith("step")]
 
     assert steps_traced("steps:11-12", 0, 100) == ["step 11", "step 12"]
     assert f"{tmp_path}/profile/worker-0.json.gz, and one for each" in capsys.readouterr().out
-    assert steps_traced("steps:2-4", 2, 100) == ["step 3", "step 4"]  # a run that goes on after step 2
     assert steps_traced("steps:3-9", 0, 5) == ["step 3", "step 4", "step 5"]  # a run that breaks off
+    assert steps_traced("steps:3-9", 5, 100, "0.from-6") == [f"step {step}" for step in range(6, 10)]  # and goes on
+    assert steps_traced("steps:3-9", 0, 0) == ["step 3", "step 4", "step 5"]  # still there
     capsys.readouterr()
-    steps_traced("steps:2-4", 5, 100)
+    steps_traced("steps:3-9", 10, 100)
+    assert capsys.readouterr().out == ""
+    shutil.rmtree(tmp_path / "profile")
+    profiler = profiling.create("steps:2-4", tmp_path, mbgd.Workers(), quiet=False)
+    assert list(profiler.steps(range(5, 12), 5)) == [*range(5, 12)]
     assert capsys.readouterr().out == "profile     none: steps 2 to 4 are done already\n"
 
 

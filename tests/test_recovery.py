@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,16 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed import HashStore
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 
 import mbgd
 from mbgd.checkpoints.handover import Carried, Progress
+from mbgd.cli.rest import Rest, signals_held
 from mbgd.errors import UsageError
 from mbgd.tracking.base import Trackers
 from mbgd.tracking.recent import Recent
 from mbgd.workers.membership import Membership, Roster
+from mbgd.workers.store import STORE
 
 import survivors
 from own_processes import started_by_user
@@ -31,6 +35,8 @@ from survivors import OVERRIDES, PROGRAM, Schedule, Strike
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 180
+SECONDS_TO_STOP = 25
+"""Less than the launcher gives its workers."""
 
 
 @pytest.mark.parametrize("seed", [0, 5, 12, 13, 22, 25])
@@ -150,6 +156,45 @@ def test_a_new_worker_takes_the_place_of_a_lost_one(tmp_path: Path, seat: int) -
     assert survivors.summary(tmp_path)["num_workers"] == 2
 
 
+def test_a_new_worker_with_other_code_is_refused_and_the_others_go_on(tmp_path: Path) -> None:
+    """They still run the code that the file had when they began."""
+    code = tmp_path / "own.py"
+    code.write_text("from struck import Small\n\n\nclass Net(Small):\n    pass\n")
+    environment = {
+        STRIKES: f'[[0, "averaging", 12, {int(signal.SIGKILL)}]]',
+        SLOW: "0.1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}",
+    }
+    command = [sys.executable, PROGRAM, "workers=2", "recovery=continue", "--max-restarts=1", *OVERRIDES]
+    with started_by_user([*command, "model._target_=own.Net"], tmp_path, environment) as process:
+        deadline = time.monotonic() + SECONDS
+        while "step 1/" not in (tmp_path / "log").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        code.write_text(code.read_text() + "\n    def extra_repr(self):\n        return 'other code'\n")
+        assert process.wait(SECONDS) == 0, (tmp_path / "log").read_text()
+    said = (tmp_path / "log").read_text()
+    assert "a new worker does not run the program that the others run: code of own: " in said
+    assert "2 workers go on after" not in said
+    weights, lines = survivors.undisturbed()
+    assert survivors.summary(tmp_path)["weights_sha256"] == weights
+    assert survivors.history(tmp_path) == lines
+
+
+def test_the_folder_cannot_be_written_by_the_next_main_worker(tmp_path: Path) -> None:
+    """The run ends, and as one that had begun: exit code 2 says that nothing has."""
+    environment = {STRIKES: f'[[0, "averaging", 12, {int(signal.SIGKILL)}]]', SLOW: "0.1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, PROGRAM, "workers=2", "recovery=continue", *OVERRIDES]
+    with started_by_user(command, tmp_path, environment) as process:
+        wait_for(lambda: "step 1/" in (tmp_path / "log").read_text())
+        (tmp_path / "run/.writable.tmp").mkdir()  # in the place of the file that is written to try
+        assert process.wait(SECONDS) == 1, (tmp_path / "log").read_text()
+    said = (tmp_path / "log").read_text()
+    assert "error: run.dir=run cannot be written" in said
+    assert said.count("error") == 1
+
+
 def test_a_frozen_worker_is_ended_and_the_others_go_on(tmp_path: Path) -> None:
     said = survivors.check(tmp_path, Schedule(3, (Strike(1, "forward", 30, signal.SIGSTOP),)))
     assert "2 workers go on after step" in said
@@ -193,6 +238,115 @@ def test_survivors_stop_at_a_signal_and_the_run_resumes(tmp_path: Path) -> None:
     weights, lines = survivors.undisturbed()
     assert survivors.summary(tmp_path)["weights_sha256"] == weights
     assert survivors.history(tmp_path) == lines
+
+
+@pytest.mark.parametrize(
+    ("phase", "number"), [("stopping", signal.SIGTERM), ("stopping", signal.SIGINT), ("leaving", signal.SIGUSR1)]
+)
+def test_a_worker_is_lost_while_all_stop_at_a_signal(tmp_path: Path, phase: str, number: int) -> None:
+    """The launcher still tells the others, which save."""
+    environment = {STRIKES: f'[[1, "{phase}", 1, {int(signal.SIGKILL)}]]', SLOW: "0.05", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, PROGRAM, "workers=3", "recovery=continue", "--max-restarts=1", *OVERRIDES]
+    with started_by_user(command, tmp_path, environment) as process:
+        deadline = time.monotonic() + SECONDS
+        while "step 1/" not in (tmp_path / "log").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(number)
+        began = time.monotonic()
+        assert process.wait(SECONDS) == 75, (tmp_path / "log").read_text()
+        assert time.monotonic() - began < SECONDS_TO_STOP
+    said = (tmp_path / "log").read_text()
+    assert "lost  " in said
+    assert "stopped by a signal after step" in said
+    assert "error" not in said
+    survivors.play(tmp_path, Schedule(2, ()))
+    weights, lines = survivors.undisturbed()
+    assert survivors.summary(tmp_path)["weights_sha256"] == weights
+    assert survivors.history(tmp_path) == lines
+
+
+def test_a_worker_lost_after_the_launcher_has_looked_is_lost_at_the_next_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch, which looks in between, would end the run for it."""
+    monkeypatch.setenv(STORE, str(tmp_path / "store"))
+    environments: dict[int, dict[str, str]] = {rank: {} for rank in range(3)}
+    arguments: dict[int, tuple[str]] = dict.fromkeys(range(3), ("100",))
+    processes = start_processes("sleep", "sleep", arguments, environments, DefaultLogsSpecs())
+    try:
+        rest = Rest(processes, "run", 0)
+        first, second, _ = (processes.subprocess_handlers[rank].proc for rank in range(3))
+        kill(first)
+        rest.look(0)
+        kill(second)
+        assert rest.ended() is None
+        rest.look(0)
+        assert rest.ended() is None
+        assert list(processes.subprocess_handlers) == [2]
+        kill(processes.subprocess_handlers[2].proc)
+        rest.look(0)
+        assert rest.ended().is_failed()
+    finally:
+        processes.close()
+
+
+def test_a_lost_worker_s_own_processes_end_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its loader processes hold its connections open: the others would wait until these notice."""
+    monkeypatch.setenv(STORE, str(tmp_path / "store"))
+    script = f"cd {tmp_path}; sleep 100 & echo $! > new-$RANK; mv new-$RANK child-$RANK; wait"
+    environments = {rank: {"RANK": str(rank)} for rank in range(2)}
+    arguments: dict[int, tuple[str, str]] = dict.fromkeys(range(2), ("-c", script))
+    processes = start_processes("sh", "sh", arguments, environments, DefaultLogsSpecs())
+    try:
+        rest = Rest(processes, "run", 0)
+        wait_for(lambda: all((tmp_path / f"child-{rank}").exists() for rank in range(2)))
+        children = [Path("/proc") / (tmp_path / f"child-{rank}").read_text().strip() for rank in range(2)]
+        kill(processes.subprocess_handlers[0].proc)
+        assert not has_ended(children[0])
+        rest.look(0)
+        wait_for(lambda: has_ended(children[0]))
+        assert not has_ended(children[1])
+    finally:
+        processes.close()
+
+
+def has_ended(process: Path) -> bool:
+    """process: its folder in /proc."""
+    try:
+        return ") Z" in (process / "stat").read_text()  # nobody has asked for its exit code
+    except OSError:
+        return True
+
+
+def wait_for(what: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+
+
+def test_a_signal_waits_until_the_launcher_has_answered() -> None:
+    """Half of an answer would leave the workers waiting."""
+    done = []
+
+    def stop(number: int, frame: Any) -> None:
+        done.append("stopped")
+
+    before = signal.signal(signal.SIGUSR1, stop)
+    try:
+        with signals_held():
+            signal.raise_signal(signal.SIGUSR1)
+            done.append("answered")
+        assert done == ["answered", "stopped"]
+        assert signal.getsignal(signal.SIGUSR1) is stop
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_another_launcher_is_refused(tmp_path: Path) -> None:

@@ -36,30 +36,53 @@ OF_THE_MAIN_WORKER = frozenset({"run", "tracking"})
 
 def check_same_program(
     workers: Workers, model: nn.Module, objective: Any, optimizer: Optimizer, data: Data, settings: Settings
-) -> None:
+) -> dict[str, str]:
     """UsageError, on every worker, where something that the course of training depends on differs between workers.
 
-    The values of parameters and buffers are not compared: every worker gets them from the main one.
+    The values of parameters and buffers are not compared: every worker gets them from the main one. Returns what was
+    compared by name, without the examples.
     """
+    program = dict(_program(model, objective, optimizer, data, settings))
     if workers.num_workers == 1:
-        return
+        return program
     if settings.averaging.name is AveragingName.reproducible:
         _check_same_processor(workers)
     examples = dict(_examples(data))
     looks = {name: _look(dataset, end) for name, (_, dataset, end) in examples.items()}
-    found = _differences(workers, dict(_program(model, objective, optimizer, data, settings)) | looks)
+    found = _differences(workers, program | looks)
     for name, (length, dataset, end) in examples.items():
         if length in found:
             found.pop(name, None)  # the length explains the difference
         elif name in found and not _differs(workers, dataset, end):
             del found[name]
     _refuse(found)
+    return program
 
 
-def check_same_config(workers: Workers, config: Mapping[str, Any]) -> None:
-    """UsageError, on every worker, where the resolved configuration differs between workers, paths aside."""
+def check_same_config(workers: Workers, config: Mapping[str, Any]) -> dict[str, str]:
+    """UsageError, on every worker, where the resolved configuration differs between workers, paths aside.
+
+    Returns what was compared by name.
+    """
+    mine = dict(_of_config(config))
     if workers.num_workers > 1:
-        _refuse(_differences(workers, dict(_of_config(config))))
+        _refuse(_differences(workers, mine))
+    return mine
+
+
+def check_newcomer(mine: Mapping[str, str], of_others: Mapping[str, str]) -> None:
+    """UsageError where a worker that comes in place of a lost one does not run the program that the others run.
+
+    mine and of_others: what the functions above return.
+    """
+    found = {name: (value, of_others.get(name, "nothing")) for name, value in mine.items()}
+    told = [f"{name}: {value}, not {others}" for name, (value, others) in found.items() if value != others]
+    if told:
+        raise UsageError(
+            f"a new worker does not run the program that the others run: {_shortened(told)}. They go on without it. "
+            "Files have changed since the run began: put them back for the next new worker, or start the run again to "
+            "train with the new ones."
+        )
 
 
 def _check_same_processor(workers: Workers) -> None:
@@ -88,13 +111,16 @@ def _refuse(found: Mapping[str, list[str]]) -> None:
     """UsageError where there are differences."""
     if found:
         told = [f"{name}: {_who_has_what(values)}" for name, values in found.items()]
-        if len(told) > MOST_DIFFERENCES:
-            told[MOST_DIFFERENCES:] = [f"and {len(told) - MOST_DIFFERENCES} more"]
         raise UsageError(
-            f"the workers do not run the same program: {'; '.join(told)}. Start every worker with the same code, "
+            f"the workers do not run the same program: {_shortened(told)}. Start every worker with the same code, "
             "configuration and data. Every worker needs the whole dataset: the trainer chooses which examples each "
             "worker computes."
         )
+
+
+def _shortened(told: list[str]) -> str:
+    more = [f"and {len(told) - MOST_DIFFERENCES} more"] if len(told) > MOST_DIFFERENCES else []
+    return "; ".join([*told[:MOST_DIFFERENCES], *more])
 
 
 def _who_has_what(values: list[str]) -> str:
@@ -241,7 +267,13 @@ def _of_code(*parts: Any) -> Iterator[tuple[str, str]]:
     for name in sorted({module_of(part) for part in parts}):
         path = Path(getattr(sys.modules.get(name), "__file__", None) or "")
         if path.suffix == ".py" and path.is_file() and name.partition(".")[0] not in ("torch", "mbgd"):
-            yield f"code of {name}", hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+            yield f"code of {name}", _hash_of_code(path)
+
+
+@functools.cache
+def _hash_of_code(path: Path) -> str:
+    """As it was when first asked for: this process goes on with that code, whatever becomes of the file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:8]
 
 
 def _of_config(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -1,5 +1,6 @@
 """What a trainer works with, checked before the first step, with the same result on every worker."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -48,6 +49,8 @@ class Setup:
     loader: Loader
     findings: Findings
     warnings: list[str]
+    program: Mapping[str, str]
+    """What every worker must run alike."""
 
     def tell(self, *texts: str) -> None:
         """Print the texts on the main worker."""
@@ -73,7 +76,7 @@ def set_up(
     """UsageError, the same on every worker, where a rule is broken or the workers do not run the same program."""
     if found := validate(settings):
         raise UsageError("\n".join(found))
-    check_same_program(workers, model, objective, optimizer, data, settings)
+    program = check_same_program(workers, model, objective, optimizer, data, settings)
     plan = make_plan(settings, len(data.train), workers.num_workers)
     if settings.matmul_precision is not None:
         torch.set_float32_matmul_precision(settings.matmul_precision.value)
@@ -115,6 +118,7 @@ def set_up(
         loader,
         findings,
         warnings,
+        program,
     )
 
 

@@ -71,10 +71,16 @@ class Agent(LocalElasticAgent):  # type: ignore[misc, unused-ignore]
                 print(f"restart     {number} of {most}: all workers are started again", flush=True)
         return result
 
+    def _shutdown(self, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
+        """death_sig: the signal by which the user stops the run; None where the run ends by itself."""
+        if death_sig is not None and self._rest is not None and self._rest.goes_on():
+            self._rest.stop(death_sig, timeout)
+            death_sig = signal.SIGKILL  # the others have had their time
+        super()._shutdown(death_sig or signal.SIGTERM, timeout)
+
     def exit_codes(self) -> list[int]:
-        """Exit codes of the workers of this host that have ended, of those that have trained."""
-        newcomers = set() if self._rest is None else self._rest.newcomers()
-        return [code for pid, code in self._ended().items() if pid not in newcomers]
+        """Exit codes of the workers of this host that have ended."""
+        return list(self._ended().values())
 
     def _ended(self) -> dict[int, int]:
         """The exit codes of the workers of this host that have ended, by process id."""

@@ -21,7 +21,7 @@ from mbgd.building.build import SeededData, build_trainer, resolved_yaml, run_na
 from mbgd.checkpoints import saving
 from mbgd.checkpoints.handover import Carried, hand_over
 from mbgd.checkpoints.keeper import Keeper
-from mbgd.checks.same_program import check_same_config
+from mbgd.checks.same_program import check_newcomer, check_same_config
 from mbgd.cli import failing, launching
 from mbgd.config import Config, DeviceName, Recovery, must_match, resolved
 from mbgd.errors import FAILED, GroupChanged, Preempted, RunComplete, UsageError, WorkersLost
@@ -68,7 +68,7 @@ def _train(
     training = Training(composed, config, choices, trackers, membership, launched_rank)
     with suppress(RunComplete):
         if membership is not None and membership.is_newcomer:
-            training.prepare(alone=backend.device is not DeviceName.cuda)
+            training.prepare_to_join(membership)
             membership.join(backend.timeout_seconds, training.notes_signals())
         while True:
             try:
@@ -78,6 +78,10 @@ def _train(
                     return training.on(workers)
             except GroupChanged:
                 assert membership is not None
+            except UsageError as error:
+                if training.has_begun:
+                    error.exit_code = FAILED
+                raise
             training.leave_group()
             membership.move_on()
     return None
@@ -106,18 +110,20 @@ class Training:
         self._checkpoints: Keeper | None = None
         self._stop: StopOnSignal | None = None
         self._carried: Carried | None = None
-        self._writes = self._has_begun = self._has_log = False
+        self.has_begun = self._writes = self._has_log = False
 
     def on(self, workers: Workers) -> tuple[Result, RunFolder] | None:
         """Train in this group from its start, or from where the group before it was."""
-        check_same_config(workers, self._plain)
+        of_config = check_same_config(workers, self._plain)
         if self._membership is not None:
             self._membership.begin(workers.backend)
         self.prepare()
         trainer = build_trainer(self._config, workers, self._seeded)
         carried = None if self._membership is None else hand_over(workers, self._carried)
-        if carried is None and self._has_begun:
+        if carried is None and self.has_begun:
             raise WorkersLost("no worker that is left has the whole state. The run goes on from its last checkpoint.")
+        if self._membership is not None and not self.has_begun and workers.is_main:
+            self._membership.describe({**trainer.setup.program, **of_config})
         folder = self._folder = self._open_folder(workers)
         if not self._has_log:
             start_log(folder.log_path(self._launched_rank), self._launched_rank, workers.num_workers)
@@ -126,19 +132,25 @@ class Training:
             self._go_on(trainer, folder, carried)
         elif not self._begin(trainer, folder):
             return None
-        self._trainer, self._carried, self._has_begun = trainer, None, True
+        self._trainer, self._carried = trainer, None
         self._open(trainer, folder)
+        self.has_begun = True
         self._tracker.catch_up(carried.told if carried is not None else ())
         return self._fit(trainer, folder)
 
-    def prepare(self, *, alone: bool = False) -> None:
-        """Build the datasets, if that has not been done.
-
-        alone: and a trainer of one worker, which does all slow imports: the others should not wait for these.
-        """
+    def prepare(self) -> None:
+        """Build the datasets, if that has not been done."""
         self._seeded = self._seeded or SeededData(self._config)
-        if alone:
-            build_trainer(self._config, Workers(), self._seeded)
+
+    def prepare_to_join(self, membership: Membership) -> None:
+        """As a newcomer: do what the others should not wait for; UsageError where they run another program."""
+        self.prepare()
+        alone = Workers()
+        mine = check_same_config(alone, self._plain)
+        if self._config.backend.device is not DeviceName.cuda:  # a trainer of one worker, which does all slow imports
+            mine = {**build_trainer(self._config, alone, self._seeded).setup.program, **mine}
+        if (of_others := membership.program()) is not None:
+            check_newcomer(mine, of_others)
 
     def notes_signals(self) -> Callable[[], bool]:
         """From now on a signal to stop does not end this process at once; returns whether there was one."""
@@ -216,9 +228,6 @@ class Training:
             result = trainer.fit(self._tracker, self._checkpoints, self._stop, profiler)
             if workers.is_main:
                 folder.write_results(result, trainer)
-        except UsageError as error:
-            error.exit_code = FAILED
-            raise
         except Preempted as stopped:
             stopped.folder = str(folder.path)
             raise

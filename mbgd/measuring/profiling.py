@@ -38,10 +38,13 @@ class NoProfiler:
 
 
 class TraceOfSteps:
-    """Writes a trace of the given steps, counted from 1, as far as they are not done yet."""
+    """Writes a trace of the given steps, counted from 1, as far as they are not done yet.
 
-    def __init__(self, path: Path, steps: range, device: torch.device, *, quiet: bool) -> None:
-        self._path, self._steps, self._quiet = path, steps, quiet
+    One that begins in the middle of them has a file of its own: the steps before are in another.
+    """
+
+    def __init__(self, folder: Path, rank: int, steps: range, device: torch.device, *, quiet: bool) -> None:
+        self._folder, self._rank, self._steps, self._quiet = folder, rank, steps, quiet
         self._activities = [ProfilerActivity.CPU]
         if device.type == "cuda":
             self._activities.append(ProfilerActivity.CUDA)
@@ -49,12 +52,13 @@ class TraceOfSteps:
     def steps(self, shards: Iterable[T], num_steps_done: int) -> Iterator[T]:
         rest = iter(shards)
         first, last = max(self._steps[0], num_steps_done + 1), self._steps[-1]
-        if first > last:
+        if first > last and not self._folder.exists():
             self._say(f"none: steps {self._steps[0]} to {last} are done already")
         with ExitStack() as trace:  # a run that ends or fails within these steps writes its trace, too
             for step in count(num_steps_done + 1):
                 if step == first <= last:
-                    trace.enter_context(self._trace())
+                    middle = f".from-{first}" if first > self._steps[0] else ""
+                    trace.enter_context(self._trace(self._folder / f"worker-{self._rank}{middle}.json.gz"))
                 with part(f"step {step}"):
                     with part("data_wait"):
                         shard = next(rest, None)
@@ -65,7 +69,7 @@ class TraceOfSteps:
                     trace.close()
 
     @contextmanager
-    def _trace(self) -> Iterator[None]:
+    def _trace(self, path: Path) -> Iterator[None]:
         trace = None
         with optional("the profiler could not be started", "Training goes on without a trace."):
             started = profile(activities=self._activities)
@@ -75,14 +79,14 @@ class TraceOfSteps:
             yield
         finally:
             if trace is not None:
-                with optional(f"the trace {self._path} could not be written", "Training goes on."):
-                    self._write(trace)
+                with optional(f"the trace {path} could not be written", "Training goes on."):
+                    self._write(trace, path)
 
-    def _write(self, trace: profile) -> None:
+    def _write(self, trace: profile, path: Path) -> None:
         trace.stop()
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        trace.export_chrome_trace(str(self._path))
-        self._say(f"{self._path}, and one for each other worker; open them at ui.perfetto.dev")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        trace.export_chrome_trace(str(path))
+        self._say(f"{path}, and one for each other worker; open them at ui.perfetto.dev")
 
     def _say(self, what: str) -> None:
         if not self._quiet:
@@ -99,5 +103,5 @@ def create(asked: str | None, run: Path, workers: Workers, *, quiet: bool) -> Pr
     """This worker's profiler; its trace goes into the run's folder. quiet: do not print where."""
     if asked is None:
         return NoProfiler()
-    path = run / "profile" / f"worker-{workers.rank}.json.gz"
-    return TraceOfSteps(path, profiled_steps(asked), workers.device, quiet=quiet or not workers.is_main)
+    quiet = quiet or not workers.is_main
+    return TraceOfSteps(run / "profile", workers.rank, profiled_steps(asked), workers.device, quiet=quiet)

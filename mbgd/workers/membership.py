@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 from torch.distributed.distributed_c10d import PrefixStore, Store
@@ -33,7 +33,7 @@ SECONDS_BETWEEN_QUESTIONS = 0.2
 STOPPED = 128 + signal.SIGTERM
 """Exit code of a newcomer that a signal has stopped: it has no state to save."""
 
-ON, NOW, SILENT, COMPLETE = "goes_on", "now", "silent", "complete"
+ON, NOW, SILENT, COMPLETE, PROGRAM = "goes_on", "now", "silent", "complete", "program"
 
 
 class Generation(msgspec.Struct, frozen=True):
@@ -118,6 +118,14 @@ class Membership:
                 "backend.device=cuda, or recovery=restart."
             )
         self._store.set(ON, "")
+
+    def describe(self, program: Mapping[str, str]) -> None:
+        """Tell newcomers what the workers run."""
+        self._store.set(PROGRAM, json.dumps(program))
+
+    def program(self) -> dict[str, str] | None:
+        """What the workers run; None where they have not begun."""
+        return json.loads(self._store.get(PROGRAM)) if self._store.check([PROGRAM]) else None
 
     def join(self, timeout_seconds: float, stops: Callable[[], bool]) -> None:
         """As a newcomer: wait until the others take this worker in; RunComplete where they are done.
