@@ -25,7 +25,7 @@ from mbgd.task.modes import set_training
 from mbgd.task.objective import Objective
 from mbgd.task.precision import parameter_dtype
 from mbgd.task.task import Task, refuse_odd_parts
-from mbgd.task.trained import Trained, check_module_hooks, describe_not_held
+from mbgd.task.trained import Trained, check_module_hooks, describe_not_held, move_
 from mbgd.workers.group import Workers
 
 
@@ -88,7 +88,7 @@ def set_up(
     check_module_hooks(task)
     extra_state.check(task)
     dtype = parameter_dtype(settings.precision)
-    task.move_(workers.device, dtype)
+    move_(task, optimizer, workers.device, dtype)
     trained = Trained(task, optimizer)
     warnings = _set_up_modes(task, trained) + batch_norm.check(task, settings, plan)
     own_copies = settings.averaging.name is AveragingName.reproducible
