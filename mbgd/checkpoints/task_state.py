@@ -49,6 +49,10 @@ class TaskState:
         """Remember the state of now for `put_back`."""
         self._kept = self.snapshot(step)
 
+    def forget(self) -> None:
+        """Forget the state that was kept."""
+        self._kept = None
+
     def put_back(self) -> None:
         """Have the state that was kept; where none was, the buffers from before a step that was not finished."""
         if self._kept is None:
