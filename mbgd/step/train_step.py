@@ -45,8 +45,9 @@ class TrainStep:
         settings, workers, trained = setup.settings, setup.workers, setup.trained
         compile_(setup.model, settings.compile, workers.device)
         varies, pair = bool(setup.findings.unused_parameters), setup.task.pair
-        is_over_minibatch = settings.batch_norm is BatchNormOver.minibatch and workers.num_workers > 1
-        norms = batch_norm.layers_of(setup.task) if is_over_minibatch else {}
+        over_minibatch = settings.batch_norm is BatchNormOver.minibatch
+        layers = batch_norm.layers_of(setup.task) if over_minibatch else {}
+        norms = layers if workers.num_workers > 1 else {}
         self.averaging = averagings.create(
             settings.averaging,
             setup.task if pair is None else Encoder(setup.task, pair, setup.model),
@@ -61,7 +62,11 @@ class TrainStep:
         self.sharded, self.describe_sharding = shard(setup, self.averaging, users_observers)
         self.update = Update(setup, self.alarm.everywhere, self.sharded)
         self.noise_scale = NoiseMeter(
-            settings.noise_scale, setup.plan, trained.parameters, self.update.loss_scale, is_defined=pair is None
+            settings.noise_scale,
+            setup.plan,
+            trained.parameters,
+            self.update.loss_scale,
+            is_defined=pair is None and not layers,
         )
         eager: Passes = (
             OnePass(setup, self.averaging, self.update, norms, self.alarm.check_layers, clock.lap)
