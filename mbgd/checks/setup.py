@@ -26,6 +26,7 @@ from mbgd.task.objective import Objective
 from mbgd.task.precision import parameter_dtype
 from mbgd.task.task import Task, refuse_odd_parts
 from mbgd.task.trained import Trained, check_module_hooks, describe_not_held, move_
+from mbgd.text.listing import shown
 from mbgd.workers.group import Workers
 
 
@@ -90,6 +91,7 @@ def set_up(
     dtype = parameter_dtype(settings.precision)
     move_(task, optimizer, workers.device, dtype)
     trained = Trained(task, optimizer)
+    _check_clipping(trained, settings)
     warnings = _set_up_modes(task, trained) + batch_norm.check(task, settings, plan)
     own_copies = settings.averaging.name is AveragingName.reproducible
     loader = Loader(data, plan, settings.seed, workers, dtype=dtype, own_copies=own_copies)
@@ -115,6 +117,16 @@ def set_up(
         findings,
         warnings,
     )
+
+
+def _check_clipping(trained: Trained, settings: Settings) -> None:
+    """UsageError where elements that have no order would be clipped by value."""
+    complex_ones = [name for name, parameter in trained.by_name.items() if parameter.is_complex()]
+    if settings.max_grad_value is not None and complex_ones:
+        raise UsageError(
+            f"max_grad_value={settings.max_grad_value}, but the parameters {shown(complex_ones)} are complex, which "
+            "torch cannot clip by value. Use max_grad_norm."
+        )
 
 
 def _check_pair(task: Task, settings: Settings) -> None:
