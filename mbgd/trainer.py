@@ -92,8 +92,8 @@ class Trainer:
         self.observers.at_start(first_step, writer(tracker))
         self.train_step.begin(first_step)
         self.log.clock.restart()
-        if first_step == 0 and setup.settings.evaluation.at_start and self.progress.evaluation is None:
-            after_step.evaluate()
+        if first_step == 0 and setup.settings.evaluation.at_start and self.progress.stops is None:
+            after_step.before_first()
         try:
             self._train(after_step, profiler or NoProfiler())
         except ObserverFailed:

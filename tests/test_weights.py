@@ -49,6 +49,7 @@ def trainer(
     lr: float = 0.1,
     precision: str = "fp64",
     sharding: str = "auto",
+    at_start: bool = False,
 ) -> mbgd.Trainer:
     torch.manual_seed(0)
     model = Net()
@@ -58,7 +59,7 @@ def trainer(
         precision=precision,  # type: ignore[arg-type]
         averaging=mbgd.Averaging(averaging),  # type: ignore[arg-type]
         sharding=sharding,  # type: ignore[arg-type]
-        evaluation=mbgd.Evaluation(every_steps=3),
+        evaluation=mbgd.Evaluation(every_steps=3, at_start=at_start),
         noise_scale=mbgd.NoiseScale(every_steps=None),
     )
     inputs, targets = examples()
@@ -298,6 +299,25 @@ def test_the_best_weights_are_the_same_on_any_number_of_workers_and_after_a_resu
     alone = stop_and_load(mbgd.Workers(), False)
     for num_workers in (2, 3):
         assert set(run_workers(stop_and_load, num_workers, num_workers == 3)) == {alone}
+
+
+def worsened(workers: mbgd.Workers) -> tuple[int, int | None, bool, float, float]:
+    """A run whose first weights are its best: each step makes the loss worse."""
+    stop, log = mbgd.EarlyStopping(patience=2, load_best=True), Lines()
+    made = trainer(workers, [stop], lr=30.0, at_start=True)
+    first = copies(made)
+    result = made.fit(log)
+    are_first = all(tensor.equal(first[name]) for name, tensor in copies(made).items())
+    [(step, metrics), *_] = log.lines
+    assert step == 0
+    return result.steps, result.weights_step, are_first, metrics["eval/loss"], result.metrics["eval/loss"]
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_an_evaluation_before_the_first_step_counts_for_early_stopping(num_workers: int) -> None:
+    for steps, weights_step, are_first, first_loss, last_loss in run_workers(worsened, num_workers):
+        assert (steps, weights_step, are_first) == (6, 0, True)
+        assert first_loss == last_loss
 
 
 def fit_twice(workers: mbgd.Workers, folder: str, sharding: str) -> list[Any]:

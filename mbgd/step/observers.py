@@ -95,7 +95,8 @@ class Observers:
         step = None
         for name, method in self._methods("at_end"):
             with _failing(name, "at_end"):
-                step = method() or step
+                found = method()
+                step = step if found is None else found
         return step
 
     def evaluated(self, evaluate: Callable[[], dict[str, float]]) -> dict[str, float]:
