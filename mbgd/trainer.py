@@ -62,9 +62,7 @@ class Trainer:
         self.state = RunState(setup)
         self.progress = Progress(is_over=True)
         self._replicas = Replicas(setup.workers)
-        self._state_of_task = state_of_task = TaskState(setup.task, setup.buffers)
-        self._weights_step: int | None = None
-        """The step whose weights an observer has put in place of the last step's, once fit is over."""
+        state_of_task = TaskState(setup.task, setup.buffers)
         self._compared = (state_of_task, self.train_step.update.state.copied)
         parts = (self.state, state_of_task, self.train_step.update.state, self.train_step.noise_scale, self.observers)
         self._parts = Parts(parts, setup.trained.by_name, setup.workers.device)
@@ -84,8 +82,7 @@ class Trainer:
         with the state after its step saved where one worker has all of it.
         """
         state, setup, first_step = self.state, self.setup, self.state.step
-        if self._weights_step is not None:  # of an earlier fit's end: the state is that after the last step
-            self._state_of_task.put_back()
+        self._compared[0].put_back_kept()  # an earlier fit may have ended with other weights than the last step's
         tracker, checkpoints = tracker or NoTracker(), self.train_step.together(checkpoints)
         after_step = AfterStep(self, tracker, checkpoints, stop or NoStop())
         setup.tell(*setup.warnings)
@@ -105,13 +102,12 @@ class Trainer:
         if state.step > 0 and (problem := save_last(checkpoints, setup.workers, state.step, evaluation, self.snapshot)):
             setup.tell(f"warning: {problem}. The run's results are written all the same.")
         if setup.workers.go_on or self.observers.act_at_end:
-            self._state_of_task.keep(state.step)
+            self._compared[0].keep(state.step)
         metrics = state.metrics
-        self._weights_step = weights_step = self.observers.at_end()
-        if weights_step is not None:
+        if (weights_step := self.observers.at_end()) is not None:
             metrics = {**metrics, **self.evaluate()}
         elif not setup.workers.go_on:
-            self._state_of_task.forget()
+            self._compared[0].forget()
         self.train_step.end()
         seen, seen_before = (setup.plan.examples_seen(step) for step in (state.step, first_step))
         return Result(
@@ -153,7 +149,7 @@ class Trainer:
     def restore(self, snapshot: Snapshot) -> None:
         """Resume from a snapshot; UsageError, with nothing changed, if it does not fit model, optimizer and data."""
         self._parts.restore(snapshot)
-        self._weights_step = None
+        self._compared[0].forget()
         self.setup.buffers.start_step()  # from now on these are the values before the step
         self.log.last_logged = snapshot.step
         self.progress = Progress(snapshot.step, is_over=True)
@@ -166,7 +162,7 @@ class Trainer:
         step = self.state.step
         if self.progress.step != step or not self.train_step.update.state.recall(step):
             return None
-        self._state_of_task.put_back()  # forwards of a step that was not finished have changed buffers
+        self._compared[0].put_back()  # forwards of a step that was not finished have changed buffers
         return Carried(self.snapshot(), self.progress, list(told))
 
     def take_over(self, carried: Carried) -> None:

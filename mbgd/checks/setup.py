@@ -5,9 +5,11 @@ from functools import cached_property
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from mbgd import averaging
+from mbgd.averaging.batch_norm import layers_of
 from mbgd.batches.loader import Data, Loader
 from mbgd.batches.plan import Plan, count_steps, make_plan
 from mbgd.checks import batch_norm, optimizers
@@ -54,6 +56,16 @@ class Setup:
         """Print the texts on the main worker."""
         for text in texts if self.workers.is_main else ():
             print(text, flush=True)
+
+    @cached_property
+    def minibatch_norms(self) -> dict[str, _BatchNorm]:
+        """The BatchNorm layers that use the statistics of the whole minibatch, by name."""
+        return layers_of(self.task) if self.settings.batch_norm is BatchNormOver.minibatch else {}
+
+    @property
+    def has_own_losses(self) -> bool:
+        """Whether each example has a loss of its own, which does not depend on the others of the minibatch."""
+        return self.task.pair is None and not self.minibatch_norms
 
     @cached_property
     def compared_every_steps(self) -> list[int]:
