@@ -103,10 +103,9 @@ class Trainer:
             setup.tell(f"warning: {problem}. The run's results are written all the same.")
         if setup.workers.go_on or self.observers.act_at_end:
             self._compared[0].keep(state.step)
-        metrics = state.metrics
-        if (weights_step := self.observers.at_end()) is not None:
-            metrics = {**metrics, **self.evaluate()}
-        elif not setup.workers.go_on:
+        weights_step = self.observers.at_end()
+        metrics = {**state.metrics, **({} if weights_step is None else self.evaluate())}
+        if weights_step is None and not setup.workers.go_on:
             self._compared[0].forget()
         self.train_step.end()
         seen, seen_before = (setup.plan.examples_seen(step) for step in (state.step, first_step))
