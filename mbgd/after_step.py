@@ -63,14 +63,25 @@ class AfterStep:
         if evaluates and progress.evaluation is None:
             self.evaluate()
         evaluation = progress.evaluation or {}
-        if evaluation:
-            if progress.stops is None:
-                progress.stops = trainer.observers.after_evaluation(step, evaluation)
-            trainer.observers.stop(step, progress.stops)
+        self._ask_observers()
         checkpoints.after_step(step, evaluation, trainer.snapshot, is_time=is_time)
         if self._stop.agreed(step):
             self._save_and_stop(evaluation)
         progress.is_over = True
+
+    def before_first(self) -> None:
+        """Evaluate before the first step."""
+        if self._trainer.progress.evaluation is None:
+            self.evaluate()
+        self._ask_observers()
+
+    def _ask_observers(self) -> None:
+        """Tell them of the evaluation, if there was one, and stop where one wants to."""
+        trainer, step, progress = self._trainer, self._trainer.state.step, self._trainer.progress
+        if progress.evaluation:
+            if progress.stops is None:
+                progress.stops = trainer.observers.after_evaluation(step, progress.evaluation)
+            trainer.observers.stop(step, progress.stops)
 
     def log(self, metrics: dict[str, float]) -> None:
         trainer = self._trainer

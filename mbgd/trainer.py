@@ -82,14 +82,15 @@ class Trainer:
         with the state after its step saved where one worker has all of it.
         """
         state, setup, first_step = self.state, self.setup, self.state.step
+        self._compared[0].put_back_kept()  # an earlier fit may have ended with other weights than the last step's
         tracker, checkpoints = tracker or NoTracker(), self.train_step.together(checkpoints)
         after_step = AfterStep(self, tracker, checkpoints, stop or NoStop())
         setup.tell(*setup.warnings)
         self.observers.at_start(first_step, writer(tracker))
         self.train_step.begin(first_step)
         self.log.clock.restart()
-        if first_step == 0 and setup.settings.evaluation.at_start and self.progress.evaluation is None:
-            after_step.evaluate()
+        if first_step == 0 and setup.settings.evaluation.at_start and self.progress.stops is None:
+            after_step.before_first()
         try:
             self._train(after_step, profiler or NoProfiler())
         except ObserverFailed:
@@ -100,13 +101,12 @@ class Trainer:
         evaluation = self.progress.evaluation or {}
         if state.step > 0 and (problem := save_last(checkpoints, setup.workers, state.step, evaluation, self.snapshot)):
             setup.tell(f"warning: {problem}. The run's results are written all the same.")
-        if setup.workers.go_on:
-            self._compared[0].keep(state.step)  # an observer may put others in their place
-        metrics = state.metrics
-        if weights_step := self.observers.at_end():
-            if not setup.workers.go_on:
-                self.progress = Progress(-1)  # these are not the weights of the last step
-            metrics = {**metrics, **self.evaluate()}
+        if setup.workers.go_on or self.observers.act_at_end:
+            self._compared[0].keep(state.step)
+        weights_step = self.observers.at_end()
+        metrics = {**state.metrics, **({} if weights_step is None else self.evaluate())}
+        if weights_step is None and not setup.workers.go_on:
+            self._compared[0].forget()
         self.train_step.end()
         seen, seen_before = (setup.plan.examples_seen(step) for step in (state.step, first_step))
         return Result(
@@ -148,6 +148,7 @@ class Trainer:
     def restore(self, snapshot: Snapshot) -> None:
         """Resume from a snapshot; UsageError, with nothing changed, if it does not fit model, optimizer and data."""
         self._parts.restore(snapshot)
+        self._compared[0].forget()
         self.setup.buffers.start_step()  # from now on these are the values before the step
         self.log.last_logged = snapshot.step
         self.progress = Progress(snapshot.step, is_over=True)

@@ -342,6 +342,41 @@ def skip(workers: mbgd.Workers, averaging: str) -> str:
     return "trained"
 
 
+class Scaled(nn.Module):
+    """Inputs × a weight, normalised: the weight changes nothing, so the gradient at it is 0 whatever the minibatch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.norm = nn.Parameter(torch.tensor(2.0)), nn.BatchNorm1d(1, eps=1e-30, affine=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.norm(inputs * self.weight)  # type: ignore[no-any-return]
+
+
+def measured_noise(workers: mbgd.Workers) -> tuple[str, dict[str, float]]:
+    inputs = torch.randn(24, 1, generator=torch.Generator().manual_seed(3))
+    model = Scaled()
+    settings = mbgd.Settings(
+        batch=mbgd.Batch(8), precision="fp64", batch_norm="minibatch", noise_scale=mbgd.NoiseScale(every_steps=1)
+    )
+    data, optimizer = mbgd.Data(train=mbgd.InMemory(inputs, inputs**3)), torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = mbgd.Trainer(model, mbgd.MeanSquaredError(), optimizer, data, settings, workers)
+    return trainer.train_step.noise_scale.describe(), trainer.fit().metrics
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+def test_the_noise_scale_is_not_measured(num_workers: int) -> None:
+    """A worker's part of the gradient is not that of its examples: here the parts are not 0, but their sum always is.
+
+    Its noise is 0, and the parts said otherwise.
+    """
+    for described, metrics in run_workers(measured_noise, num_workers):
+        assert described == "not measured: examples have no losses of their own"
+        assert metrics["train/gradient_norm"] < 1e-12
+        assert "train/noise_scale" not in metrics
+        assert "train/gradient_variance" not in metrics
+
+
 @pytest.mark.parametrize("averaging", ["shared_memory", "ddp"])
 def test_workers_that_compute_different_layers_are_told_so(averaging: str) -> None:
     one, other = run_workers(skip, 2, averaging)

@@ -338,3 +338,73 @@ def test_one_micro_batch_has_none_to_be_compared_with() -> None:
         {"train/gradient_norm": pytest.approx(norm)}
         for norm in (float(gradients()[minibatch(step, 30)].mean(0).norm()) for step in range(2))
     ]
+
+
+def halve_or_cut(gradient: Tensor) -> Tensor:
+    return (gradient * 0.5).clamp(-0.01, 0.01)
+
+
+def train_hooked(workers: mbgd.Workers, averaging: str, sharding: str) -> list[dict[str, float]]:
+    model, lines = make_model(), Lines()
+    for parameter in model.parameters():
+        parameter.register_hook(halve_or_cut)
+    mbgd.Trainer(
+        model,
+        Weighted(False),
+        torch.optim.SGD(model.parameters(), lr=0.0),
+        mbgd.Data(train=Rows()),
+        mbgd.Settings(
+            steps=1,
+            batch=mbgd.Batch(50, 1),
+            averaging=mbgd.Averaging(averaging),  # type: ignore[arg-type]
+            sharding=sharding,  # type: ignore[arg-type]
+            noise_scale=EVERY_STEP,
+            precision=mbgd.Precision.fp64,
+        ),
+        workers,
+    ).fit(lines)
+    return lines.lines
+
+
+HOOKED = [(1, "auto", "none"), (2, "ddp", "optimizer"), (3, "reproducible", "none")]
+
+
+@pytest.mark.parametrize(("num_workers", "averaging", "sharding"), HOOKED)
+def test_hooks_that_change_the_gradient_do_not_change_its_noise(
+    num_workers: int, averaging: str, sharding: str
+) -> None:
+    """It is that of the gradients; the norm in the log is that of what the hooks make of their mean."""
+    mine = gradients()[minibatch(0, 50)]
+    variance = float(mine.var(0).sum()) / 50
+    squared = float(mine.mean(0).square().sum()) - variance
+    for (line,) in run_workers(train_hooked, num_workers, averaging, sharding):
+        assert line["train/gradient_variance"] == pytest.approx(variance, rel=1e-10)
+        assert line["train/noise_scale"] == pytest.approx(50 * variance / squared, rel=1e-10)
+        assert line["train/gradient_norm"] == pytest.approx(float(halve_or_cut(mine.mean(0)).norm()), rel=1e-10)
+
+
+def train_unfrozen(workers: mbgd.Workers, averaging: str) -> list[dict[str, float]]:
+    """What is logged of two steps; the last layer is frozen in the first."""
+    model, lines = make_model(), Lines()
+    settings = mbgd.Settings(
+        steps=2,
+        batch=mbgd.Batch(50, 1),
+        averaging=mbgd.Averaging(averaging),  # type: ignore[arg-type]
+        log_every_steps=1,
+        noise_scale=EVERY_STEP,
+        precision=mbgd.Precision.fp64,
+    )
+    optimizer, data = torch.optim.SGD(model.parameters(), lr=0.0), mbgd.Data(train=Rows())
+    observers = [mbgd.Freeze(["2.*"], until=1)]
+    mbgd.Trainer(model, Weighted(False), optimizer, data, settings, workers, observers).fit(lines)
+    return lines.lines
+
+
+@pytest.mark.parametrize("averaging", ["ddp", "shared_memory", "reproducible"])
+def test_parameters_that_were_just_unfrozen_count(averaging: str) -> None:
+    num_of_last_layer = 5 * 3 + 3
+    for lines in run_workers(train_unfrozen, 2, averaging):
+        for step, line in enumerate(lines):
+            mine = gradients()[minibatch(step, 50)]
+            mine = mine[:, :-num_of_last_layer] if step == 0 else mine
+            assert line["train/gradient_variance"] == pytest.approx(float(mine.var(0).sum()) / 50, rel=1e-10)

@@ -476,3 +476,39 @@ def test_the_order_of_dimensions_in_memory_is_kept(order: Any) -> None:
     basis = fresh.state[parameter]["basis"]
     assert basis.stride() == optimizer.state[parameter]["basis"].stride() == (1, 3)
     assert torch.equal(basis, optimizer.state[parameter]["basis"])
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_state_made_before_the_parameters_were_cast_is_cast_with_them(momentum: float) -> None:
+    """Adagrad makes its sums in its constructor: in precision=fp64 they are not left in float32, to 7 digits.
+
+    So is the state of an optimizer that has made steps.
+    """
+
+    def made(dtype: torch.dtype) -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2).to(dtype)
+        if momentum == 0:
+            return model, torch.optim.Adagrad(model.parameters(), lr=0.1, initial_accumulator_value=0.1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum)
+        for parameter in model.parameters():
+            optimizer.state[parameter]["momentum_buffer"] = torch.full_like(parameter, 0.5)
+        return model, optimizer
+
+    inputs = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    targets = inputs[:, :2].exp()
+    plain, optimizer = made(torch.float64)
+    plain.load_state_dict({name: value.double() for name, value in made(torch.float32)[0].state_dict().items()})
+    if momentum == 0:
+        for state in optimizer.state.values():
+            state["sum"].copy_(torch.tensor(0.1, dtype=torch.float32))  # that is what the constructor was asked for
+    for _ in range(5):
+        optimizer.zero_grad()
+        (plain(inputs) - targets).square().mean().backward()
+        optimizer.step()
+    model, own = made(torch.float32)
+    settings = mbgd.Settings(steps=5, batch=mbgd.Batch(4), precision="fp64")
+    mbgd.Trainer(model, mbgd.MeanSquaredError(), own, mbgd.Data(train=mbgd.InMemory(inputs, targets)), settings).fit()
+    for got, want in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+        assert {one.dtype for name, one in own.state[got].items() if name != "step"} == {torch.float64}

@@ -306,16 +306,24 @@ def test_a_minibatch_smaller_than_the_number_of_micro_batches() -> None:
             assert got == wanted[0]
 
 
-def too_many_workers(workers: mbgd.Workers) -> str:
-    with pytest.raises(mbgd.UsageError) as caught:
-        train(workers, Case("minibatch of 2", partial(MLP, *IMAGE), size=2))
-    return str(caught.value)
+def too_many_workers(workers: mbgd.Workers) -> list[str]:
+    told = []
+    for case in (
+        Case("minibatch of 2", partial(MLP, *IMAGE), size=2),
+        Case("2 micro-batches of 8", partial(MLP, *IMAGE), size=16, micro_batch_size=8),
+    ):
+        with pytest.raises(mbgd.UsageError) as caught:
+            train(workers, case)
+        told.append(str(caught.value))
+    return told
 
 
 def test_more_workers_than_micro_batches_are_refused() -> None:
-    for message in run_workers(too_many_workers, 3):
-        assert "3 workers and 2 micro-batches" in message
-        assert "batch.micro_batch_size=" in message
+    """Smaller micro-batches are named as the remedy only where there are enough examples for them."""
+    for small, large in run_workers(too_many_workers, 3):
+        both = "averaging=reproducible with 3 workers and 2 micro-batches; a worker takes whole micro-batches. "
+        assert small == f"{both}Use fewer workers: a minibatch has 2 examples."
+        assert large == f"{both}Use fewer workers, or smaller micro-batches with batch.micro_batch_size=5."
 
 
 class OwnNoise(nn.Module):

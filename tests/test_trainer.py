@@ -305,6 +305,61 @@ def test_a_broken_objective_is_refused_before_training(kind: str, message: str) 
         )
 
 
+class Later:
+    """Gives other losses from the first evaluation on; in each step their mean would be divided by another number."""
+
+    def __init__(self, *, has_weights: bool) -> None:
+        self.has_weights, self.has_begun = has_weights, False
+
+    def after_evaluation(self, step: int, metrics: object) -> None:
+        self.has_begun = True
+
+    def __call__(self, model: nn.Module, batch: Any) -> mbgd.PerExample:
+        losses = (model(batch[0]) - batch[1]).square()
+        if not self.has_begun:
+            return mbgd.PerExample(losses.mean(1))
+        if self.has_weights:
+            return mbgd.PerExample(losses.mean(1), torch.full_like(losses[:, 0], 4.0))
+        return mbgd.PerExample(losses)
+
+
+def refused_later(workers: mbgd.Workers, has_weights: bool) -> str:
+    model, inputs = nn.Linear(3, 2), torch.ones(12, 3)
+    objective, dataset = Later(has_weights=has_weights), mbgd.InMemory(inputs, inputs[:, :2])
+    settings = mbgd.Settings(epochs=2, batch=mbgd.Batch(4), log_every_steps=100)
+    optimizer, data = torch.optim.SGD(model.parameters(), lr=0.1), mbgd.Data(train=dataset, evaluation=dataset)
+    with pytest.raises(mbgd.UsageError) as refusal:
+        mbgd.Trainer(model, objective, optimizer, data, settings, workers, [objective]).fit()
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize(
+    ("has_weights", "message"),
+    [
+        (True, "step 4: the objective returned weights, but none"),
+        (False, "step 4: the objective returned losses of sh"),
+    ],
+)
+def test_losses_of_another_kind_than_those_tried_before_training_are_refused(
+    num_workers: int, has_weights: bool, message: str
+) -> None:
+    for told in run_workers(refused_later, num_workers, has_weights):
+        assert told.startswith(message)
+
+
+def test_complex_gradients_are_not_clipped_by_value() -> None:
+    model = nn.Linear(3, 2, dtype=torch.complex64)
+    with pytest.raises(mbgd.UsageError, match=r"max_grad_value=0.1, but the parameters weight, bias are complex"):
+        mbgd.Trainer(
+            model,
+            lambda model, batch: mbgd.PerExample(model(batch[0].to(torch.complex64)).abs().mean(1)),
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            mbgd.Data(train=mbgd.InMemory(torch.ones(4, 3), torch.ones(4))),
+            mbgd.Settings(max_grad_value=0.1, batch=mbgd.Batch(4)),
+        )
+
+
 def test_sparse_gradients_are_refused_before_training() -> None:
     model = nn.Sequential(nn.Embedding(17, 4, sparse=True), nn.Flatten(), nn.Linear(4 * 64, 10))
     data = mbgd.Data(train=mbgd.InMemory(torch.zeros(8, 64, dtype=torch.int64), torch.zeros(8, dtype=torch.int64)))

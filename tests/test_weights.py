@@ -48,6 +48,8 @@ def trainer(
     steps: int = NUM_STEPS,
     lr: float = 0.1,
     precision: str = "fp64",
+    sharding: str = "auto",
+    at_start: bool = False,
 ) -> mbgd.Trainer:
     torch.manual_seed(0)
     model = Net()
@@ -56,7 +58,8 @@ def trainer(
         batch=mbgd.Batch(SIZE),
         precision=precision,  # type: ignore[arg-type]
         averaging=mbgd.Averaging(averaging),  # type: ignore[arg-type]
-        evaluation=mbgd.Evaluation(every_steps=3),
+        sharding=sharding,  # type: ignore[arg-type]
+        evaluation=mbgd.Evaluation(every_steps=3, at_start=at_start),
         noise_scale=mbgd.NoiseScale(every_steps=None),
     )
     inputs, targets = examples()
@@ -296,6 +299,64 @@ def test_the_best_weights_are_the_same_on_any_number_of_workers_and_after_a_resu
     alone = stop_and_load(mbgd.Workers(), False)
     for num_workers in (2, 3):
         assert set(run_workers(stop_and_load, num_workers, num_workers == 3)) == {alone}
+
+
+def worsened(workers: mbgd.Workers) -> tuple[int, int | None, bool, float, float]:
+    """A run whose first weights are its best: each step makes the loss worse."""
+    stop, log = mbgd.EarlyStopping(patience=2, load_best=True), Lines()
+    made = trainer(workers, [stop], lr=30.0, at_start=True)
+    first = copies(made)
+    result = made.fit(log)
+    are_first = all(tensor.equal(first[name]) for name, tensor in copies(made).items())
+    [(step, metrics), *_] = log.lines
+    assert step == 0
+    return result.steps, result.weights_step, are_first, metrics["eval/loss"], result.metrics["eval/loss"]
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_an_evaluation_before_the_first_step_counts_for_early_stopping(num_workers: int) -> None:
+    for steps, weights_step, are_first, first_loss, last_loss in run_workers(worsened, num_workers):
+        assert (steps, weights_step, are_first) == (6, 0, True)
+        assert first_loss == last_loss
+
+
+def fit_twice(workers: mbgd.Workers, folder: str, sharding: str) -> list[Any]:
+    """What two fits of one trainer give and write, and the weights in the last checkpoint of the second's folder."""
+    made = trainer(workers, [mbgd.EarlyStopping(patience=2, load_best=True)], steps=300, lr=0.3, sharding=sharding)
+    found: list[Any] = []
+    for number in range(2):
+        log = Lines()
+        result = made.fit(log, mbgd.Checkpoints(f"{folder}/{number}", made))
+        found.append((result.steps, result.weights_step, result.metrics["eval/loss"], made.weights_sha256()))
+        found.append([step for step, metrics in log.lines if "eval/loss" in metrics])
+    again = trainer(workers, [mbgd.EarlyStopping(patience=2, load_best=True)], steps=300, lr=0.3)
+    for number in range(2):
+        assert mbgd.Checkpoints(f"{folder}/{number}", again).resume()
+        found.append(again.weights_sha256())
+    return found
+
+
+class Lines:
+    def __init__(self) -> None:
+        self.lines: list[tuple[int, Any]] = []
+
+    def log(self, step: int, metrics: Any) -> None:
+        self.lines.append((step, metrics))
+
+    def progress(self, step: int) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("num_workers", "sharding"), [(1, "none"), (2, "none"), (2, "optimizer")])
+def test_a_second_fit_after_the_best_weights_were_loaded_changes_nothing(
+    num_workers: int, sharding: str, tmp_path: Path
+) -> None:
+    """It neither evaluates the best weights as the last step's nor saves them as those."""
+    for found in run_workers(fit_twice, num_workers, str(tmp_path), sharding):
+        (first, evaluated, second, evaluated_again, saved, saved_again) = found
+        assert first == second
+        assert (evaluated[-1], evaluated_again) == (first[0], [])
+        assert saved == saved_again != first[-1]
 
 
 def frozen(workers: mbgd.Workers, averaging: str, until: int | None, cut: int | None) -> dict[str, Any]:

@@ -100,12 +100,17 @@ def prepare(settings: Averaging, plan: Plan, device: torch.device) -> None:
         )
     if settings.name is not AveragingName.reproducible:
         return
-    num_micro_batches = plan.num_micro_batches(min(plan.minibatch_size, plan.num_examples))
+    size = min(plan.minibatch_size, plan.num_examples)
+    num_micro_batches = plan.num_micro_batches(size)
     if plan.num_workers > num_micro_batches:
+        remedy = (
+            f"Use fewer workers: a minibatch has {size} example{'s' if size > 1 else ''}."
+            if size < plan.num_workers
+            else f"Use fewer workers, or smaller micro-batches with batch.micro_batch_size={size // plan.num_workers}."
+        )
         raise UsageError(
-            f"averaging=reproducible with {plan.num_workers} workers and {num_micro_batches} micro-batches; a worker "
-            "takes whole micro-batches. Use fewer workers, or smaller micro-batches with "
-            f"batch.micro_batch_size={max(1, plan.minibatch_size // plan.num_workers)}."
+            f"averaging=reproducible with {plan.num_workers} workers and {num_micro_batches} "
+            f"micro-batch{'es' if num_micro_batches > 1 else ''}; a worker takes whole micro-batches. {remedy}"
         )
     if device.type == "cuda":
         cuda.make_deterministic()

@@ -75,9 +75,10 @@ class SharedMemory:
 
     @contextmanager
     def _measured(self, norms: MicroBatchNorms, number: int) -> Iterator[None]:
-        before: dict[Tensor, Tensor] = {p: p.grad.clone() for p in self._parameters if p.grad is not None}
+        held = self._trained.parameters  # also those that require a gradient only since the last step
+        before: dict[Tensor, Tensor] = {p: p.grad.clone() for p in held if p.grad is not None}
         yield
-        gradients: dict[Tensor, Tensor] = {p: p.grad for p in self._parameters if p.grad is not None}
+        gradients: dict[Tensor, Tensor] = {p: p.grad for p in held if p.grad is not None}
         norms.take(number, gradients, before)
 
     def start(self, norms: MicroBatchNorms | None = None) -> None:

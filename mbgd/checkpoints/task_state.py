@@ -49,6 +49,15 @@ class TaskState:
         """Remember the state of now for `put_back`."""
         self._kept = self.snapshot(step)
 
+    def forget(self) -> None:
+        """Forget the state that was kept."""
+        self._kept = None
+
+    def put_back_kept(self) -> None:
+        """Have the state that was kept, if one was."""
+        if self._kept is not None:
+            self.restore(self._kept)
+
     def put_back(self) -> None:
         """Have the state that was kept; where none was, the buffers from before a step that was not finished."""
         if self._kept is None:

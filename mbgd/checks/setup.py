@@ -6,9 +6,11 @@ from functools import cached_property
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from mbgd import averaging
+from mbgd.averaging.batch_norm import layers_of
 from mbgd.batches.loader import Data, Loader
 from mbgd.batches.plan import Plan, count_steps, make_plan
 from mbgd.checks import batch_norm, optimizers
@@ -26,7 +28,8 @@ from mbgd.task.modes import set_training
 from mbgd.task.objective import Objective
 from mbgd.task.precision import parameter_dtype
 from mbgd.task.task import Task, refuse_odd_parts
-from mbgd.task.trained import Trained, check_module_hooks, describe_not_held
+from mbgd.task.trained import Trained, check_module_hooks, describe_not_held, move_
+from mbgd.text.listing import shown
 from mbgd.workers.group import Workers
 
 
@@ -56,6 +59,16 @@ class Setup:
         """Print the texts on the main worker."""
         for text in texts if self.workers.is_main else ():
             print(text, flush=True)
+
+    @cached_property
+    def minibatch_norms(self) -> dict[str, _BatchNorm]:
+        """The BatchNorm layers that use the statistics of the whole minibatch, by name."""
+        return layers_of(self.task) if self.settings.batch_norm is BatchNormOver.minibatch else {}
+
+    @property
+    def has_own_losses(self) -> bool:
+        """Whether each example has a loss of its own, which does not depend on the others of the minibatch."""
+        return self.task.pair is None and not self.minibatch_norms
 
     @cached_property
     def compared_every_steps(self) -> list[int]:
@@ -91,8 +104,9 @@ def set_up(
     check_module_hooks(task)
     extra_state.check(task)
     dtype = parameter_dtype(settings.precision)
-    task.move_(workers.device, dtype)
+    move_(task, optimizer, workers.device, dtype)
     trained = Trained(task, optimizer)
+    _check_clipping(trained, settings)
     warnings = _set_up_modes(task, trained) + batch_norm.check(task, settings, plan)
     own_copies = settings.averaging.name is AveragingName.reproducible
     loader = Loader(data, plan, settings.seed, workers, dtype=dtype, own_copies=own_copies)
@@ -120,6 +134,16 @@ def set_up(
         warnings,
         program,
     )
+
+
+def _check_clipping(trained: Trained, settings: Settings) -> None:
+    """UsageError where elements that have no order would be clipped by value."""
+    complex_ones = [name for name, parameter in trained.by_name.items() if parameter.is_complex()]
+    if settings.max_grad_value is not None and complex_ones:
+        raise UsageError(
+            f"max_grad_value={settings.max_grad_value}, but the parameters {shown(complex_ones)} are complex, which "
+            "torch cannot clip by value. Use max_grad_norm."
+        )
 
 
 def _check_pair(task: Task, settings: Settings) -> None:

@@ -18,6 +18,8 @@ class Norms:
     """Of the mean gradient, before clipping."""
     change: tuple[Tensor, Tensor] | None
     """Norms of the parameters before the update and of the update itself; None if not asked for."""
+    before_hooks: Tensor | None = None
+    """Of the mean gradient before users' hooks on parameters have changed it; None where there are none."""
 
     def values(self) -> dict[str, float]:
         """The norms by name, for the log; this waits for the device."""

@@ -52,7 +52,8 @@ class EMA:
         """Their values by name, complex ones as pairs of real numbers."""
         self._average: list[Tensor] = []
         """Empty until it begins."""
-        self._may_skip = False
+        self._is_skipped: Callable[[], Tensor | None] = lambda: None
+        """Gives whether fp16 has skipped the last step."""
         self._tell: Callable[[str], None] | None = None
 
     @property
@@ -73,7 +74,8 @@ class EMA:
         self._tell = trainer.setup.tell
         self._trained = list(trainer.setup.trained.parameters)
         self._parameters = {name: _real(p.detach()) for name, p in trainer.setup.trained.by_name.items()}
-        self._may_skip = trainer.train_step.update.may_skip
+        update = trainer.train_step.update
+        self._is_skipped = lambda: update.is_skipped
 
     def at_start(self, step: int) -> None:
         if not self._average and step >= self.start:
@@ -90,9 +92,8 @@ class EMA:
         share, parameters = 1 - self.decay_after(step), list(self._parameters.values())
         if any(p.dtype != average.dtype for p, average in zip(parameters, self._average, strict=True)):
             parameters = [p.to(average.dtype) for p, average in zip(parameters, self._average, strict=True)]
-        if self._may_skip and done.norms is not None:
-            is_made = done.norms.gradient.isfinite()
-            torch._foreach_lerp_(self._average, parameters, [(share * is_made).to(p.dtype) for p in parameters])
+        if (is_skipped := self._is_skipped()) is not None:
+            torch._foreach_lerp_(self._average, parameters, [(share * ~is_skipped).to(p.dtype) for p in parameters])
         else:
             torch._foreach_lerp_(self._average, parameters, share)
 

@@ -119,7 +119,9 @@ class NoiseMeter:
         """Add the minibatch's noise. A minibatch whose gradients overflowed is left out."""
         if self._total is None or done.norms is None:
             return
-        variance, squared_gradient = estimate(self._total, done.weight, done.norms.gradient)
+        norms = done.norms  # those of the micro-batches are of gradients that no hook has changed
+        gradient_norm = norms.gradient if norms.before_hooks is None else norms.before_hooks
+        variance, squared_gradient = estimate(self._total, done.weight, gradient_norm)
         new = torch.stack([done.minibatch.size * variance, squared_gradient, torch.ones_like(variance)])
         self._sums = torch.where(new.isfinite().all(), self._decay * self._sums + new, self._sums)
 

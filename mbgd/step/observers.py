@@ -70,6 +70,11 @@ class Observers:
         """Names of those whose classes are not mbgd's own."""
         return [name for name, one in self._by_name.items() if not type(one).__module__.startswith("mbgd.")]
 
+    @property
+    def act_at_end(self) -> bool:
+        """Whether any may change the weights once training is over."""
+        return any(True for _ in self._methods("at_end"))
+
     def before_training(self, trainer: Any) -> None:
         for name, method in self._methods("before_training"):
             try:
@@ -90,7 +95,8 @@ class Observers:
         step = None
         for name, method in self._methods("at_end"):
             with _failing(name, "at_end"):
-                step = method() or step
+                found = method()
+                step = step if found is None else found
         return step
 
     def evaluated(self, evaluate: Callable[[], dict[str, float]]) -> dict[str, float]:

@@ -15,6 +15,7 @@ from mbgd.batches.loader import Shard
 from mbgd.batches.plan import MicroBatch, Minibatch, Plan
 from mbgd.checks.alarm import Alarm
 from mbgd.checks.preflight import Findings
+from mbgd.errors import UsageError
 from mbgd.task.buffers import Buffers
 from mbgd.task.objective import NUM_SUMS, PerExample, Totals
 
@@ -164,19 +165,36 @@ class Weights:
     def __init__(self, findings: Findings, adds_losses: Callable[[int], bool]) -> None:
         """adds_losses(step): whether the losses are added up in a step, and the weights with them."""
         self._findings, self._adds_losses = findings, adds_losses
-        self._is_wanted = False
+        self._is_wanted, self._step = False, 0
         self._leaves: dict[int, Tensor] = {}
         self.totals: Totals | None = None
         """Of the last step, without the loss; None if nothing was added up."""
 
     def begin(self, step: int) -> bool:
-        self._is_wanted = self._findings.has_weights and not self._adds_losses(step)
+        self._is_wanted, self._step = self._findings.has_weights and not self._adds_losses(step), step
         self._leaves, self.totals = {}, None
         return self._is_wanted
 
     def add(self, terms: PerExample, micro_batch: MicroBatch) -> None:
+        if not self._findings.has_weights:
+            self._check_none(terms)
         if self._is_wanted:
             self._leaves[micro_batch.number] = terms.sums_of_weights()
+
+    def _check_none(self, terms: PerExample) -> None:
+        """UsageError where the divisor is not the minibatch's size, for which it was taken before training."""
+        if terms.weights is not None:
+            raise UsageError(
+                f"step {self._step + 1}: the objective returned weights, but none for the examples that were tried "
+                "before training, so that the sum of the weights was taken for the number of examples. Return weights "
+                "for every batch: torch.ones_like(losses) where all examples count alike."
+            )
+        if terms.losses.dim() > 1:
+            raise UsageError(
+                f"step {self._step + 1}: the objective returned losses of shape {tuple(terms.losses.shape)}, but one "
+                "for each example, shape (N,), for the examples that were tried before training. Return losses of as "
+                "many dimensions for every batch."
+            )
 
     def leaves(self) -> Mapping[int, Tensor]:
         return self._leaves

@@ -5,13 +5,11 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from mbgd import averaging as averagings
-from mbgd.averaging import batch_norm
 from mbgd.batches.loader import Shard
 from mbgd.checkpoints.keeper import Keeper, NoCheckpoints
 from mbgd.checks.alarm import Alarm
 from mbgd.checks.recomputing import Recomputing
 from mbgd.checks.setup import Setup
-from mbgd.config import BatchNormOver
 from mbgd.measuring.clock import Clock
 from mbgd.measuring.profiling import part
 from mbgd.step.done import Done, Observer
@@ -45,8 +43,7 @@ class TrainStep:
         settings, workers, trained = setup.settings, setup.workers, setup.trained
         compile_(setup.model, settings.compile, workers.device)
         varies, pair = bool(setup.findings.unused_parameters), setup.task.pair
-        is_over_minibatch = settings.batch_norm is BatchNormOver.minibatch and workers.num_workers > 1
-        norms = batch_norm.layers_of(setup.task) if is_over_minibatch else {}
+        norms = setup.minibatch_norms if workers.num_workers > 1 else {}
         self.averaging = averagings.create(
             settings.averaging,
             setup.task if pair is None else Encoder(setup.task, pair, setup.model),
@@ -60,9 +57,8 @@ class TrainStep:
         self.alarm = Alarm(setup, lambda step, examples: self.passes.forward_again(step, examples))
         self.sharded, self.describe_sharding = shard(setup, self.averaging, users_observers)
         self.update = Update(setup, self.alarm.everywhere, self.sharded)
-        self.noise_scale = NoiseMeter(
-            settings.noise_scale, setup.plan, trained.parameters, self.update.loss_scale, is_defined=pair is None
-        )
+        noise, own = settings.noise_scale, setup.has_own_losses
+        self.noise_scale = NoiseMeter(noise, setup.plan, trained.parameters, self.update.loss_scale, is_defined=own)
         eager: Passes = (
             OnePass(setup, self.averaging, self.update, norms, self.alarm.check_layers, clock.lap)
             if pair is None

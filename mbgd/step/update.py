@@ -39,7 +39,9 @@ class Update:
         self._watch, self._trained, self._optimizer, self._sharded = watch, setup.trained, optimizer, sharded
         self._held: Sequence[Tensor] = setup.trained.parameters if sharded is None else sharded.tensors
         """What the optimizer holds and updates: the trained parameters, or this worker's pieces of them."""
-        self._norm = TotalNorm(setup.trained.parameters) if sharded is None else sharded.norm
+        self._norm_of_whole = TotalNorm(setup.trained.parameters)
+        self._norm = self._norm_of_whole if sharded is None else sharded.norm
+        self._norm_before_hooks: Tensor | None = None
         self._optimizer_step = step_of(optimizer)
         self.hooks = GradientHooks(setup.trained)
         self.before_step: list[BeforeStep] = []
@@ -68,6 +70,8 @@ class Update:
         self._ones: dict[int, Tensor] = {}
         self._scales: dict[int, Tensor] = {}
         self._device = device
+        self.is_skipped: Tensor | None = None
+        """Whether fp16 has skipped the last step: bool, shape (); None where no step is skipped."""
         self._num_skipped = torch.zeros((), dtype=torch.int64, device=device)
         self._skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
         self.state = UpdateState(setup, sharded, self._scaler, self._num_skipped)
@@ -84,7 +88,7 @@ class Update:
 
     @property
     def may_skip(self) -> bool:
-        """Whether a step whose gradient is not finite is skipped, as in fp16; its norm is then measured."""
+        """Whether a step whose gradient is not finite is skipped, as in fp16."""
         return self._scaler is not None
 
     def metrics(self) -> dict[str, float]:
@@ -138,19 +142,17 @@ class Update:
         if gradient_norm is None:
             return None
         if not want_change:
-            return Norms(gradient_norm, None)
+            return Norms(gradient_norm, None, self._norm_before_hooks)
         parameter_norm = self._norm(before)
         pairs = [(then, now) for then, now in zip(before, updated, strict=True) if then is not None and now is not None]
         if pairs:
             torch._foreach_sub_([then for then, _ in pairs], [now for _, now in pairs])
-        return Norms(gradient_norm, (parameter_norm, self._norm(before)))
+        return Norms(gradient_norm, (parameter_norm, self._norm(before)), self._norm_before_hooks)
 
     def _step(self, step: int, weight: int | Tensor, *, want_norm: bool) -> Tensor | None:
         """Returns the mean gradient's norm before clipping, if wanted or needed."""
         if self._scaler is not None:
-            self._scaler.unscale_(self._optimizer)
-            if self._sharded is not None:
-                self._sharded.found_inf(self._scaler, self._optimizer)
+            self.is_skipped = self._unscale(self._scaler)
         in_kernel = self._divides_in_kernel and not self.hooks
         if isinstance(weight, Tensor):
             # Both divide by the weight in float32, to the same bits, but a norm is that of the quotients.
@@ -176,9 +178,23 @@ class Update:
         else:
             self._scaler.step(self._optimizer)
             self._scaler.update()
-            assert norm is not None
-            self._count_skipped(~norm.isfinite())
+            assert self.is_skipped is not None
+            self._count_skipped(self.is_skipped)
         return norm
+
+    def _unscale(self, scaler: torch.amp.GradScaler) -> Tensor:
+        """Unscale what the optimizer gets; returns whether a gradient overflowed on any worker: bool, shape ().
+
+        Not judged by the norm, because users' hooks may make gradients finite again.
+        """
+        if self._sharded is not None and self.hooks:
+            for piece in self._held:  # views of the whole gradients, which all stay scaled until the hooks get them
+                piece.grad = None if piece.grad is None else piece.grad.clone()
+        scaler.unscale_(self._optimizer)
+        if self._sharded is not None:
+            self._sharded.found_inf(scaler, self._optimizer)
+        found = scaler._per_optimizer_states[id(self._optimizer)]["found_inf_per_device"]
+        return torch.stack([one.to(self._device) for one in found.values()]).amax() > 0
 
     def _count_skipped(self, is_skipped: Tensor) -> None:
         self._num_skipped += is_skipped
@@ -199,8 +215,14 @@ class Update:
         return self._scales[weight]
 
     def _divide_and_clip(self, weight: int | Tensor, *, want_norm: bool) -> Tensor | None:
+        self._norm_before_hooks = None
         if self.hooks:
-            _divide([p.grad for p in self._trained.parameters if p.grad is not None], weight)
+            gradients = [p.grad for p in self._trained.parameters if p.grad is not None]
+            if self._scaler is not None and self._sharded is not None:
+                _divide(gradients, self.loss_scale())
+            _divide(gradients, weight)
+            if want_norm:
+                self._norm_before_hooks = self._norm_of_whole([p.grad for p in self._trained.parameters])
             self.hooks.call()
             if self._sharded is not None:
                 self._sharded.parameters.owned.take_gradients()

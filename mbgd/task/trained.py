@@ -7,6 +7,7 @@ from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -90,6 +91,18 @@ class Trained:
             if not parameter.requires_grad:
                 parameter.grad = None
         return True
+
+
+def move_(task: Task, optimizer: Optimizer, device: torch.device, dtype: torch.dtype) -> None:
+    """Move and cast the task, and the state that the optimizer has of its parameters already, as Adagrad's sums."""
+    before = {parameter: (parameter.dtype, parameter.device) for parameter in task.parameters()}
+    task.move_(device, dtype)
+    for parameter in before.keys() & optimizer.state.keys():
+        of_parameter, (old_dtype, old_device) = optimizer.state[parameter], before[parameter]
+        for name, value in of_parameter.items() if isinstance(of_parameter, dict) else ():
+            if name == "step" or not isinstance(value, Tensor) or value.device != old_device:
+                continue  # torch keeps the number of steps on the host, in float32
+            of_parameter[name] = value.to(device, parameter.dtype if value.dtype == old_dtype else value.dtype)
 
 
 class GradientHooks:
