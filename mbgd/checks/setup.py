@@ -97,12 +97,8 @@ def set_up(
     if isinstance(settings.schedule, Schedule):
         settings = replace(settings, schedule=settings.schedule.in_steps(plan))
     averaging.prepare(settings.averaging, plan, workers.device)
-    task = Task(model, objective, in_bf16=settings.precision is Precision.bf16_true)
-    refuse_odd_parts(task)
-    _check_pair(task, settings)
     optimizers.check(optimizer)
-    check_module_hooks(task)
-    extra_state.check(task)
+    task = _checked_task(model, objective, settings)
     dtype = parameter_dtype(settings.precision)
     move_(task, optimizer, workers.device, dtype)
     trained = Trained(task, optimizer)
@@ -134,6 +130,16 @@ def set_up(
         warnings,
         program,
     )
+
+
+def _checked_task(model: nn.Module, objective: Objective, settings: Settings) -> Task:
+    """UsageError where model or objective have parts that the trainer does not support."""
+    task = Task(model, objective, in_bf16=settings.precision is Precision.bf16_true)
+    refuse_odd_parts(task)
+    _check_pair(task, settings)
+    check_module_hooks(task)
+    extra_state.check(task)
+    return task
 
 
 def _check_clipping(trained: Trained, settings: Settings) -> None:
